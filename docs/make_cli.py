@@ -1,0 +1,27 @@
+"""Write docs/cli.md from --help; `make docs` runs it and a test holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fkdpipe.cli import cli
+
+FILE = Path(__file__).with_name("cli.md")
+
+
+def render() -> str:
+    blocks = [
+        "# Command line",
+        "Generated from `--help` by `make docs`. Exit codes: 0 ok, 1 failed, 2 wrong usage.\n"
+        "Results go to stdout, progress and messages to stderr.",
+    ]
+    for name, command in cli.commands.items():
+        context = click.Context(command, info_name=f"fkdpipe {name}", terminal_width=90)
+        blocks.append(f"## fkdpipe {name}\n\n```\n{command.get_help(context)}\n```")
+    return "\n\n".join(blocks) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(render())

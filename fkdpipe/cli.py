@@ -1,0 +1,78 @@
+"""The command line: parse, one library call, render.
+
+stdout carries results, stderr progress and logs. Exit codes: 0 ok, 1 failed, 2 wrong usage.
+Heavy packages are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, NoReturn
+
+import click
+
+from fkdpipe import __version__
+from fkdpipe.commands import demo, generate, inspect, train
+from fkdpipe.errors import FkdpipeError
+
+
+class _Failed(click.ClickException):
+    exit_code = 1
+
+
+class _Misused(click.ClickException):
+    exit_code = 2
+
+
+class _Commands(click.Group):
+    """Turns every error meant for users into one message and its exit code, in one place."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except FkdpipeError as error:
+            kind = _Misused if error.exit_code == 2 else _Failed
+            raise kind(str(error)) from error
+        except KeyboardInterrupt:
+            message = "interrupted. What is committed is kept; start the same command to go on."
+            raise _Failed(message) from None
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a user's work, not of the alphabet
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fkdpipe")
+def cli() -> None:
+    """Distil image models without a teacher in the loop.
+
+    \b
+    1. generate   teachers label recorded crops once, into a store
+    2. train      a student replays exactly those crops
+    3. report     what the store takes, and what it serves
+
+    \b
+    Example:
+      fkdpipe demo
+    """
+
+
+for command in (
+    demo.demo,
+    generate.generate,
+    train.train,
+    train.evaluate,
+    inspect.report,
+    inspect.verify,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The entry point: SIGTERM ends a command as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    cli()
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

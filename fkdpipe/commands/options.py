@@ -1,0 +1,83 @@
+"""Options that several commands share, and how flags become settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fkdpipe.errors import UsageError
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Local folder for the label cache.  [default: temporary space]",
+)
+
+
+def recipe_options(command: Callable) -> Callable:
+    """--recipe FILE and --set KEY=VALUE."""
+    command = click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any setting of a recipe, for example optimizer.weight_decay=1e-4.",
+    )(command)
+    return click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of settings.")(
+        command
+    )
+
+
+def resolve(
+    cls: type, recipe: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]
+) -> Any:
+    """Settings from flag, then --set, then recipe, then default."""
+    from fkdpipe import config
+
+    tables = [config.load_toml(recipe)] if recipe else []
+    tables += [config.parse_assignment(text) for text in assignments]
+    given = {key: value for key, value in flags.items() if value not in (None, (), "")}
+    where = str(recipe) if recipe else "settings"
+    return config.build(cls, config.merge(*tables, _nested(given)), where=where)
+
+
+def _nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """`optimizer.lr` as a key becomes a table."""
+    table: dict[str, Any] = {}
+    for name, value in flags.items():
+        *path, last = name.split(".")
+        inner = table
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+def choose_device(text: str, local_rank: int = 0) -> Any:
+    """The torch device: a GPU when there is one, and of several the local rank's.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    import torch
+
+    if text == "auto":
+        text = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here.")
+    return device
+
+
+def cache_dir(given: Path | None) -> Path:
+    from fkdpipe.storage import cache
+
+    return given or cache.default_cache_dir()

@@ -1,0 +1,144 @@
+"""Progress and logs on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+
+def start_logging() -> None:
+    """fkdpipe's own messages, plain, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("fkdpipe")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+def reporter() -> Any:
+    """Bars with rate and time left at a terminal, now and then a line elsewhere."""
+    start_logging()
+    return _Bars() if sys.stderr.isatty() else _Lines()
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 100
+    console.print(table)
+
+
+class _Bars:
+    @contextlib.contextmanager
+    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        from rich.console import Console
+        from rich.logging import RichHandler
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(file=sys.stderr)
+        columns = (
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+        log = logging.getLogger("fkdpipe")
+        before, log.handlers[:] = list(log.handlers), [handler]
+        try:
+            with Progress(*columns, console=console, refresh_per_second=4) as progress:
+                bar = progress.add_task(name, total=total or None, rate="")
+                rate = _Rate(unit)
+
+                def advance(count: int) -> None:
+                    progress.update(bar, advance=count, rate=rate.add(count))
+
+                yield advance
+        finally:
+            log.handlers[:] = before
+
+
+class _Lines:
+    EVERY = 10.0  # seconds
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        begun = last = time.monotonic()
+        done = 0
+        rate = _Rate(unit)
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            speed = rate.add(count)
+            now = time.monotonic()
+            if now - last >= self.EVERY:
+                last = now
+                left = ""
+                if total and done:
+                    seconds = (now - begun) / done * max(total - done, 0)
+                    left = f", {_duration(seconds)} left"
+                click.echo(f"{name}: {done:,}{_of(total)} {unit}, {speed}{left}", err=True)
+
+        yield advance
+        seconds = time.monotonic() - begun
+        click.echo(f"{name}: {done:,}{_of(total)} {unit} in {_duration(seconds)}", err=True)
+
+
+class _Rate:
+    """Units per second over the last few seconds."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._points: list[tuple[float, int]] = [(time.monotonic(), 0)]
+
+    def add(self, count: int) -> str:
+        now = time.monotonic()
+        self._points.append((now, self._points[-1][1] + count))
+        while len(self._points) > 2 and now - self._points[0][0] > 10:
+            self._points.pop(0)
+        (t0, n0), (t1, n1) = self._points[0], self._points[-1]
+        return f"{(n1 - n0) / max(t1 - t0, 1e-3):,.0f} {self._unit}/s"
+
+
+def _of(total: int) -> str:
+    return f"/{total:,}" if total else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

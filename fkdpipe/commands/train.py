@@ -1,0 +1,156 @@
+"""`fkdpipe train` and `fkdpipe evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fkdpipe.commands import options, terminal
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("store", required=False)
+@click.option("--student", metavar="NAME[=FILE]", help="timm model, from scratch or a checkpoint.")
+@click.option("--target", help="What it learns, for example marginal-smoothing:5.")
+@click.option("--crops-per-image", type=int, metavar="m", help="Per batch.  [default: 1]")
+@click.option("--epochs", type=int, help="One pass with m crops is m epochs.  [default: 100]")
+@click.option("--batch-size", type=int, help="In crops, over all processes.  [default: 256]")
+@click.option("--lr", type=float, help="Learning rate.  [default: 0.1]")
+@click.option("--size", type=int, help="Side of the input in pixels.  [default: the model's]")
+@click.option("--seed", type=int, help="Of weights, order and crops.  [default: 0]")
+@click.option("--source", help="Which labels of the store, when it has several.")
+@click.option("--precision", help="auto, float32, bfloat16 or float16.  [default: auto]")
+@click.option("--replay", help="auto, cpu or dali.  [default: auto]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The run folder.")
+@click.option("--allow-partial", is_flag=True, help="Use the finished part of an unsealed store.")
+@options.cache_option
+@options.device_option
+@options.recipe_options
+def train(
+    data: Path,
+    store: str | None,
+    out: Path,
+    allow_partial: bool,
+    cache: Path | None,
+    device: str,
+    recipe: Path | None,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Train a student on the images in DATA and the labels in STORE.
+
+    Without STORE, on fresh random crops and the folder's own classes (--target ground-truth).
+    Started again with the same --out, it goes on from its last checkpoint.
+
+    \b
+    Example:
+      fkdpipe train images store --student resnet18 --target marginal-smoothing:5 \\
+          --crops-per-image 4 --epochs 100 --out runs/student
+    """
+    from fkdpipe.train.settings import TrainSettings
+
+    flags["optimizer.lr"] = flags.pop("lr")
+    settings = options.resolve(TrainSettings, recipe, assignments, flags)
+    from fkdpipe import distributed
+    from fkdpipe.storage.store import open_store
+    from fkdpipe.train import loop
+    from fkdpipe.train.run import prepare
+
+    rank = distributed.current()
+    run = prepare(
+        settings,
+        data,
+        out,
+        store=open_store(store) if store else None,
+        cache_dir=options.cache_dir(cache),
+        allow_partial=allow_partial,
+        device=options.choose_device(device, rank.local),
+        rank=rank,
+        reporter=terminal.reporter(),
+    )
+    result = loop.train(run)
+    accuracy = "" if result.top1 is None else f", top-1 {result.top1:.2f} %"
+    click.echo(f"{result.steps} steps, {result.epochs} epochs{accuracy}; student: {result.student}")
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--split",
+    type=click.Choice(["val", "train"]),
+    default="val",
+    show_default=True,
+    help="Which images.",
+)
+@click.option("--class-map", type=click.Path(path_type=Path), help="Whose output is which class.")
+@click.option(
+    "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
+)
+@click.option("--batch", type=int, default=128, show_default=True, help="Images per batch.")
+@options.device_option
+@options.json_option
+def evaluate(
+    data: Path,
+    model: str,
+    split: str,
+    class_map: Path | None,
+    precision: str,
+    batch: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Top-1 and top-5 accuracy of MODEL on DATA.
+
+    MODEL is a run folder, or NAME[=FILE] as for --teacher. Images are resized and cut at the
+    centre as timm does.
+
+    \b
+    Example:
+      fkdpipe evaluate images runs/student --json
+    """
+    from fkdpipe import images, teachers
+    from fkdpipe.models import parse_spec
+    from fkdpipe.train import evaluate as evaluation
+    from fkdpipe.train.run import default_threads
+
+    reporter = terminal.reporter()
+    where = options.choose_device(device)
+    spec = parse_spec(model)
+    with reporter.task("scan", 0, "files") as advance:
+        folder = images.scan(data, split=split, on_image=advance)  # type: ignore[arg-type]
+    (teacher,) = teachers.load_teachers(
+        [spec],
+        class_names=folder.class_names,
+        class_maps=[images.read_class_map(class_map)] if class_map else [],
+        precision=precision,  # type: ignore[arg-type]
+        device=where,
+    )
+    accuracy = evaluation.evaluate(
+        teacher.module,
+        teacher.preprocessing,
+        folder,
+        device=where,
+        columns=teacher.columns,
+        precision=teacher.precision,
+        batch=batch,
+        threads=default_threads(),
+        reporter=reporter,
+    )
+    if as_json:
+        terminal.print_json(
+            {
+                "top1": accuracy.top1,
+                "top5": accuracy.top5,
+                "images": accuracy.images,
+                "skipped": accuracy.skipped,
+            }
+        )
+        return
+    click.echo(
+        f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % "
+        f"on {accuracy.images:,} images"
+    )

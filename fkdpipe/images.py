@@ -1,0 +1,341 @@
+"""An image folder as an ordered, fingerprinted list.
+
+A folder is scanned once, by one process; a store keeps the result, so training never scans.
+Only headers are read here. An image that turns out to be truncated is found when phase 1 decodes
+it, and recorded then.
+
+Keys are paths relative to the split's root, with "/" between folders. They are text in every
+store, so bytes that are not UTF-8 are written as %XX and "%" itself as %25: reversible, and
+plain for ordinary names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fkdpipe.errors import ImagesError, UsageError
+
+Split = Literal["train", "val"]
+
+MAX_SIDE = 65_535  # boxes are stored as uint16 pixels
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A file that is not used, and why. `reason` is a stable code, `detail` is for people."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """One split of an image folder.
+
+    Attributes:
+        root: the split's root; `keys` are relative to it.
+        class_names: class folders in order of name (as torchvision's ImageFolder); empty for a
+            flat folder. A class folder without images keeps its place.
+        keys: one per image, in order of class, then path.
+        class_N: int32, index into `class_names`, -1 in a flat folder.
+        size_N2: uint16, (height, width) of the decoded image, EXIF orientation not applied.
+        bytes_N: int64, length of the file.
+        rejected: files that are left out.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    keys: tuple[str, ...]
+    class_N: np.ndarray
+    size_N2: np.ndarray
+    bytes_N: np.ndarray
+    rejected: tuple[Rejected, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def empty_classes(self) -> tuple[str, ...]:
+        counts = np.bincount(self.class_N[self.class_N >= 0], minlength=len(self.class_names))
+        return tuple(
+            name for name, count in zip(self.class_names, counts, strict=True) if not count
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.keys, self.bytes_N)
+
+
+def fingerprint(keys: tuple[str, ...], bytes_N: np.ndarray) -> str:
+    """sha256 (hex) over the sorted pairs of key and file length; independent of order and place."""
+    digest = hashlib.sha256()
+    for key, length in sorted(zip(keys, bytes_N.tolist(), strict=True)):
+        digest.update(f"{key}\0{length}\n".encode())
+    return digest.hexdigest()
+
+
+def key_of(relative: str) -> str:
+    """A relative path (as `os` gives it, with surrogate escapes) as text that UTF-8 can hold."""
+    text = relative.replace("%", "%25").replace(os.sep, "/")
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
+
+
+def path_of(root: Path, key: str) -> bytes:
+    """The file behind a key, as the operating system's bytes.
+
+    Raises:
+        ImagesError: the key points outside the folder (a store may come from anywhere).
+    """
+    parts = (unquote_to_bytes(key) if "%" in key else key.encode()).split(b"/")
+    if not all(parts) or b".." in parts or b"." in parts:
+        raise ImagesError(f"{key!r} is not the path of an image below {root}.", code="bad-key")
+    return os.path.join(os.fsencode(root), *parts)
+
+
+def split_root(data: Path, split: Split) -> Path:
+    """Where a split's class folders are: `data/<split>` or `data` itself.
+
+    A folder is taken as split when it holds `train/` and either `val/` or no other folder.
+
+    Raises:
+        ImagesError: no such folder, or the split is missing.
+    """
+    if not data.exists():
+        raise ImagesError(f"{data}: no such folder.", code="no-folder")
+    if not data.is_dir():
+        raise ImagesError(
+            f"{data} is a file; give an image folder (class/image).", code="no-folder"
+        )
+    try:
+        folders = {e.name for e in os.scandir(data) if e.is_dir() and not e.name.startswith(".")}
+    except OSError as error:
+        raise ImagesError(f"{data} cannot be read: {error.strerror}.", code="no-folder") from error
+    if "train" in folders and ("val" in folders or folders == {"train"}):
+        if split not in folders:
+            raise ImagesError(f"{data} has train/ but no {split}/ folder.", code="no-split")
+        return data / split
+    if split == "val":
+        raise ImagesError(
+            f"{data} has no val/ folder. Put held-out images under {data / 'val'} and the others "
+            f"under {data / 'train'}.",
+            code="no-split",
+        )
+    return data
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the class folders below a split's root, sorted, as keys write them."""
+    names = [e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")]
+    return tuple(key_of(name) for name in sorted(names))
+
+
+def scan(
+    data: Path,
+    *,
+    split: Split = "train",
+    need_classes: bool = True,
+    threads: int = 8,
+    on_image: Callable[[int], None] = lambda count: None,
+) -> ImageFolder:
+    """Read the list of images of one split: names, classes, sizes.
+
+    Args:
+        data: `class/name.jpg`, any depth below the class, or `train/` and `val/` with that inside.
+        need_classes: when False, images directly in the folder are taken too.
+        threads: header readers.
+        on_image: called with 1 after every file, for progress.
+
+    Raises:
+        ImagesError: no folder, no class folders, or no usable image.
+    """
+    root = split_root(Path(data), split)
+    class_names = class_folders(root)
+    files, rejected = _list_files(root)
+    if not class_names and files and need_classes:
+        raise ImagesError(
+            f"{root} has {len(files)} files but no class folders. Put images in one folder per "
+            "class: class/name.jpg.",
+            code="no-classes",
+        )
+    class_index = {name: index for index, name in enumerate(class_names)}
+
+    def header(relative: str) -> tuple[tuple[int, int], int] | Rejected:
+        found = _read_header(os.path.join(root, relative), key_of(relative))
+        on_image(1)
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        headers = list(pool.map(header, files))
+    keys: list[str] = []
+    classes: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    for relative, found in zip(files, headers, strict=True):
+        key = key_of(relative)
+        folder = key.split("/", 1)[0] if "/" in key else ""
+        if isinstance(found, Rejected):
+            rejected.append(found)
+        elif not folder and class_names:
+            rejected.append(Rejected(key, "outside-class", "lies beside the class folders"))
+        else:
+            keys.append(key)
+            classes.append(class_index.get(folder, -1))
+            sizes.append(found[0])
+            lengths.append(found[1])
+    if not keys:
+        raise ImagesError(_nothing_usable(root, rejected), code="no-images")
+    return ImageFolder(
+        root=root,
+        class_names=class_names,
+        keys=tuple(keys),
+        class_N=np.array(classes, dtype=np.int32),
+        size_N2=np.array(sizes, dtype=np.uint16),
+        bytes_N=np.array(lengths, dtype=np.int64),
+        rejected=tuple(sorted(rejected, key=lambda r: r.key)),
+    )
+
+
+def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], *, where: str) -> None:
+    """Refuse a class list that differs, naming the first differences.
+
+    Raises:
+        ImagesError: with code "classes-differ".
+    """
+    if expected == found:
+        return
+    missing = [name for name in expected if name not in set(found)]
+    extra = [name for name in found if name not in set(expected)]
+    detail = "; ".join(
+        f"{word} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in (("missing", missing), ("unknown", extra))
+        if names
+    )
+    raise ImagesError(
+        f"{where}: its {len(found)} classes are not the {len(expected)} expected: "
+        f"{detail or 'their order differs'}.",
+        code="classes-differ",
+    )
+
+
+def _nothing_usable(root: Path, rejected: list[Rejected]) -> str:
+    if not rejected:
+        return f"{root}: no images found."
+    reasons = sorted({r.reason for r in rejected})
+    first = rejected[0]
+    return (
+        f"{root}: no usable image among {len(rejected)} files ({', '.join(reasons)}); "
+        f"for example {first.key}: {first.detail}."
+    )
+
+
+def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
+    """Relative paths of all files below root, sorted by folder then name, following links."""
+    files: list[str] = []
+    rejected: list[Rejected] = []
+
+    def walk(folder: str, relative: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except OSError as error:
+            rejected.append(Rejected(key_of(relative), "unreadable", error.strerror or str(error)))
+            return
+        for entry in entries:
+            name = os.path.join(relative, entry.name) if relative else entry.name
+            if entry.is_dir():
+                status = entry.stat()
+                identity = (status.st_dev, status.st_ino)
+                if entry.name.startswith("."):
+                    rejected.append(Rejected(key_of(name), "hidden", "hidden folder"))
+                elif identity in above:
+                    rejected.append(Rejected(key_of(name), "link-loop", "links to a folder above"))
+                else:
+                    yield from walk(entry.path, name, above | {identity})
+            else:
+                yield name
+
+    status = os.stat(root)
+    files.extend(walk(str(root), "", frozenset({(status.st_dev, status.st_ino)})))
+    return files, rejected
+
+
+def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
+    """((height, width), file length) of a JPEG, PNG or WebP, or why it is not used."""
+    try:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            head = file.read(32)
+            kind = _kind(head)
+            if kind is None:
+                detail = "empty file" if not head else "neither JPEG, PNG nor WebP by content"
+                return Rejected(key, "not-an-image", detail)
+            if kind == "PNG" and head[24:25] == b"\x10":
+                return Rejected(key, "16-bit", "16-bit PNG; convert it to 8 bits per channel")
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # large images and odd EXIF data warn only
+                with Image.open(file) as image:
+                    width, height = image.size
+                    animated = kind != "JPEG" and getattr(image, "n_frames", 1) > 1
+    except UnidentifiedImageError:
+        return Rejected(key, "broken-header", "its header cannot be read")
+    except Image.DecompressionBombError as error:
+        return Rejected(key, "too-large", str(error))
+    except OSError as error:
+        reason = "unreadable" if error.errno is not None else "broken-header"
+        return Rejected(key, reason, error.strerror or str(error))
+    except (SyntaxError, ValueError, IndexError) as error:  # Pillow's parsers on damaged headers
+        return Rejected(key, "broken-header", str(error))
+    if animated:
+        return Rejected(key, "animation", "animated image; keep one frame")
+    if max(height, width) > MAX_SIDE or min(height, width) < 1:
+        return Rejected(key, "too-large", f"{width}x{height} pixels; a side may have {MAX_SIDE}")
+    return (height, width), length
+
+
+def _kind(head: bytes) -> str | None:
+    if head[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    return None
+
+
+def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
+    """A file that says where a teacher's outputs are.
+
+    One column: the teacher's class names, one per line, in the order of its outputs.
+    Two columns (tab or spaces): a folder's class name and the index of its output.
+
+    Returns:
+        A tuple of names, or a dict from folder class to output index.
+
+    Raises:
+        UsageError: unreadable, or neither form.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the class map cannot be read: {error}.") from error
+    rows = [line.rsplit(None, 1) for line in lines if line and not line.startswith("#")]
+    if rows and all(len(row) == 2 and row[1].isdigit() for row in rows):
+        return {name: int(index) for name, index in rows}
+    if rows and all(not (len(row) == 2 and row[1].isdigit()) for row in rows):
+        return tuple(" ".join(row) for row in rows)
+    raise UsageError(
+        f"{path}: a class map has either one class name per line, in the order of the teacher's "
+        "outputs, or 'class index' on every line."
+    )

@@ -1,0 +1,60 @@
+"""From a teacher's outputs on the device to the arrays a store keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fkdpipe import teachers as teachers_
+from fkdpipe.replay import View, normalise
+from fkdpipe.storage import labels
+from fkdpipe.storage.labels import Form
+from fkdpipe.teachers import Teacher
+
+
+def views_of(teachers: Sequence[Teacher]) -> list[View]:
+    """The distinct views the teachers need, in order of first use."""
+    views = [View(t.preprocessing.size, t.preprocessing.interpolation) for t in teachers]
+    return list(dict.fromkeys(views))
+
+
+def teacher_logits(
+    teachers: Sequence[Teacher], pixels: dict[View, torch.Tensor]
+) -> list[torch.Tensor]:
+    """float32 (B, C) of each teacher, from uint8 pixels of each view on the device."""
+    logits = []
+    for teacher in teachers:
+        p = teacher.preprocessing
+        logits.append(
+            teacher.logits(normalise(pixels[View(p.size, p.interpolation)], p.mean, p.std))
+        )
+    return logits
+
+
+def encode(
+    form: Form, logits: Sequence[torch.Tensor], shares: Sequence[float], temperature: float
+) -> dict[str, np.ndarray]:
+    """The stored fields of B crops.
+
+    Args:
+        logits: float32 (B, C) of each teacher.
+        shares: of the ensemble, summing to 1.
+    """
+    if form.kind == "logits":
+        (z_BC,) = logits  # an ensemble is an average of probabilities; the caller refuses others
+        top_B = z_BC.max(dim=1).values
+        scores = labels.encode_scores((z_BC - top_B[:, None]).cpu().numpy())
+        return {"logit": scores, "logit_max": top_B.cpu().numpy()}
+    log_prob_BC = teachers_.average(logits, shares, temperature)
+    if form.kind == "full":
+        return {"log_prob": labels.encode_scores(log_prob_BC.cpu().numpy())}
+    top = log_prob_BC.topk(form.k, dim=1)
+    ids_BK = top.indices.cpu().numpy()
+    dtype = labels.id_dtype(log_prob_BC.shape[1])
+    if form.kind == "hard":
+        return {"ids": ids_BK.astype(dtype)}
+    ids_BK, prob_BK = labels.hybrid_order(ids_BK, top.values.exp().cpu().numpy())
+    name = "stick" if form.compact else "prob"
+    return {"ids": ids_BK.astype(dtype), name: labels.encode_probabilities(form, prob_BK)}

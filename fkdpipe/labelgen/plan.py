@@ -1,0 +1,253 @@
+"""What a run of `generate` has to make: the store opened or created, its parts started.
+
+Settings are compared here, before any hour is spent: what a store was made with cannot change.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fkdpipe import images, replay
+from fkdpipe.distributed import Rank
+from fkdpipe.errors import StoreError, StoreMismatchError, UsageError
+from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.progress import Reporter, silent
+from fkdpipe.replay import Backend, BackendChoice, Request
+from fkdpipe.storage import labels, rounds, schema, writer
+from fkdpipe.storage.location import Location
+from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.store import IMAGES, Part, Store
+from fkdpipe.teachers import Teacher
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One round: its crops, and what is made of them."""
+
+    crops: Part
+    made: tuple[Part, ...]
+
+    @property
+    def crops_M(self) -> int:
+        return int(self.crops.settings["crops"])
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.crops, *self.made)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know about its store.
+
+    Attributes:
+        root: folder that the keys are relative to. replay: backend of the pixels.
+    """
+
+    store: Store
+    root: Path
+    rounds: tuple[RoundPlan, ...]
+    replay: Backend
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for round_plan in self.rounds for part in round_plan.parts]
+
+
+def default_source(teachers: Sequence[Teacher]) -> str:
+    """The teachers' names joined: what a source is called when the user names none."""
+    return "+".join(t.spec.name.replace(":", "-").replace("/", "-") for t in teachers)
+
+
+def prepare(
+    location: Location,
+    data: Path,
+    settings: GenerateSettings,
+    teachers: Sequence[Teacher],
+    *,
+    device: torch.device,
+    rank: Rank = Rank(),
+    reporter: Reporter = silent,
+) -> Plan:
+    """Open or create the store and start the parts that are asked for.
+
+    Raises:
+        UsageError: settings that cannot be right (K above C, logits of an ensemble, ...).
+        StoreMismatchError: the store was made with other settings; says which.
+        ImagesError: the folder cannot be used, or its classes are not the store's.
+    """
+    classes = _classes(teachers)
+    form = settings.parsed_form
+    labels.check_form(form, classes)
+    if form.kind == "logits" and len(teachers) > 1:
+        raise UsageError(
+            "form logits keeps one teacher's scores; several teachers are averaged as "
+            "probabilities: take full or topk:K, or generate one source per teacher."
+        )
+    fields = schema.label_fields(form, classes)
+    store = _open_or_create(location, data, settings, fields, rank, reporter)
+    root = images.split_root(data, "train")
+    images.check_same_classes(store.images.class_names, images.class_folders(root), where=str(data))
+    source = settings.source or default_source(teachers)
+    backend = _backend(store, source, settings.replay, device, root)
+    label_settings = {
+        "form": settings.form,
+        "classes": classes,
+        "temperature": settings.temperature,
+        "precision": teachers[0].precision,
+        "replay": backend,
+        "teachers": [teacher.facts() for teacher in teachers],
+    }
+    provenance = {
+        "teachers": [str(teacher.spec.name) for teacher in teachers],
+        "replay": replay.versions(backend),
+        "packages": writer.package_versions(),
+    }
+    plans = []
+    for part in _rounds(store, settings):
+        made = writer.add_part(
+            store,
+            f"rounds/{part.round}/labels/{source}",
+            "labels",
+            {**label_settings, "crops": part.settings["crops"]},
+            fields,
+            int(part.settings["crops"]),
+            provenance=provenance,
+        )
+        plans.append(RoundPlan(part, (made,)))
+    return Plan(store, root, tuple(plans), backend)
+
+
+def _classes(teachers: Sequence[Teacher]) -> int:
+    widths = {t.classes if t.columns is None else len(t.columns) for t in teachers}
+    if len(widths) > 1:
+        raise UsageError(f"the teachers have different numbers of classes: {sorted(widths)}.")
+    return widths.pop()
+
+
+def _open_or_create(
+    location: Location,
+    data: Path,
+    settings: GenerateSettings,
+    fields: list[Field],
+    rank: Rank,
+    reporter: Reporter,
+) -> Store:
+    if _ready(location):
+        return Store(location)
+    if not rank.main:
+        log.info("waiting for part 1 to list the images")
+        while not _ready(location):
+            time.sleep(1)
+        return Store(location)
+    if settings.crops is None:
+        raise UsageError("say how many crops per image to record: --crops M.")
+    with reporter.task("scan", 0, "files") as advance:
+        folder = images.scan(data, on_image=advance)
+    for rejected in folder.rejected[:20]:
+        log.warning("%s is left out: %s, %s", rejected.key, rejected.reason, rejected.detail)
+    if len(folder.rejected) > 20:
+        log.warning("... and %d more files; the store lists them", len(folder.rejected) - 20)
+    if folder.empty_classes:
+        log.warning("classes without images: %s", ", ".join(folder.empty_classes[:10]))
+    per_image = schema.bytes_per_image([*fields, *schema.crop_fields()], settings.crops)
+    return writer.create_store(
+        location,
+        keys=folder.keys,
+        class_N=folder.class_N,
+        size_N2=folder.size_N2,
+        bytes_N=folder.bytes_N,
+        class_names=folder.class_names,
+        rejected=[(r.key, r.reason, r.detail) for r in folder.rejected],
+        fingerprint=folder.fingerprint,
+        seed=settings.seed,
+        unit=schema.unit_images(per_image),
+    )
+
+
+def _ready(location: Location) -> bool:
+    """Is there a store whose list of images is complete?"""
+    if location.length("zarr.json") is None:
+        if any(True for _ in location.list()):
+            foreign = next(iter(location.list()))[0]
+            if not foreign.startswith(("images/", "commits/")) and not foreign.endswith(".partial"):
+                raise StoreError(
+                    f"{location.url} is not empty and holds no store ({foreign} is there). "
+                    "Name a new folder.",
+                    code="not-empty",
+                )
+        return False
+    store = Store(location)
+    return IMAGES in store.parts and store.marker(store.part(IMAGES), 0) is not None
+
+
+def _rounds(store: Store, settings: GenerateSettings) -> list[Part]:
+    """The rounds there are, and a further one for the crops that are still wanted."""
+    known = store.rounds()
+    have = sum(int(part.settings["crops"]) for part in known)
+    wanted = have if settings.crops is None else settings.crops
+    if wanted < have:
+        raise StoreMismatchError(
+            f"{store.url} has {have} crops per image, {wanted} are asked for. Leave --crops out to "
+            "keep them; `fkdpipe thin` makes a store with fewer.",
+            code="settings",
+        )
+    for part in known:
+        changed = schema.differences(_law(part.settings), _law(_wanted_law(settings)))
+        if changed:
+            raise StoreMismatchError(
+                f"{store.url} was made with other settings: {'; '.join(changed)}.", code="settings"
+            )
+    if wanted > have:
+        known.append(
+            writer.add_crops(
+                store,
+                settings.crop,
+                seed=settings.seed,
+                count=wanted - have,
+                derived=settings.boxes == "derived",
+            )
+        )
+    return known
+
+
+def _wanted_law(settings: GenerateSettings) -> Json:
+    return rounds.crop_settings(
+        settings.crop, seed=settings.seed, first=0, count=0, derived=settings.boxes == "derived"
+    )
+
+
+def _law(settings: Json) -> Json:
+    return {k: v for k, v in settings.items() if k not in ("first", "crops")}
+
+
+def _backend(
+    store: Store, source: str, choice: BackendChoice, device: torch.device, root: Path
+) -> Backend:
+    """The backend a source was begun with, or the one chosen for a new source."""
+    begun = [p for p in store.parts.values() if p.kind == "labels" and p.source == source]
+    if begun and choice == "auto":
+        return begun[0].settings["replay"]
+    return replay.choose_backend(choice, device, _sample(store, root))
+
+
+def _sample(store: Store, root: Path) -> Request:
+    """A few crops of the first images, for the backend's self-check."""
+    listed = store.images
+    count = min(8, len(listed))
+    boxes = [[[0, 0, h, w], [0, 0, max(1, h // 2), w]] for h, w in listed.size_N2[:count].tolist()]
+    return Request(
+        paths=[images.path_of(root, key) for key in listed.keys[:count]],
+        size_I2=listed.size_N2[:count],
+        box_Im4=np.array(boxes, dtype=np.uint16),
+        flip_Im=np.zeros((count, 2), dtype=bool),
+    )

@@ -1,0 +1,350 @@
+"""Image classifiers by name: built by timm or torchvision, filled with weights.
+
+Both teachers and students start here. A model is written NAME (pretrained weights from the
+library's hub) or NAME=FILE (a local checkpoint); `torchvision:NAME` takes torchvision's model of
+that name, a run folder of `fkdpipe train` names the student in it.
+
+No file is ever unpickled: `.safetensors`, or torch's format read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import timm
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from fkdpipe.errors import ModelError, UsageError
+
+EXPORT_NAME = "student.safetensors"  # what a run folder holds for others to load
+_METADATA = "fkdpipe"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as a user writes it.
+
+    Attributes:
+        weights: a local checkpoint; None for the library's pretrained weights.
+    """
+
+    name: str
+    library: Literal["timm", "torchvision"] = "timm"
+    weights: Path | None = None
+
+    def __str__(self) -> str:
+        name = self.name if self.library == "timm" else f"torchvision:{self.name}"
+        return name if self.weights is None else f"{name}={self.weights}"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become a network's input.
+
+    Attributes:
+        size: (height, width) in pixels. crop_pct: share of the resized image that evaluation
+            keeps (centre crop). interpolation: "bilinear" or "bicubic". mean, std: per channel,
+            of pixels scaled to 0..1.
+    """
+
+    size: tuple[int, int]
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float = 0.875
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A built model.
+
+    Attributes:
+        classes: width of its output.
+        class_names: of its outputs where the checkpoint tells, else empty.
+    """
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    classes: int
+    class_names: tuple[str, ...] = ()
+
+
+def parse_spec(text: str) -> ModelSpec:
+    """`NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]` or a run folder.
+
+    Raises:
+        UsageError: empty name.
+        ModelError: unknown name (with near matches), or no such file.
+    """
+    if Path(text, EXPORT_NAME).is_file():
+        file = Path(text, EXPORT_NAME)
+        name = read_export(file).get("student")
+        if not name:
+            raise ModelError(f"{file} does not say which model it is; write NAME={file}.")
+        return ModelSpec(name, "timm", file)
+    name, _, file_text = text.partition("=")
+    if not name:
+        raise UsageError(f"{text!r} names no model; write NAME or NAME=FILE.")
+    library: Literal["timm", "torchvision"] = "timm"
+    if name.startswith("torchvision:"):
+        library, name = "torchvision", name.removeprefix("torchvision:")
+    _check_name(name, library)
+    if not file_text:
+        return ModelSpec(name, library)
+    if not Path(file_text).is_file():
+        raise ModelError(f"{name}: no such weights file: {file_text}.", code="no-weights")
+    return ModelSpec(name, library, Path(file_text))
+
+
+def _check_name(name: str, library: str) -> None:
+    if library == "timm":
+        if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(name.split(".")[0]):
+            return
+        known = timm.list_models()
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name in known:
+            return
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    raise ModelError(f"{library} has no model {name!r}.{hint}", code="unknown-model")
+
+
+def build(
+    spec: ModelSpec,
+    *,
+    classes: int | None = None,
+    size: tuple[int, int] | None = None,
+    pretrained: bool = True,
+    options: dict[str, Any] | None = None,
+) -> Loaded:
+    """Make a model and fill it.
+
+    Args:
+        classes: width of the output; None takes that of the weights.
+        size: (height, width) of the input; None takes that of the weights. Networks with
+            position embeddings are built for it.
+        pretrained: without a weights file, fetch the library's; False leaves it at random.
+        options: further arguments of timm's `create_model` (drop_path_rate, ...).
+
+    Raises:
+        ModelError: weights cannot be fetched, read, or do not fit; the message names keys.
+    """
+    state = read_weights(spec.weights) if spec.weights else None
+    facts = read_export(spec.weights) if spec.weights else {}
+    options = {**facts.get("options", {}), **(options or {})}
+    export_size = tuple(facts["size"]) if "size" in facts else None
+    size = size or cast("tuple[int, int] | None", export_size)
+    fetch = pretrained and state is None
+    module = _create(spec, classes=classes, size=size, pretrained=fetch, options=options)
+    if state is not None:
+        width = _width_of(state, module)
+        if classes is None and width is not None and width != _classes(module):
+            module = _create(spec, classes=width, size=size, pretrained=False, options=options)
+        load_state(module, state, where=str(spec))
+    preprocessing = _preprocessing(spec, module)
+    if facts:
+        known: dict[str, Any] = {k: facts[k] for k in ("interpolation", "crop_pct") if k in facts}
+        known |= {k: tuple(facts[k]) for k in ("mean", "std") if k in facts}
+        preprocessing = replace(preprocessing, **known)
+    if size is not None:
+        preprocessing = replace(preprocessing, size=size)
+    return Loaded(module, preprocessing, _classes(module), tuple(facts.get("class_names", ())))
+
+
+def _create(
+    spec: ModelSpec,
+    *,
+    classes: int | None,
+    size: tuple[int, int] | None,
+    pretrained: bool,
+    options: dict[str, Any],
+) -> nn.Module:
+    try:
+        if spec.library == "torchvision":
+            width = {} if classes is None else {"num_classes": classes}
+            weights = "DEFAULT" if pretrained else None
+            if pretrained and classes is not None:
+                raise ModelError(f"{spec}: pretrained weights have their own number of classes.")
+            return torchvision.models.get_model(spec.name, weights=weights, **width, **options)
+        extra = dict(options)
+        if classes is not None:
+            extra["num_classes"] = classes
+        if size is not None and _needs_size(spec.name):
+            extra["img_size"] = size
+        return timm.create_model(spec.name, pretrained=pretrained, **extra)
+    except ModelError:
+        raise
+    except Exception as error:
+        if pretrained and not isinstance(error, (TypeError, AssertionError)):
+            raise ModelError(
+                f"{spec}: its pretrained weights could not be fetched "
+                f"({type(error).__name__}: {_first_line(error)}). Without a network, give a local "
+                f"file: {spec}=weights.safetensors.",
+                code="offline",
+            ) from error
+        raise ModelError(f"{spec} cannot be built: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _needs_size(name: str) -> bool:
+    """Is the network built for one input size (position embeddings, relative windows)?"""
+    config = timm.get_pretrained_cfg(name.removeprefix("hf-hub:").removeprefix("hf_hub:"))
+    return bool(config is not None and config.fixed_input_size)
+
+
+def classifier_name(module: nn.Module) -> str:
+    """State-dict prefix of the last linear layer."""
+    config = getattr(module, "pretrained_cfg", None)
+    name = config.get("classifier") if config else None
+    if isinstance(name, (tuple, list)):
+        name = name[0]
+    if name:
+        return str(name)
+    linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    return linears[-1] if linears else ""
+
+
+def _classes(module: nn.Module) -> int:
+    width = getattr(module, "num_classes", None)
+    if width is not None:
+        return int(width)
+    linear = module.get_submodule(classifier_name(module))
+    return int(linear.out_features)  # type: ignore[arg-type]
+
+
+def _width_of(state: dict[str, torch.Tensor], module: nn.Module) -> int | None:
+    name = classifier_name(module)
+    for key in (f"{name}.weight", f"{name}.fc.weight"):
+        if key in state:
+            return int(state[key].shape[0])
+    return None
+
+
+def _preprocessing(spec: ModelSpec, module: nn.Module) -> Preprocessing:
+    if spec.library == "torchvision":
+        ways = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
+        side = ways.crop_size[0]
+        return Preprocessing(
+            size=(side, side),
+            interpolation=_interpolation(ways.interpolation.value),
+            mean=tuple(ways.mean),
+            std=tuple(ways.std),
+            crop_pct=side / ways.resize_size[0],
+        )
+    config = resolve_model_data_config(module)
+    return Preprocessing(
+        size=tuple(config["input_size"][1:]),
+        interpolation=_interpolation(config["interpolation"]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_pct=float(config["crop_pct"]),
+    )
+
+
+def _interpolation(name: str) -> Literal["bilinear", "bicubic"]:
+    return "bicubic" if name == "bicubic" else "bilinear"
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """A state dict; wrappers ("state_dict", "model", EMA) and DDP prefixes are taken off.
+
+    Raises:
+        ModelError: unreadable, or nothing in it is a state dict.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError) as error:
+        raise ModelError(f"{file} cannot be read: {_first_line(error)}.") from error
+    except Exception as error:  # torch.load raises whatever its unpickler met
+        raise ModelError(
+            f"{file} is not a checkpoint of plain tensors ({_first_line(error)}). Save its "
+            "state_dict alone, best as .safetensors; fkdpipe never runs code from a file."
+        ) from error
+    for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
+        raise ModelError(f"{file} holds no state dict.")
+    state = {k: v for k, v in content.items() if torch.is_tensor(v)}
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, where: str) -> None:
+    """Fill a module, refusing any key or shape that does not fit.
+
+    Raises:
+        ModelError: with the first keys that are missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    problems = [
+        ("missing", [key for key in own if key not in state]),
+        ("unknown", [key for key in state if key not in own]),
+        (
+            "of another shape",
+            [
+                f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    lines = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems
+        if keys
+    ]
+    if lines:
+        raise ModelError(f"{where}: the checkpoint does not fit: {'; '.join(lines)}.", code="keys")
+    module.load_state_dict(state)
+
+
+def state_digest(module: nn.Module) -> str:
+    """sha256 (hex) over names, dtypes, shapes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_export(file: Path, module: nn.Module, facts: dict[str, Any]) -> None:
+    """Weights for others: `timm.create_model(name, checkpoint_path=file)` loads them.
+
+    Args:
+        facts: kept as JSON in the header: student, size, mean, std, class names, ...
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    save_file(state, file, metadata={"format": "pt", _METADATA: json.dumps(facts)})
+
+
+def read_export(file: Path) -> dict[str, Any]:
+    """The facts in a safetensors header that fkdpipe wrote; empty for other files."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {_first_line(error)}.") from error

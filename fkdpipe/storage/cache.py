@@ -1,0 +1,227 @@
+"""The local cache: narrow arrays of a part as flat memory-mapped files, made once per node.
+
+Training never asks Zarr for one image. Whole shards are read, their checksums compared, and their
+values laid out as `.npy` files that every rank and worker of the node maps. A cache belongs to one
+manifest: a store that changed has another manifest and so another cache. It is filled under a
+temporary name and renamed when complete, so a kill leaves nothing that could be used; a file lock
+lets one process fill it while the others wait. Its checksums are compared again at every start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from fkdpipe.errors import DamagedStoreError, StoreError
+from fkdpipe.storage import commits, rounds, schema
+from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage.commits import BrokenRecordError, Manifest
+from fkdpipe.storage.schema import Field
+from fkdpipe.storage.store import Part, Store
+
+log = logging.getLogger(__name__)
+
+THREADS = 2  # shards decoded at once; more gain nothing on the Python side
+_BLOCK = 2**24
+
+
+def default_cache_dir() -> Path:
+    """Local temporary space, one folder per user; never a home directory on a network."""
+    return Path(tempfile.gettempdir()) / f"fkdpipe-cache-{os.getuid()}"
+
+
+def folder_of(cache_dir: Path, part: Part, manifest: Manifest) -> Path:
+    """Where the cache of this part in exactly this state lies."""
+    name = hashlib.sha256(manifest.to_bytes() + commits.seal_record({"m": part.metadata}))
+    return cache_dir / name.hexdigest()[:32]
+
+
+def hydrate(
+    store: Store,
+    part: Part,
+    manifest: Manifest,
+    cache_dir: Path,
+    *,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> dict[str, np.ndarray]:
+    """Narrow fields of a part as read-only memory maps (N, M, ...), filled on first use.
+
+    Rows of units that the manifest does not hold are zero.
+
+    Args:
+        on_images: called with the number of images that became available, for progress.
+
+    Raises:
+        DamagedStoreError: a shard differs from what was committed; nothing of it is served.
+        StoreError: too little space for the cache.
+    """
+    fields = narrow_fields(part)
+    folder = folder_of(cache_dir, part, manifest)
+    with _locked(cache_dir, folder.name):
+        problems = check(folder) if folder.is_dir() else ["missing"]
+        if problems:
+            if folder.is_dir():
+                log.warning("cache %s: %s; filling it again", folder, "; ".join(problems))
+                shutil.rmtree(folder)
+            _fill(store, part, manifest, fields, folder, on_images)
+        else:
+            on_images(store.num_images)
+    return {
+        field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r", allow_pickle=False)
+        for field in fields
+    }
+
+
+def narrow_fields(part: Part) -> list[Field]:
+    """Fields that are cached; of a round with derived boxes, what is derived."""
+    if part.kind == "crops" and not part.fields:
+        return schema.crop_fields()
+    return [field for field in part.fields if field.per_crop and not field.wide]
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with a cache folder, in words; empty when its checksums hold."""
+    try:
+        body = commits.open_record((folder / "cache.json").read_bytes())
+    except (OSError, BrokenRecordError) as error:
+        return [f"cache.json: {error}"]
+    problems = []
+    for name, expected in body["files"].items():
+        path = folder / name
+        found = _file_crc(path) if path.is_file() else None
+        if found != expected:
+            problems.append(f"{name} {'is missing' if found is None else 'has changed'}")
+    return problems
+
+
+def _fill(
+    store: Store,
+    part: Part,
+    manifest: Manifest,
+    fields: list[Field],
+    folder: Path,
+    on_images: Callable[[int], None],
+) -> None:
+    count = int(part.settings["crops"])
+    _require_space(store, fields, count, folder.parent)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        maps = {
+            field.name: np.lib.format.open_memmap(
+                partial / f"{field.name}.npy",
+                mode="w+",
+                dtype=np.dtype(field.dtype),
+                shape=(store.num_images, count, *field.shape),
+            )
+            for field in fields
+        }
+        for unit, values in _units(store, part, manifest, fields):
+            rows = store.unit_rows(unit)
+            for name, value in values.items():
+                maps[name][rows] = value
+            on_images(rows.stop - rows.start)
+        for array in maps.values():
+            array.flush()
+        del maps
+        files = {f"{field.name}.npy": _file_crc(partial / f"{field.name}.npy") for field in fields}
+        (partial / "cache.json").write_bytes(commits.seal_record({"files": files}))
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _units(
+    store: Store, part: Part, manifest: Manifest, fields: list[Field]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Values of every unit the manifest holds, a few units read ahead."""
+    if part.kind == "crops" and not part.fields:
+        for unit, made in manifest.made.items():
+            drawn = rounds.draw(store, part, unit)
+            if rounds.checksum(drawn) != made["crops_crc32c"]:
+                raise DamagedStoreError(
+                    f"{store.url}: {part.path}: the boxes of unit {unit} cannot be derived again; "
+                    "the seed or the list of images has changed.",
+                    unit=unit,
+                )
+            yield unit, {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        idle = [_arrays_for(store, part) for _ in range(THREADS)]
+        waiting: deque = deque()
+        for unit in manifest.made:
+            if len(waiting) == THREADS:
+                arrays, future = waiting.popleft()
+                yield future.result()
+                idle.append(arrays)
+            arrays = idle.pop()
+            job = (store, part, manifest, fields, unit, arrays)
+            waiting.append((arrays, pool.submit(_read_unit, *job)))
+        while waiting:
+            yield waiting.popleft()[1].result()
+
+
+def _arrays_for(store: Store, part: Part) -> Arrays:
+    """A set of arrays of one's own, so that threads decode side by side."""
+    arrays = Arrays()
+    for key in part.metadata:
+        arrays.load_metadata(key, store.location.read(key))
+    return arrays
+
+
+def _read_unit(
+    store: Store, part: Part, manifest: Manifest, fields: list[Field], unit: int, arrays: Arrays
+) -> tuple[int, dict[str, np.ndarray]]:
+    values = {}
+    for field in fields:
+        key = schema.shard_key(part.path, field, unit, 0)
+        shards = {key: store.read_checked(key, manifest.files, unit)}
+        region = (store.unit_rows(unit),)
+        values[field.name] = arrays.decode(f"{part.path}/{field.name}", region, shards)
+    return unit, values
+
+
+def _require_space(store: Store, fields: list[Field], crops_M: int, folder: Path) -> None:
+    needed = store.num_images * schema.bytes_per_image(fields, crops_M)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"the label cache needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
+            "free. Name a larger local folder with --cache.",
+            code="cache-full",
+        )
+
+
+def _file_crc(path: Path) -> str:
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            total = google_crc32c.extend(total, block)
+    return f"{total:08x}"
+
+
+@contextlib.contextmanager
+def _locked(cache_dir: Path, name: str) -> Iterator[None]:
+    """One process of the node at a time; the lock dies with its holder."""
+    cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(cache_dir / f"{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process fills the label cache %s; waiting for it", cache_dir)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

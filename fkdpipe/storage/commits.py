@@ -1,0 +1,187 @@
+"""What says that a unit is complete: markers, manifests and the claims of running writers.
+
+Everything lies under `commits/`, beside the arrays:
+
+    commits/<part>/part.json       lengths and checksums of the part's zarr.json files
+    commits/<part>/<unit>.json     marker: the unit is committed
+    commits/<part>/manifest.json   every unit is committed; the part is sealed
+    commits/claims/<i>-of-<n>.json who is writing
+
+All are JSON objects {"body": ..., "crc32c": ...}, the checksum taken over the canonical JSON of
+the body, so that a damaged marker cannot pass for another one. Bodies hold no times: equal units
+have equal markers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import google_crc32c
+
+from fkdpipe.storage.schema import Json, canonical
+
+FileTable = dict[str, tuple[int, str]]  # key to (length in bytes, crc32c in hex)
+
+
+class BrokenRecordError(ValueError):
+    """A marker, manifest or part record whose checksum or shape is wrong."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A committed unit.
+
+    Attributes:
+        settings: digest of the part's settings.
+        files: every object of the unit.
+        failed: row within the store -> (code, detail) of images that gave no labels.
+        made: what may differ between units without being a setting: batch, device, threads;
+            for derived boxes also their checksum.
+    """
+
+    part: str
+    unit: int
+    settings: str
+    files: FileTable
+    failed: dict[int, tuple[str, str]]
+    made: Json
+
+    def to_bytes(self) -> bytes:
+        return seal_record(
+            {
+                "part": self.part,
+                "unit": self.unit,
+                "settings": self.settings,
+                "files": self.files,
+                "failed": {str(row): list(why) for row, why in self.failed.items()},
+                "made": self.made,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A sealed part: the sum of its markers.
+
+    Attributes:
+        markers: length and checksum of every marker, by unit.
+        files: of all units together.
+        made: `Marker.made` by unit.
+    """
+
+    part: str
+    settings: str
+    markers: FileTable
+    files: FileTable
+    failed: dict[int, tuple[str, str]]
+    made: dict[int, Json]
+
+    def to_bytes(self) -> bytes:
+        return seal_record(
+            {
+                "part": self.part,
+                "settings": self.settings,
+                "markers": self.markers,
+                "files": self.files,
+                "failed": {str(row): list(why) for row, why in self.failed.items()},
+                "made": {str(unit): made for unit, made in self.made.items()},
+            }
+        )
+
+
+def part_key(part: str) -> str:
+    return f"commits/{part}/part.json"
+
+
+def marker_key(part: str, unit: int) -> str:
+    return f"commits/{part}/{unit}.json"
+
+
+def manifest_key(part: str) -> str:
+    return f"commits/{part}/manifest.json"
+
+
+def crc(data: bytes) -> str:
+    return f"{google_crc32c.value(data):08x}"
+
+
+def entry(data: bytes) -> tuple[int, str]:
+    """(length, crc32c) of an object, as file tables keep it."""
+    return len(data), crc(data)
+
+
+def seal_record(body: Json) -> bytes:
+    return canonical({"body": body, "crc32c": crc(canonical(body))})
+
+
+def open_record(data: bytes) -> Json:
+    """The body of a record.
+
+    Raises:
+        BrokenRecordError: not JSON, not of this shape, or its checksum is wrong.
+    """
+    try:
+        record = json.loads(data)
+        body, expected = record["body"], record["crc32c"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenRecordError("not a record of fkdpipe") from error
+    if not isinstance(body, dict) or crc(canonical(body)) != expected:
+        raise BrokenRecordError("its checksum is wrong")
+    if canonical(record) != data:
+        raise BrokenRecordError("not written by fkdpipe")
+    return body
+
+
+def marker_from(data: bytes) -> Marker:
+    """Raises BrokenRecordError."""
+    body = open_record(data)
+    try:
+        return Marker(
+            part=body["part"],
+            unit=int(body["unit"]),
+            settings=body["settings"],
+            files=_files(body["files"]),
+            failed=_failed(body["failed"]),
+            made=body["made"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BrokenRecordError("not a marker") from error
+
+
+def manifest_from(data: bytes) -> Manifest:
+    """Raises BrokenRecordError."""
+    body = open_record(data)
+    try:
+        return Manifest(
+            part=body["part"],
+            settings=body["settings"],
+            markers=_files(body["markers"]),
+            files=_files(body["files"]),
+            failed=_failed(body["failed"]),
+            made={int(unit): made for unit, made in body["made"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BrokenRecordError("not a manifest") from error
+
+
+def manifest_of(part: str, settings: str, markers: Mapping[int, Marker]) -> Manifest:
+    """The manifest that a part's markers amount to, in order of unit."""
+    files: FileTable = {}
+    failed: dict[int, tuple[str, str]] = {}
+    table: FileTable = {}
+    for unit in sorted(markers):
+        files |= markers[unit].files
+        failed |= markers[unit].failed
+        table[str(unit)] = entry(markers[unit].to_bytes())
+    made = {unit: markers[unit].made for unit in sorted(markers)}
+    return Manifest(part, settings, table, files, failed, made)
+
+
+def _files(table: Mapping[str, list]) -> FileTable:
+    return {key: (int(length), str(checksum)) for key, (length, checksum) in table.items()}
+
+
+def _failed(table: Mapping[str, list]) -> dict[int, tuple[str, str]]:
+    return {int(row): (str(code), str(detail)) for row, (code, detail) in table.items()}

@@ -1,0 +1,169 @@
+"""Where the bytes of a store live: a folder, or a prefix of an object store.
+
+Six verbs are all the store needs. A write is complete or absent: on disk a temporary file, fsync,
+rename, fsync of the folders; on an object store a put is atomic as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from fkdpipe.errors import StoreError
+
+PARTIAL = ".partial"  # ends the names of files that are being written
+
+
+class Location(Protocol):
+    """Bytes by key; keys use "/" and never start with it."""
+
+    url: str
+
+    def read(self, key: str) -> bytes:
+        """The whole object. Raises FileNotFoundError when there is none."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Replace or create, durably and atomically."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create; False, and nothing changed, when the key exists."""
+
+    def length(self, key: str) -> int | None:
+        """Bytes of an object, None when there is none."""
+
+    def age_seconds(self, key: str) -> float | None:
+        """Seconds since an object was written, None when there is none."""
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """(key, bytes) of every object below a prefix, in no particular order."""
+
+    def delete(self, key: str) -> None:
+        """Remove if present."""
+
+    def zarr_store(self) -> Any:
+        """The same place as a read-only Zarr store."""
+
+
+def open_location(place: str | os.PathLike[str]) -> Location:
+    """A folder path, or a URL (`s3://`, `gs://`, `az://`, `memory://`)."""
+    text = os.fspath(place)
+    if "://" in text and not text.startswith("file://"):
+        from fkdpipe.storage.remote import RemoteLocation
+
+        return RemoteLocation(text)
+    return LocalLocation(Path(text.removeprefix("file://")))
+
+
+class LocalLocation:
+    """A folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def read(self, key: str) -> bytes:
+        return (self.root / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        path = self.root / key
+        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+        try:
+            made = _make_folders(path.parent)
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            for folder in (path.parent, *made):
+                _sync_folder(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise _explained(error, path) from error
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self.root / key
+        try:
+            made = _make_folders(path.parent)
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            for folder in (path.parent, *made):
+                _sync_folder(folder)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _explained(error, path) from error
+        return True
+
+    def length(self, key: str) -> int | None:
+        try:
+            return (self.root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def age_seconds(self, key: str) -> float | None:
+        try:
+            return time.time() - (self.root / key).stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        top = self.root / prefix
+        for folder, _, names in os.walk(top):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # renamed or swept meanwhile
+                    yield path.relative_to(self.root).as_posix(), path.stat().st_size
+
+    def delete(self, key: str) -> None:
+        try:
+            (self.root / key).unlink(missing_ok=True)
+        except OSError as error:
+            raise _explained(error, self.root / key) from error
+
+    def zarr_store(self) -> Any:
+        from zarr.storage import LocalStore
+
+        return LocalStore(self.root, read_only=True)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Create a folder and those above; returns the parents whose entries changed."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return [path.parent for path in missing]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: OSError, path: Path) -> StoreError:
+    what = {
+        errno.ENOSPC: "the disk is full. Free some space",
+        errno.EDQUOT: "the disk quota is used up. Free some space",
+        errno.EACCES: "permission denied. Make the store writable",
+        errno.EPERM: "permission denied. Make the store writable",
+        errno.EROFS: "the file system is read-only. Make the store writable",
+    }.get(error.errno or 0, f"{error.strerror or error}. Mend that")
+    return StoreError(
+        f"{path} cannot be written: {what} and start the same command again; everything committed "
+        "so far is kept.",
+        code="cannot-write",
+    )

@@ -1,0 +1,68 @@
+"""A round: M crops of every image, drawn by one law from one seed.
+
+Rounds follow one another in an endless sequence of crops, so crop 7 of an image is the same crop
+whether a store was made in one round or grew by several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fkdpipe import crops
+from fkdpipe.crops import CropLaw, Crops
+from fkdpipe.errors import StoreError
+from fkdpipe.storage import commits
+from fkdpipe.storage.schema import Json
+from fkdpipe.storage.store import Part, Store
+
+
+def crop_settings(law: CropLaw, *, seed: int, first: int, count: int, derived: bool) -> Json:
+    """What a round of crops is: its law, and which crops of the endless sequence it holds."""
+    return {
+        "law": crops.LAW_NAME,
+        "version": crops.LAW_VERSION,
+        "scale": list(law.scale),
+        "ratio": list(law.ratio),
+        "flip": law.flip,
+        "seed": seed,
+        "boxes": "derived" if derived else "stored",
+        "first": first,
+        "crops": count,
+    }
+
+
+def law_of(settings: Mapping[str, Any]) -> CropLaw:
+    """The law recorded in a round's settings.
+
+    Raises:
+        StoreError: a law, or a version of it, that this fkdpipe does not know.
+    """
+    known = (crops.LAW_NAME, crops.LAW_VERSION)
+    if (settings["law"], settings["version"]) != known:
+        raise StoreError(f"crop law {settings['law']} {settings['version']} is not known here.")
+    return CropLaw(
+        scale=tuple(settings["scale"]),
+        ratio=tuple(settings["ratio"]),
+        flip=settings["flip"],
+    )
+
+
+def draw(store: Store, part: Part, unit: int) -> Crops:
+    """The crops of a unit, drawn anew from the seed of its round."""
+    rows = store.unit_rows(unit)
+    first, count = int(part.settings["first"]), int(part.settings["crops"])
+    return crops.sample(
+        law_of(part.settings),
+        seed=int(part.settings["seed"]),
+        image_id_N=crops.image_ids(list(store.images.keys[rows])),
+        size_N2=store.images.size_N2[rows],
+        crops_M=np.arange(first, first + count),
+    )
+
+
+def checksum(drawn: Crops) -> str:
+    """crc32c (hex) over the boxes and flips of a unit: what a derived round stores of them."""
+    return commits.crc(drawn.box_NM4.astype("<u2").tobytes() + drawn.flip_NM.tobytes())

@@ -1,0 +1,297 @@
+"""A store on disk, opened: its facts, its list of images and its parts.
+
+Small files only. What reads labels is `reader`, what fills a store is `writer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fkdpipe.errors import DamagedStoreError, StoreError, UnsealedStoreError
+from fkdpipe.storage import commits, schema
+from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
+from fkdpipe.storage.location import Location, open_location
+from fkdpipe.storage.schema import Field, Json
+
+IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that is made, committed and sealed together.
+
+    Attributes:
+        path: "images", "rounds/0/crops", "rounds/0/labels/<source>", ...
+        kind: "images", "crops", "labels" or "features".
+        round: number of the round, -1 for `images`.
+        source: name of the source, "" for images and crops.
+        tap: "pre" or "post" for features, else "".
+        settings: what two units of this part must have in common.
+        provenance: what else is known of its making.
+        fields: its arrays.
+        metadata: checksums of its zarr.json files.
+    """
+
+    path: str
+    kind: str
+    round: int
+    source: str
+    tap: str
+    settings: Json
+    provenance: Json
+    fields: tuple[Field, ...]
+    metadata: commits.FileTable
+
+    @property
+    def settings_digest(self) -> str:
+        return schema.digest(self.settings)
+
+    def field(self, name: str) -> Field:
+        return next(field for field in self.fields if field.name == name)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The store's list of images, in the store's order (a fixed random permutation).
+
+    Attributes:
+        keys: relative paths (`fkdpipe.images` writes and reads them).
+        class_N: int32, -1 without classes. size_N2: (height, width). bytes_N: file lengths.
+        class_names: in order of class index.
+        rejected: (key, reason, detail) of files left out when the folder was scanned.
+    """
+
+    keys: np.ndarray
+    class_N: np.ndarray
+    size_N2: np.ndarray
+    bytes_N: np.ndarray
+    class_names: tuple[str, ...]
+    rejected: tuple[tuple[str, str, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Store:
+    """An opened store. Cheap to make; arrays are read when asked for.
+
+    Attributes:
+        facts: of the root group: images (N), unit (U), group (g), fingerprint, order_seed.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.arrays = Arrays()
+        try:
+            root = location.read("zarr.json")
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(
+                f"{location.url} is not a store: no zarr.json there. `fkdpipe generate` makes one.",
+                code="no-store",
+            ) from None
+        try:
+            attributes = json.loads(root)["attributes"]
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged("zarr.json", "cannot be read") from None
+        self.facts = schema.check_version(attributes, location.url)
+
+    @property
+    def url(self) -> str:
+        return self.location.url
+
+    @property
+    def num_images(self) -> int:
+        return int(self.facts["images"])
+
+    @property
+    def unit_size(self) -> int:
+        """U, images per unit."""
+        return int(self.facts["unit"])
+
+    @property
+    def group_size(self) -> int:
+        """g, crops per crop group."""
+        return int(self.facts["group"])
+
+    @property
+    def num_units(self) -> int:
+        return -(-self.num_images // self.unit_size)
+
+    def unit_rows(self, unit: int) -> slice:
+        return slice(unit * self.unit_size, min((unit + 1) * self.unit_size, self.num_images))
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Every part that has been started, by path."""
+        found = {}
+        for path in sorted(self._part_paths()):
+            found[path] = self._load_part(path)
+        return found
+
+    def refresh(self) -> None:
+        """Look again for parts, which this or another process may have added."""
+        self.__dict__.pop("parts", None)
+
+    def part(self, path: str) -> Part:
+        """Raises StoreError when the part does not exist."""
+        if path not in self.parts:
+            raise StoreError(
+                f"{self.url} has no {path}; it has {', '.join(sorted(self.parts)) or 'nothing'}.",
+                code="no-part",
+            )
+        return self.parts[path]
+
+    def rounds(self) -> list[Part]:
+        """The crops parts in order of round."""
+        return sorted((p for p in self.parts.values() if p.kind == "crops"), key=lambda p: p.round)
+
+    def sources(self, kind: str = "labels", tap: str = "") -> list[str]:
+        """Names of the sources that have labels (or features of a tap) in some round."""
+        return sorted({p.source for p in self.parts.values() if p.kind == kind and p.tap == tap})
+
+    @cached_property
+    def images(self) -> Images:
+        """The list of images, checked against its marker."""
+        part = self.part(IMAGES)
+        marker = self.marker(part, 0)
+        if marker is None:
+            raise UnsealedStoreError(
+                f"{self.url}: its list of images is not finished; start `fkdpipe generate` again.",
+                code="unsealed",
+            )
+        values = {}
+        for field in part.fields:
+            rows = int(part.settings["rows"][field.name])
+            key = schema.shard_key(IMAGES, field, 0, 0)
+            shards = {key: self.read_checked(key, marker.files, 0)} if rows else {}
+            region = (slice(0, rows),)
+            values[field.name] = self.arrays.decode(f"{IMAGES}/{field.name}", region, shards)
+        names = ("rejected_key", "rejected_reason", "rejected_detail")
+        return Images(
+            keys=values["key"].astype(object),
+            class_N=values["class"],
+            size_N2=values["size"],
+            bytes_N=values["bytes"],
+            class_names=tuple(str(name) for name in values["class_name"]),
+            rejected=tuple(
+                (str(a), str(b), str(c))
+                for a, b, c in zip(*(values[n] for n in names), strict=True)
+            ),
+        )
+
+    def marker(self, part: Part, unit: int) -> Marker | None:
+        """A unit's marker, None when there is none that belongs to this part."""
+        try:
+            marker = commits.marker_from(self.location.read(commits.marker_key(part.path, unit)))
+        except (FileNotFoundError, BrokenRecordError):
+            return None
+        same = (marker.part, marker.unit) == (part.path, unit)
+        return marker if same and marker.settings == part.settings_digest else None
+
+    def markers(self, part: Part) -> Iterator[tuple[int, Marker | None]]:
+        for unit in range(self.units_of(part)):
+            yield unit, self.marker(part, unit)
+
+    def units_of(self, part: Part) -> int:
+        return 1 if part.kind == "images" else self.num_units
+
+    def manifest(self, part: Part) -> Manifest | None:
+        """The part's manifest, None while it is not sealed.
+
+        Raises:
+            DamagedStoreError: there is one, and it is broken or belongs elsewhere.
+        """
+        key = commits.manifest_key(part.path)
+        try:
+            manifest = commits.manifest_from(self.location.read(key))
+        except FileNotFoundError:
+            return None
+        except BrokenRecordError as error:
+            raise self._damaged(key, str(error)) from None
+        if manifest.part != part.path or manifest.settings != part.settings_digest:
+            raise self._damaged(key, "belongs to another part or other settings")
+        return manifest
+
+    def sealed(self, part: Part) -> Manifest:
+        """The part's manifest.
+
+        Raises:
+            UnsealedStoreError: some units are missing; says how many.
+        """
+        manifest = self.manifest(part)
+        if manifest is None:
+            done = sum(marker is not None for _, marker in self.markers(part))
+            raise UnsealedStoreError(
+                f"{self.url}: {part.path} is not finished ({done} of {self.units_of(part)} units). "
+                "Start the same `fkdpipe generate` again: it makes the rest.",
+                code="unsealed",
+            )
+        return manifest
+
+    def read_checked(self, key: str, files: commits.FileTable, unit: int) -> bytes:
+        """An object whose length and checksum are those of the file table.
+
+        Raises:
+            DamagedStoreError: naming the unit and the command that mends it.
+        """
+        if key not in files:
+            raise self._damaged(key, "no marker knows it", unit)
+        try:
+            data = self.location.read(key)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._damaged(key, "is missing", unit) from None
+        if commits.entry(data) != files[key]:
+            raise self._damaged(key, "differs from what was committed", unit)
+        return data
+
+    def _part_paths(self) -> Iterator[str]:
+        for key, _ in self.location.list("commits"):
+            if key.endswith("/part.json"):
+                yield key.removeprefix("commits/").removesuffix("/part.json")
+
+    def _load_part(self, path: str) -> Part:
+        key = commits.part_key(path)
+        try:
+            body = commits.open_record(self.location.read(key))
+            metadata = {k: (int(n), str(c)) for k, (n, c) in body["metadata"].items()}
+        except (BrokenRecordError, KeyError, ValueError, FileNotFoundError) as error:
+            raise self._damaged(key, str(error)) from None
+        for name in metadata:
+            self.arrays.load_metadata(name, self.read_checked(name, metadata, -1))
+        group = json.loads(self.location.read(f"{path}/zarr.json"))
+        facts = group["attributes"][schema.ATTRIBUTE]
+        return Part(
+            path=path,
+            kind=facts["kind"],
+            round=facts["round"],
+            source=facts["source"],
+            tap=facts["tap"],
+            settings=facts["settings"],
+            provenance=facts["provenance"],
+            fields=tuple(Field.from_json(field) for field in facts["fields"]),
+            metadata=metadata,
+        )
+
+    def _damaged(self, key: str, what: str, unit: int | None = None) -> DamagedStoreError:
+        where = f" (unit {unit})" if unit is not None and unit >= 0 else ""
+        return DamagedStoreError(
+            f"{self.url}: {key}{where} {what}. See `fkdpipe verify {self.url} --full`; "
+            "`fkdpipe generate ... --repair` makes broken units again.",
+            unit=unit,
+        )
+
+
+def open_store(place: str | os.PathLike[str]) -> Store:
+    """Open a store; see `Store`.
+
+    Raises:
+        StoreError: no store there, or of another format version.
+    """
+    return Store(open_location(place))

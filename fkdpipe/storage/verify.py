@@ -1,0 +1,253 @@
+"""A store against its own claims: a list of problems, each with a stable code and a unit.
+
+code             what is wrong
+no-record        part.json, a zarr.json or a manifest is missing, damaged or foreign
+missing-unit     a unit of a sealed part has no valid marker
+marker-changed   a marker differs from the manifest's copy
+missing-file     an object of a committed unit is gone
+length           it has another length
+checksum         its crc32c differs (only with `full`)
+unknown-file     an object that no marker knows
+not-sealed       the part is not finished
+box-outside      a crop is empty or leaves its image
+id-range         a class id beyond the classes
+probability      NaN, negative, or a sum above 1
+unfilled         a row without a value that no failure explains
+duplicate        a key listed twice, or a class kept twice in one label
+cache            the local cache differs from what was hydrated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fkdpipe.crops import Crops, boxes_outside
+from fkdpipe.errors import DamagedStoreError, StoreError
+from fkdpipe.storage import cache, commits, labels, rounds
+from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
+from fkdpipe.storage.location import PARTIAL
+from fkdpipe.storage.store import IMAGES, Part, Store
+
+CODES = tuple(
+    line.split()[0] for line in (__doc__ or "").splitlines()[2:] if line.startswith("    ")
+)[1:]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. unit: -1 where no single unit is concerned."""
+
+    code: str
+    part: str
+    unit: int
+    detail: str
+
+    def to_json(self) -> dict[str, object]:
+        return {"code": self.code, "part": self.part, "unit": self.unit, "detail": self.detail}
+
+
+def verify(
+    store: Store,
+    *,
+    full: bool = False,
+    cache_dir: Path | None = None,
+    on_unit: Callable[[int], None] = lambda count: None,
+) -> list[Problem]:
+    """Compare a store with its records.
+
+    Args:
+        full: read every object, compare its checksum and look at the values.
+        cache_dir: with `full`, also check the local cache of this store there.
+        on_unit: called with 1 after each unit of each part.
+    """
+    try:
+        parts = list(store.parts.values())
+    except DamagedStoreError as error:
+        return [Problem("no-record", "", -1, str(error))]
+    problems: list[Problem] = []
+    known: set[str] = {"zarr.json"}
+    for part in parts:
+        known |= {commits.part_key(part.path), commits.manifest_key(part.path), *part.metadata}
+        known |= {commits.marker_key(part.path, u) for u in range(store.units_of(part))}
+        problems += _verify_part(store, part, known, full=full, on_unit=on_unit)
+        if full and cache_dir is not None and part.kind != "images":
+            problems += _verify_cache(store, part, cache_dir)
+    problems += _unknown_files(store, known)
+    if full:
+        problems += _duplicate_keys(store)
+    return problems
+
+
+def _verify_part(
+    store: Store, part: Part, known: set[str], *, full: bool, on_unit: Callable[[int], None]
+) -> Iterator[Problem]:
+    try:
+        manifest = store.manifest(part)
+    except DamagedStoreError as error:
+        manifest = None
+        yield Problem("no-record", part.path, -1, str(error))
+    else:
+        if manifest is None:
+            yield Problem("not-sealed", part.path, -1, "some units are missing; generate the rest")
+    for unit in range(store.units_of(part)):
+        marker, problem = _marker(store, part, unit, manifest)
+        if problem is not None:
+            yield problem
+        files = marker.files if marker is not None else _files_of(store, part, unit, manifest)
+        known |= set(files)
+        sound = True
+        for key, expected in files.items():
+            found = _compare(store, key, expected, full=full)
+            if found is not None:
+                sound = False
+                yield Problem(found, part.path, unit, key)
+        if full and sound and marker is not None:
+            yield from _values(store, part, marker)
+        on_unit(1)
+
+
+def _marker(
+    store: Store, part: Part, unit: int, manifest: Manifest | None
+) -> tuple[Marker | None, Problem | None]:
+    key = commits.marker_key(part.path, unit)
+    try:
+        data = store.location.read(key)
+    except FileNotFoundError:
+        problem = Problem("missing-unit", part.path, unit, f"{key} is missing")
+        return None, problem if manifest is not None else None
+    try:
+        marker = commits.marker_from(data)
+    except BrokenRecordError as error:
+        return None, Problem("marker-changed", part.path, unit, f"{key}: {error}")
+    own = (marker.part, marker.unit, marker.settings) == (part.path, unit, part.settings_digest)
+    if not own:
+        return None, Problem("marker-changed", part.path, unit, f"{key} belongs elsewhere")
+    if manifest is not None and manifest.markers.get(str(unit)) != commits.entry(data):
+        return None, Problem("marker-changed", part.path, unit, f"{key} is not the sealed one")
+    return marker, None
+
+
+def _files_of(store: Store, part: Part, unit: int, manifest: Manifest | None) -> commits.FileTable:
+    """What the manifest says of a unit whose marker is gone."""
+    if manifest is None:
+        return {}
+    prefix = tuple(f"{part.path}/{field.name}/c/{unit}/" for field in part.fields)
+    return {key: value for key, value in manifest.files.items() if key.startswith(prefix)}
+
+
+def _compare(store: Store, key: str, expected: tuple[int, str], *, full: bool) -> str | None:
+    length = store.location.length(key)
+    if length is None:
+        return "missing-file"
+    if length != expected[0]:
+        return "length"
+    if full and commits.entry(store.location.read(key)) != expected:
+        return "checksum"
+    return None
+
+
+def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
+    """Look at a unit's numbers; its checksums hold."""
+    unit = marker.unit
+    if part.kind == "crops":
+        try:
+            yield from _crop_values(store, part, marker)
+        except StoreError as error:
+            yield Problem("no-record", part.path, unit, str(error))
+    elif part.kind == "labels":
+        yield from _label_values(store, part, marker)
+
+
+def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
+    unit = marker.unit
+    if part.fields:
+        box = _decode(store, part, marker, "box")
+        flip = _decode(store, part, marker, "flip")
+        if rounds.checksum(Crops(box, flip)) != marker.made.get("crops_crc32c"):
+            yield Problem("checksum", part.path, unit, "boxes are not those that were committed")
+    else:
+        drawn = rounds.draw(store, part, unit)
+        box = drawn.box_NM4
+        if rounds.checksum(drawn) != marker.made.get("crops_crc32c"):
+            yield Problem("checksum", part.path, unit, "boxes cannot be derived again")
+    outside = boxes_outside(box, store.images.size_N2[store.unit_rows(unit)])
+    if outside.any():
+        yield Problem("box-outside", part.path, unit, f"{int(outside.sum())} crops")
+
+
+def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
+    unit, classes = marker.unit, int(part.settings["classes"])
+    form = labels.parse_form(part.settings["form"])
+    rows = store.unit_rows(unit)
+    good = np.ones(rows.stop - rows.start, dtype=bool)
+    good[[row - rows.start for row in marker.failed]] = False
+    if not form.sparse:
+        name = "log_prob" if form.kind == "full" else "logit"
+        scores = _decode(store, part, marker, name)[good].astype(np.float32)
+        if not np.isfinite(scores).all():
+            yield Problem("unfilled", part.path, unit, "scores that are not finite")
+        elif form.kind == "full":
+            total = np.exp(scores).sum(axis=-1)
+            bound = 2 * labels.error_bound(form, classes) + 1e-3
+            if (np.abs(total - 1) > bound).any():
+                yield Problem("probability", part.path, unit, "rows that do not sum to 1")
+        return
+    ids = _decode(store, part, marker, "ids")[good]
+    fill = int(np.iinfo(ids.dtype).max)
+    if (ids == fill).any():
+        yield Problem("unfilled", part.path, unit, f"{int((ids == fill).any(-1).sum())} crops")
+    elif (ids >= classes).any():
+        yield Problem("id-range", part.path, unit, f"class {int(ids.max())} of {classes}")
+    elif form.k > 1 and (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
+        yield Problem("duplicate", part.path, unit, "a class kept twice in one label")
+    if form.kind == "topk" and not form.compact:
+        prob = _decode(store, part, marker, "prob")[good].astype(np.float32)
+        ceiling = 1 + form.k * 2.0**-11
+        if not (np.isfinite(prob).all() and (prob >= 0).all() and (prob.sum(-1) <= ceiling).all()):
+            yield Problem("probability", part.path, unit, "NaN, negative, or a sum above 1")
+
+
+def _decode(store: Store, part: Part, marker: Marker, name: str) -> np.ndarray:
+    field = part.field(name)
+    prefix = f"{part.path}/{name}/c/"
+    shards = {
+        key: store.read_checked(key, marker.files, marker.unit)
+        for key in marker.files
+        if key.startswith(prefix)
+    }
+    return store.arrays.decode(f"{part.path}/{field.name}", (store.unit_rows(marker.unit),), shards)
+
+
+def _verify_cache(store: Store, part: Part, cache_dir: Path) -> Iterator[Problem]:
+    try:
+        manifest = store.manifest(part)
+    except DamagedStoreError:
+        return
+    if manifest is None:
+        return
+    folder = cache.folder_of(cache_dir, part, manifest)
+    if folder.is_dir():
+        for what in cache.check(folder):
+            yield Problem("cache", part.path, -1, f"{folder}: {what}")
+
+
+def _unknown_files(store: Store, known: set[str]) -> Iterator[Problem]:
+    for key, _ in store.location.list():
+        if key in known or key.endswith(PARTIAL) or key.startswith("commits/claims/"):
+            continue
+        yield Problem("unknown-file", "", -1, key)
+
+
+def _duplicate_keys(store: Store) -> Iterator[Problem]:
+    try:
+        keys = store.images.keys
+    except StoreError as error:
+        yield Problem("no-record", IMAGES, 0, str(error))
+        return
+    unique, counts = np.unique(keys.astype(str), return_counts=True)
+    for key in unique[counts > 1].tolist():
+        yield Problem("duplicate", IMAGES, 0, f"{key} is listed {int(counts.max())} times")

@@ -1,0 +1,317 @@
+"""Filling a store, one unit at a time: complete or absent.
+
+A unit's shards are encoded in memory, written and flushed to disk, read back, and only then
+committed by a marker. When the last unit of a part is committed, a manifest seals it. Nothing here
+depends on how many processes there are: whoever owns a unit commits it, the last one seals.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from fkdpipe import crops
+from fkdpipe.crops import CropLaw
+from fkdpipe.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.storage import commits, schema
+from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage.commits import Marker
+from fkdpipe.storage.location import PARTIAL, LocalLocation, Location
+from fkdpipe.storage.rounds import crop_settings
+from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.store import IMAGES, Part, Store
+
+
+def create_store(
+    location: Location,
+    *,
+    keys: Sequence[str],
+    class_N: np.ndarray,
+    size_N2: np.ndarray,
+    bytes_N: np.ndarray,
+    class_names: Sequence[str],
+    rejected: Sequence[tuple[str, str, str]],
+    fingerprint: str,
+    seed: int,
+    unit: int,
+    group: int = schema.GROUP_CROPS,
+) -> Store:
+    """Make a store that holds a list of images and no round yet.
+
+    Images are put into a random order that depends on `seed` and their keys alone, so that reading
+    unit after unit is fair to all classes.
+
+    Args:
+        keys, class_N, size_N2, bytes_N: one row per image, in any order.
+        fingerprint: of the image folder (`fkdpipe.images.fingerprint`).
+        seed: of the order.
+        unit: U, images per unit. group: g, crops per crop group.
+    """
+    order = crops.random_order(seed, crops.image_ids(keys))
+    values: dict[str, np.ndarray] = {
+        "key": np.array(keys, dtype=object)[order],
+        "class": class_N[order],
+        "size": size_N2[order],
+        "bytes": bytes_N[order],
+        "class_name": np.array(list(class_names), dtype=object),
+    }
+    for column, name in enumerate(("rejected_key", "rejected_reason", "rejected_detail")):
+        values[name] = np.array([row[column] for row in rejected], dtype=object)
+    rows = {name: len(column) for name, column in values.items()}
+    fields = schema.image_fields()
+    arrays = Arrays()
+    root = {
+        "format": schema.FORMAT,
+        "version": schema.FORMAT_VERSION,
+        "images": len(keys),
+        "unit": unit,
+        "group": group,
+        "fingerprint": fingerprint,
+        "order_seed": seed,
+        "made_by": package_versions(),
+    }
+    arrays.add_group("", {schema.ATTRIBUTE: root})
+    settings = {"fingerprint": fingerprint, "order_seed": seed, "rows": rows}
+    facts = _part_facts("images", -1, "", "", settings, {}, fields)
+    arrays.add_group(IMAGES, {schema.ATTRIBUTE: facts})
+    files: commits.FileTable = {}
+    shards: dict[str, bytes] = {}
+    for field in fields:
+        path = f"{IMAGES}/{field.name}"
+        length = rows[field.name]
+        arrays.add_array(
+            path, schema.array_settings(field, rows=length, crops=0, unit=unit, group=group)
+        )
+        if length:
+            shards |= arrays.encode(path, (slice(0, length),), values[field.name])
+    _write_metadata(location, IMAGES, arrays)
+    for key, data in shards.items():
+        files[key] = _write_and_read_back(location, key, data)
+    marker = Marker(IMAGES, 0, schema.digest(settings), files, {}, {})
+    location.write(commits.marker_key(IMAGES, 0), marker.to_bytes())
+    store = Store(location)
+    seal(store, store.part(IMAGES))
+    return store
+
+
+def add_crops(store: Store, law: CropLaw, *, seed: int, count: int, derived: bool = False) -> Part:
+    """Start a round of `count` more crops of every image.
+
+    Raises:
+        StoreMismatchError: earlier rounds were drawn by another law or seed.
+    """
+    rounds = store.rounds()
+    first = sum(int(part.settings["crops"]) for part in rounds)
+    settings = crop_settings(law, seed=seed, first=first, count=count, derived=derived)
+    for part in rounds:
+        same = ("law", "version", "scale", "ratio", "flip", "seed", "boxes")
+        changed = schema.differences(
+            {k: part.settings[k] for k in same}, {k: settings[k] for k in same}
+        )
+        if changed:
+            raise StoreMismatchError(
+                f"{store.url} was drawn by another law: {'; '.join(changed)}.", code="settings"
+            )
+    fields = [] if derived else schema.crop_fields()
+    return add_part(store, f"rounds/{len(rounds)}/crops", "crops", settings, fields, count)
+
+
+def add_part(
+    store: Store,
+    path: str,
+    kind: str,
+    settings: Json,
+    fields: Sequence[Field],
+    count: int,
+    *,
+    provenance: Json | None = None,
+) -> Part:
+    """Start a part, or find it started with the same settings.
+
+    Args:
+        path: where it lies. kind: "crops", "labels" or "features".
+        settings: two starts must agree on them. provenance: kept from the first start.
+        count: M, crops of its round.
+
+    Raises:
+        StoreMismatchError: started before with other settings; says which.
+    """
+    if path in store.parts:
+        changed = schema.differences(store.part(path).settings, settings)
+        if changed:
+            raise StoreMismatchError(
+                f"{store.url}: {path} was made with other settings: {'; '.join(changed)}. Take "
+                "the old settings to finish it, another --source name to add labels beside it, "
+                "or another store.",
+                code="settings",
+            )
+        return store.part(path)
+    words = path.split("/")
+    source = words[3] if len(words) > 3 else ""
+    tap = words[4] if len(words) > 4 else ""
+    facts = _part_facts(kind, int(words[1]), source, tap, settings, provenance or {}, fields)
+    arrays = Arrays()
+    arrays.add_group(path, {schema.ATTRIBUTE: facts})
+    for field in fields:
+        arrays.add_array(
+            f"{path}/{field.name}",
+            schema.array_settings(
+                field,
+                rows=store.num_images,
+                crops=count,
+                unit=store.unit_size,
+                group=min(store.group_size, count),
+            ),
+        )
+    _write_metadata(store.location, path, arrays)
+    store.refresh()
+    return store.part(path)
+
+
+def commit_unit(
+    store: Store,
+    part: Part,
+    unit: int,
+    values: Mapping[str, np.ndarray],
+    *,
+    failed: Mapping[int, tuple[str, str]] | None = None,
+    made: Json | None = None,
+) -> Marker:
+    """Write a unit's arrays, read them back, and commit them.
+
+    Args:
+        values: field name to (images of the unit, M, ...); rows of failed images hold fill values.
+        failed: row within the store to (code, detail).
+        made: batch, device and whatever else is recorded per unit.
+
+    Raises:
+        StoreError: the location cannot be written.
+        DamagedStoreError: what was written does not read back.
+    """
+    rows = store.unit_rows(unit)
+    files: commits.FileTable = {}
+    for field in part.fields:
+        for region in _regions(field, rows, values[field.name].shape[1], store.group_size):
+            data = np.asarray(values[field.name][:, region[1]])
+            shards = store.arrays.encode(f"{part.path}/{field.name}", region, data)
+            assert len(shards) == 1, f"{part.path}/{field.name} {region} is not one whole shard"
+            for key, blob in shards.items():
+                files[key] = _write_and_read_back(store.location, key, blob)
+    marker = Marker(
+        part.path, unit, part.settings_digest, files, dict(failed or {}), dict(made or {})
+    )
+    store.location.write(commits.marker_key(part.path, unit), marker.to_bytes())
+    return marker
+
+
+def fill_rows(field: Field, images: int, crops_M: int) -> np.ndarray:
+    """An array of fill values for a unit's field."""
+    return np.full((images, crops_M, *field.shape), field.fill, dtype=field.dtype)
+
+
+def seal(store: Store, part: Part) -> bool:
+    """Write the manifest when every unit is committed; True when the part is sealed after it."""
+    found: dict[int, Marker] = {}
+    for unit, marker in store.markers(part):
+        if marker is None:
+            return False
+        found[unit] = marker
+    manifest = commits.manifest_of(part.path, part.settings_digest, found)
+    store.location.write(commits.manifest_key(part.path), manifest.to_bytes())
+    return True
+
+
+def committed_units(store: Store, part: Part, units: Iterable[int]) -> set[int]:
+    """Units whose marker is valid and whose files are all there at their full length."""
+    done = set()
+    for unit in units:
+        marker = store.marker(part, unit)
+        if marker is not None and all(
+            store.location.length(key) == length for key, (length, _) in marker.files.items()
+        ):
+            done.add(unit)
+    return done
+
+
+def sweep(store: Store) -> int:
+    """Remove what killed writers left behind: partial files. Only a sole writer may call it."""
+    if not isinstance(store.location, LocalLocation):
+        return 0  # object stores have none: a put is complete or absent
+    litter = [key for key, _ in store.location.list() if key.endswith(PARTIAL)]
+    for key in litter:
+        store.location.delete(key)
+    return len(litter)
+
+
+def package_versions() -> Json:
+    """Versions of the packages that have a say in what a store holds."""
+    names = ("fkdpipe", "numpy", "zarr", "numcodecs", "torch", "torchvision", "timm")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _part_facts(
+    kind: str,
+    round_: int,
+    source: str,
+    tap: str,
+    settings: Json,
+    provenance: Json,
+    fields: Sequence[Field],
+) -> Json:
+    return {
+        "kind": kind,
+        "round": round_,
+        "source": source,
+        "tap": tap,
+        "settings": settings,
+        "provenance": provenance,
+        "fields": [field.to_json() for field in fields],
+    }
+
+
+def _regions(field: Field, rows: slice, crops_M: int, group: int) -> list[tuple[slice, slice]]:
+    """Whole shards of a unit: one for a narrow field, one per crop group for a wide one."""
+    span = min(group, crops_M) if field.wide else crops_M
+    return [(rows, slice(k, min(k + span, crops_M))) for k in range(0, crops_M, span)]
+
+
+def _write_and_read_back(location: Location, key: str, data: bytes) -> tuple[int, str]:
+    location.write(key, data)
+    expected = commits.entry(data)
+    if commits.entry(location.read(key)) != expected:
+        raise DamagedStoreError(
+            f"{location.url}: {key} does not read back as written. Check the disk.",
+            code="write-back",
+        )
+    return expected
+
+
+def _write_metadata(location: Location, part: str, arrays: Arrays) -> None:
+    """Write a part's zarr.json files, its record last. Equal parts write equal bytes, so it does
+    no harm when two processes start the same part at once."""
+    metadata = {}
+    for key, data in sorted(arrays.metadata().items()):
+        if key == "zarr.json" and part != IMAGES:
+            continue  # the root group belongs to `images`
+        there = _read_or_none(location, key)
+        if there is not None and not key.startswith(part):
+            data = there  # a group above, shared with other parts
+        elif there != data:
+            location.write(key, data)
+        metadata[key] = commits.entry(data)
+    location.write(commits.part_key(part), commits.seal_record({"metadata": metadata}))
+
+
+def _read_or_none(location: Location, key: str) -> bytes | None:
+    try:
+        return location.read(key)
+    except FileNotFoundError:
+        return None

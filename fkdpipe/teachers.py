@@ -1,0 +1,201 @@
+"""Frozen teachers: their own input size, interpolation and normalisation, their own precision.
+
+A teacher is always in eval mode and without gradients to its weights. Several are averaged as
+probabilities at one temperature, each seeing the same crops at its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo
+from torch import nn
+
+from fkdpipe import models
+from fkdpipe.errors import ModelError, UsageError
+from fkdpipe.models import ModelSpec, Preprocessing
+
+Precision = Literal["float32", "bfloat16", "float16"]
+ClassMap = dict[str, int] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One frozen network.
+
+    Attributes:
+        classes: width of its output, before `columns`.
+        columns: int64, which outputs are the folder's classes, None for all in order.
+        weight: share in an ensemble; the shares of all teachers sum to 1.
+        digest: sha256 of its weights.
+    """
+
+    spec: ModelSpec
+    module: nn.Module
+    preprocessing: Preprocessing
+    classes: int
+    columns: np.ndarray | None
+    weight: float
+    precision: Precision
+    digest: str
+
+    def logits(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """float32 (B, C) scores before softmax, of normalised channels-last pixels."""
+        with torch.no_grad(), autocast(self.precision, pixels_B3HW.device):
+            logits_BC = self.module(pixels_B3HW)
+        logits_BC = logits_BC.float()
+        if self.columns is None:
+            return logits_BC
+        return logits_BC[:, torch.from_numpy(self.columns).to(logits_BC.device)]
+
+    def facts(self) -> dict[str, Any]:
+        """What a store records: everything that decides its outputs."""
+        p = self.preprocessing
+        return {
+            "name": self.spec.name,
+            "library": self.spec.library,
+            "weights": self.digest,
+            "share": self.weight,
+            "size": list(p.size),
+            "interpolation": p.interpolation,
+            "mean": list(p.mean),
+            "std": list(p.std),
+            "classes": self.classes,
+            "columns": None if self.columns is None else self.columns.tolist(),
+        }
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """torch's autocast at a precision; float32 switches it off."""
+    if precision == "float32":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=getattr(torch, precision))
+
+
+def load_teachers(
+    specs: Sequence[ModelSpec],
+    *,
+    class_names: Sequence[str],
+    weights: Sequence[float] = (),
+    class_maps: Sequence[ClassMap] = (),
+    precision: Precision = "float32",
+    device: torch.device | None = None,
+) -> list[Teacher]:
+    """Build, fill and freeze teachers.
+
+    Args:
+        class_names: of the image folder; each teacher must have outputs for them.
+        weights: relative shares, one per teacher; equal when empty.
+        class_maps: none, one for all, or one per teacher (`fkdpipe.images.read_class_map`).
+
+    Raises:
+        UsageError: numbers of weights or maps that do not fit.
+        ModelError: unknown name, unreadable weights, or classes that cannot be matched.
+    """
+    if not specs:
+        raise UsageError("name at least one teacher.")
+    if precision not in get_args(Precision):
+        raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}.")
+    if weights and len(weights) != len(specs):
+        raise UsageError(f"{len(weights)} teacher weights for {len(specs)} teachers.")
+    if any(weight <= 0 for weight in weights):
+        raise UsageError("teacher weights must be positive.")
+    if len(class_maps) not in (0, 1, len(specs)):
+        raise UsageError(f"{len(class_maps)} class maps for {len(specs)} teachers.")
+    maps: list[ClassMap | None] = list(class_maps) or [None]
+    maps = maps * len(specs) if len(maps) == 1 else maps
+    shares = [float(w) for w in weights] or [1.0] * len(specs)
+    teachers = []
+    for spec, share, class_map in zip(specs, shares, maps, strict=True):
+        loaded = models.build(spec)
+        columns = match_classes(
+            class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
+        )
+        module = loaded.module.eval().requires_grad_(False)
+        module = module.to(device).to(memory_format=torch.channels_last)
+        teachers.append(
+            Teacher(
+                spec=spec,
+                module=module,
+                preprocessing=loaded.preprocessing,
+                classes=loaded.classes,
+                columns=columns,
+                weight=share / sum(shares),
+                precision=precision,
+                digest=models.state_digest(module),
+            )
+        )
+    return teachers
+
+
+def match_classes(
+    class_names: Sequence[str],
+    outputs: int,
+    output_names: Sequence[str],
+    class_map: ClassMap | None,
+    *,
+    teacher: str,
+) -> np.ndarray | None:
+    """Which outputs of a teacher are the folder's classes.
+
+    By the class map; else by the names its checkpoint records; else, for 1,000 outputs and folders
+    named by ImageNet's synset ids, by those; else by position when the numbers agree.
+
+    Args:
+        class_names: of the folder; empty (unlabelled images) keeps all outputs.
+
+    Returns:
+        int64 (C,), or None when it is all outputs in order.
+
+    Raises:
+        ModelError: no way to match them; says what to give.
+    """
+    if not class_names and class_map is None:
+        return None
+    if class_map is None and output_names:
+        class_map = tuple(output_names)
+    if class_map is None and outputs == 1000:
+        synsets = tuple(ImageNetInfo().label_names())
+        if set(class_names) <= set(synsets):
+            class_map = synsets
+    if class_map is None:
+        if outputs != len(class_names):
+            raise ModelError(
+                f"{teacher} has {outputs} outputs, the image folder {len(class_names)} classes. "
+                "Say which output is which class with --class-map FILE: the teacher's class names "
+                "in the order of its outputs, or 'class index' on each line.",
+                code="classes-differ",
+            )
+        return None
+    if isinstance(class_map, tuple):
+        class_map = {name: index for index, name in enumerate(class_map)}
+    missing = [name for name in class_names if name not in class_map]
+    if missing:
+        raise ModelError(
+            f"{teacher}: {len(missing)} classes of the image folder are not among its outputs "
+            f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}).",
+            code="classes-differ",
+        )
+    columns = np.array([class_map[name] for name in class_names], dtype=np.int64)
+    if len(columns) and columns.max() >= outputs:
+        raise ModelError(
+            f"{teacher}: the class map names output {columns.max()}; it has {outputs}.",
+            code="classes-differ",
+        )
+    same = len(columns) == outputs and bool((columns == np.arange(outputs)).all())
+    return None if same else columns
+
+
+def average(
+    logits: Sequence[torch.Tensor], shares: Sequence[float], temperature: float
+) -> torch.Tensor:
+    """float32 (B, C) log-probabilities of an ensemble: log sum_i share_i softmax(z_i / T)."""
+    parts = [
+        torch.log_softmax(z / temperature, dim=1) + np.log(share)
+        for z, share in zip(logits, shares, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), dim=0)

@@ -1,0 +1,1 @@
+"""Phase 2: students trained on recorded crops and stored labels."""

@@ -1,0 +1,63 @@
+"""Checkpoints: atomic, everything a run needs to go on, read without pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fkdpipe.errors import TrainingError
+
+_PATTERN = "step-*.pt"
+
+
+def save(folder: Path, step: int, content: dict[str, Any], *, keep: int) -> Path:
+    """Write `step-<step>.pt` and remove all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step-{step:09d}.pt"
+    write_atomically(file, lambda partial: torch.save(content, partial))
+    for old in list_all(folder)[:-keep]:
+        with contextlib.suppress(FileNotFoundError):
+            old.unlink()
+    return file
+
+
+def list_all(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob(_PATTERN))
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint, None without one.
+
+    Raises:
+        TrainingError: it cannot be read; says which to delete.
+    """
+    files = list_all(folder)
+    if not files:
+        return None
+    try:
+        return torch.load(files[-1], map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its reader met
+        raise TrainingError(
+            f"{files[-1]} cannot be read ({str(error).splitlines()[0]}). Delete it; the run then "
+            "goes on from the checkpoint before it.",
+            code="checkpoint",
+        ) from error
+
+
+def write_atomically(file: Path, write: Any) -> None:
+    """Call `write(partial)` for a temporary file, flush it and rename it to `file`."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        descriptor = os.open(partial, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,278 @@
+"""(image, crops) over the run + labels + replay -> batches.
+
+The order is decided in `order`, the pixels are made in `replay`; here the two meet the labels.
+Batches are read ahead by a bounded amount: `prefetch` requests of pixels and one window of labels.
+An image that cannot be read is reported by name and replaced by its neighbour in the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fkdpipe import images, replay
+from fkdpipe.distributed import Rank
+from fkdpipe.errors import StoreMismatchError, TrainingError, UsageError
+from fkdpipe.replay import Backend, Pixels, Request, View
+from fkdpipe.storage.labels import SparseLabels
+from fkdpipe.train.inputs import LabelBatch, LabelWindow, Scores, TrainingSet
+from fkdpipe.train.order import Order, Piece, Step, Window, share
+from fkdpipe.train.schedule import Pass
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_SHARE = 0.05  # of the images: more is not a broken file but a broken disk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step. B = its crops, image-major (m of an image side by side).
+
+    Attributes:
+        step: number of the optimiser step. passed: the pass it begins in.
+        pixels: uint8 (B, 3, H, W), channels-last, not normalised.
+        rows_B, crops_B: int64, which row of the list and which of its crops each is.
+        class_B: int64, the folder's class.
+        labels: of the crops, None for ground truth.
+        total: crops of the step over all processes.
+    """
+
+    step: int
+    passed: Pass
+    pixels: torch.Tensor
+    rows_B: torch.Tensor
+    crops_B: torch.Tensor
+    class_B: torch.Tensor
+    labels: LabelBatch | None
+    total: int
+
+
+class Feed:
+    """Batches of a run, from any step on.
+
+    Raises:
+        UsageError: a batch that cannot be split, or more crops than the store has.
+        StoreMismatchError: images have other sizes than recorded (a resized copy).
+    """
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        order: Order,
+        view: View,
+        *,
+        backend: Backend,
+        threads: int,
+        device: torch.device,
+        rank: Rank,
+        prefetch: int = 2,
+    ) -> None:
+        self.data, self.order, self.view = data, order, view
+        self.backend, self.threads, self.device = backend, threads, device
+        self.rank, self.prefetch = rank, prefetch
+        self.failed: dict[str, str] = {}
+        self._check_sample()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def run(self, start: int = 0) -> Iterator[Batch]:
+        """Batches of this process from step `start` on."""
+        with (
+            replay.open_replay(
+                self.backend,
+                [self.view],
+                threads=self.threads,
+                prefetch=self.prefetch,
+                device=self.device,
+            ) as replayer,
+            _LabelAhead(self.data, self.order) as labels,
+        ):
+            for pixels in replayer.run(self._requests(start)):
+                yield self._batch(pixels, labels)
+
+    def _requests(self, start: int) -> Iterator[Request]:
+        for step in self.order.steps(start):
+            pieces = share(step, self.rank.index, self.rank.world)
+            if not pieces:  # fewer images than processes: one goes along without weight
+                pieces = (Piece(step.pieces[0].window, step.pieces[0].rows[:1]),)
+                yield self._request(step, pieces, idle=True)
+            else:
+                yield self._request(step, pieces, idle=False)
+
+    def _request(self, step: Step, pieces: tuple[Piece, ...], *, idle: bool) -> Request:
+        rows = np.concatenate([piece.rows for piece in pieces])
+        drawn = [self.data.boxes(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
+        return Request(
+            paths=[images.path_of(self.data.root, key) for key in self.data.keys[rows]],
+            size_I2=self.data.size_N2[rows],
+            box_Im4=np.concatenate([box for box, _ in drawn]),
+            flip_Im=np.concatenate([flip for _, flip in drawn]),
+            tag=_Share(step, pieces, idle),
+        )
+
+    def _batch(self, pixels: Pixels, labels: _LabelAhead) -> Batch:
+        ours: _Share = pixels.request.tag  # type: ignore[assignment]
+        step, pieces = ours.step, ours.pieces
+        m = step.passed.m
+        rows_I = np.concatenate([piece.rows for piece in pieces])
+        crops_Im = np.concatenate(
+            [np.tile(self.data.crops_of(p.window.passed), (len(p.rows), 1)) for p in pieces]
+        )
+        taken = labels.take(pieces)
+        view = pixels.views[0]
+        if pixels.failures:
+            source_I = self._replacements(pixels, rows_I)
+            source_B = (source_I[:, None] * m + np.arange(m)).ravel()
+            rows_I, crops_Im = rows_I[source_I], crops_Im[source_I]
+            view = view[torch.from_numpy(source_B)]
+            taken = _select(taken, source_B)
+        return Batch(
+            step=step.index,
+            passed=step.passed,
+            pixels=view,
+            rows_B=torch.from_numpy(np.repeat(rows_I, m)),
+            crops_B=torch.from_numpy(crops_Im.ravel()),
+            class_B=torch.from_numpy(np.repeat(self.data.class_N[rows_I], m)).long(),
+            labels=taken,
+            total=0 if ours.idle else step.images * m,
+        )
+
+    def _replacements(self, pixels: Pixels, rows_I: np.ndarray) -> np.ndarray:
+        """For every image of the batch the image whose crops stand in its place."""
+        bad = {failure.image for failure in pixels.failures}
+        for failure in pixels.failures:
+            key = str(self.data.keys[rows_I[failure.image]])
+            if key not in self.failed:
+                log.warning("%s is replaced: %s, %s", key, failure.code, failure.detail)
+            self.failed[key] = f"{failure.code}: {failure.detail}"
+        good = np.array([k for k in range(len(rows_I)) if k not in bad])
+        if not len(good) or len(self.failed) > max(10, MAX_FAILED_SHARE * len(self.data.rows)):
+            key, why = next(iter(self.failed.items()))
+            raise TrainingError(
+                f"{len(self.failed)} images could not be read, for example {key}: {why}. Check "
+                f"{self.data.root}; the run goes on from its last checkpoint when started again.",
+                code="images-lost",
+            )
+        after = np.searchsorted(good, np.arange(len(rows_I))) % len(good)
+        return good[after]
+
+    def _check_sample(self) -> None:
+        """Before hours are spent: do some images still have the recorded size?"""
+        some = self.data.rows[:: max(1, len(self.data.rows) // 32)]
+        request = Request(
+            paths=[images.path_of(self.data.root, key) for key in self.data.keys[some]],
+            size_I2=self.data.size_N2[some],
+            box_Im4=np.tile(np.array([0, 0, 1, 1], dtype=np.uint16), (len(some), 1, 1)),
+            flip_Im=np.zeros((len(some), 1), dtype=bool),
+        )
+        with replay.open_replay("cpu", [View((8, 8))], threads=self.threads) as replayer:
+            (pixels,) = replayer.run([request])
+        for failure in pixels.failures:
+            if failure.code == "size-differs":
+                key = self.data.keys[some[failure.image]]
+                raise StoreMismatchError(
+                    f"{self.data.root}: {key} {failure.detail}. The labels belong to crops of the "
+                    "images as they were; give the folder the store was made for.",
+                    code="size-differs",
+                )
+        if len(pixels.failures) > len(some) // 2:
+            failure = pixels.failures[0]
+            raise StoreMismatchError(
+                f"{self.data.root}: {len(pixels.failures)} of {len(some)} images looked at cannot "
+                f"be read, for example {self.data.keys[some[failure.image]]}: {failure.detail}.",
+                code="images-lost",
+            )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a request is for. idle: it only keeps this process going along, without weight."""
+
+    step: Step
+    pieces: tuple[Piece, ...]
+    idle: bool
+
+
+class _LabelAhead:
+    """Label windows in use, and the next one being read in a thread."""
+
+    def __init__(self, data: TrainingSet, order: Order) -> None:
+        self._data, self._labels, self._order = data, data.labels, order
+        self._open: dict[tuple[int, int], Future[LabelWindow]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="labels")
+        self._windows: dict[int, list[Window]] = {}
+
+    def __enter__(self) -> _LabelAhead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self, pieces: Sequence[Piece]) -> LabelBatch | None:
+        """Labels of a batch's pieces, joined."""
+        if self._labels is None:
+            return None
+        taken = [self._window(piece.window).take(piece.rows) for piece in pieces]
+        first = (pieces[0].window.passed.index, pieces[0].window.index)
+        for key in [key for key in self._open if key < first]:
+            del self._open[key]
+        return _join(taken)
+
+    def _window(self, window: Window) -> LabelWindow:
+        future = self._begin(window)
+        following = self._following(window)
+        if following is not None:
+            self._begin(following)
+        return future.result()
+
+    def _begin(self, window: Window) -> Future[LabelWindow]:
+        key = (window.passed.index, window.index)
+        if key not in self._open:
+            assert self._labels is not None
+            crops_m = self._data.crops_of(window.passed)
+            self._open[key] = self._pool.submit(self._labels.open_window, window.units, crops_m)
+        return self._open[key]
+
+    def _following(self, window: Window) -> Window | None:
+        index = window.passed.index
+        if index not in self._windows:
+            self._windows = {index: self._order.windows(window.passed)}
+        windows = self._windows[index]
+        return windows[window.index + 1] if window.index + 1 < len(windows) else None
+
+
+def _join(taken: list[LabelBatch]) -> LabelBatch:
+    if len(taken) == 1:
+        return taken[0]
+    first = taken[0]
+    if isinstance(first, Scores):
+        return Scores(np.concatenate([t.scores_BC for t in taken]), first.temperature)  # type: ignore[union-attr]
+    return SparseLabels(
+        *(np.concatenate([getattr(t, name) for t in taken]) for name in _SPARSE_FIELDS)
+    )
+
+
+def _select(labels: LabelBatch | None, rows_B: np.ndarray) -> LabelBatch | None:
+    if labels is None:
+        return None
+    if isinstance(labels, Scores):
+        return Scores(labels.scores_BC[rows_B], labels.temperature)
+    return SparseLabels(*(getattr(labels, name)[rows_B] for name in _SPARSE_FIELDS))
+
+
+_SPARSE_FIELDS = ("ids_BK", "prob_BK", "rest_B")
+
+
+def check_batch(batch_size: int, m: int, world: int) -> None:
+    """Raises UsageError when processes cannot share a step's images evenly."""
+    if batch_size % (m * world):
+        raise UsageError(
+            f"batch size {batch_size} (crops, over all processes) must be a multiple of "
+            f"{m} crops per image x {world} processes."
+        )

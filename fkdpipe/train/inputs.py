@@ -1,0 +1,240 @@
+"""What a student is trained on: images, their crops, their labels.
+
+From a store, the folder is never scanned: the list, the boxes and the labels come from it. Without
+one (`ground-truth`), crops are drawn fresh from the same law and the folder's classes are the
+labels; that is how a teacher or a baseline is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fkdpipe import crops, images
+from fkdpipe.crops import CropLaw
+from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.progress import Reporter, silent
+from fkdpipe.storage import labels as forms
+from fkdpipe.storage import reader
+from fkdpipe.storage.labels import SparseLabels, Target
+from fkdpipe.storage.schema import UNIT_IMAGES
+from fkdpipe.storage.store import Store
+from fkdpipe.train.schedule import Pass
+
+Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Stored scores of B crops, a temperature away from probabilities.
+
+    Attributes:
+        scores_BC: float16 log-probabilities or logits.
+        temperature: softmax(scores / temperature) is the label.
+    """
+
+    scores_BC: np.ndarray
+    temperature: float
+
+
+LabelBatch = SparseLabels | Scores
+
+
+class LabelWindow(Protocol):
+    def take(self, rows_I: np.ndarray) -> LabelBatch:
+        """Labels of the window's crops of some of its rows; B = I * m, image-major."""
+
+
+class Labels(Protocol):
+    """Labels of a store, opened window by window so that wide ones can be read ahead."""
+
+    classes: int
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow: ...
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Everything the feed needs.
+
+    Attributes:
+        root: folder that keys are relative to.
+        keys, class_N, size_N2: of all rows, in a fixed random order.
+        rows: int64, the rows to train on. unit_size: rows per unit.
+        boxes: (rows_I, crops_m) -> (box_Im4, flip_Im).
+        labels: None where the folder's classes are the labels.
+        crops_per_image: M; None when crops never end.
+        facts: for the run's record: what it was trained on.
+    """
+
+    root: Path
+    keys: np.ndarray
+    class_N: np.ndarray
+    size_N2: np.ndarray
+    class_names: tuple[str, ...]
+    rows: np.ndarray
+    unit_size: int
+    boxes: Boxes
+    labels: Labels | None
+    crops_per_image: int | None
+    facts: dict[str, Any]
+
+    def crops_of(self, passed: Pass) -> np.ndarray:
+        """int64 (m,): which crops of each image a pass uses: each once before any repeats."""
+        crops_m = passed.first_crop + np.arange(passed.m)
+        return crops_m if self.crops_per_image is None else crops_m % self.crops_per_image
+
+
+def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = silent) -> TrainingSet:
+    """Fresh random crops of a labelled folder.
+
+    Raises:
+        ImagesError: no usable images.
+    """
+    with reporter.task("scan", 0, "files") as advance:
+        folder = images.scan(data, on_image=advance)
+    ids = crops.image_ids(folder.keys)
+    order = crops.random_order(seed, ids)
+    ids, sizes = ids[order], folder.size_N2[order]
+
+    def boxes(rows_I: np.ndarray, crops_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        drawn = crops.sample(
+            law, seed=seed, image_id_N=ids[rows_I], size_N2=sizes[rows_I], crops_M=crops_m
+        )
+        return drawn.box_NM4, drawn.flip_NM
+
+    return TrainingSet(
+        root=folder.root,
+        keys=np.array(folder.keys, dtype=object)[order],
+        class_N=folder.class_N[order],
+        size_N2=sizes,
+        class_names=folder.class_names,
+        rows=np.arange(len(folder)),
+        unit_size=UNIT_IMAGES,
+        boxes=boxes,
+        labels=None,
+        crops_per_image=None,
+        facts={"fingerprint": folder.fingerprint, "images": len(folder)},
+    )
+
+
+def from_store(
+    store: Store,
+    data: Path,
+    *,
+    target: Target,
+    source: str | None,
+    temperature: float | None,
+    cache_dir: Path,
+    allow_partial: bool = False,
+    reporter: Reporter = silent,
+) -> TrainingSet:
+    """Recorded crops, with stored labels unless the target is `ground-truth`.
+
+    Raises:
+        StoreError: not sealed, no such source, damaged, or made for another folder.
+        StoreMismatchError: the stored form cannot serve the target or the temperature.
+    """
+    root = images.split_root(data, "train")
+    listed = store.images
+    try:
+        images.check_same_classes(listed.class_names, images.class_folders(root), where=str(root))
+    except images.ImagesError as error:
+        raise StoreMismatchError(f"{store.url} was made for other images: {error}") from error
+    wanted = []
+    if target.kind != "ground-truth":
+        wanted = [("labels", reader.choose_source(store, source), "")]
+    found = reader.finished(store, wanted, allow_partial=allow_partial)
+    if not len(found.rows):
+        raise UsageError(f"{store.url} has no finished image to train on.")
+    with reporter.task("labels", store.num_images * (len(found.crops) * 2), "images") as advance:
+        boxes = reader.CropReader(store, found.crops, cache_dir, advance)
+        labels: Labels | None = None
+        if wanted:
+            labels = _open_labels(store, found.labels[0], target, temperature, cache_dir, advance)
+    return TrainingSet(
+        root=root,
+        keys=listed.keys,
+        class_N=listed.class_N,
+        size_N2=listed.size_N2,
+        class_names=listed.class_names,
+        rows=found.rows,
+        unit_size=store.unit_size,
+        boxes=boxes.take,
+        labels=labels,
+        crops_per_image=found.crops_per_image,
+        facts={
+            "fingerprint": store.facts["fingerprint"],
+            "images": len(found.rows),
+            "left_out": len(found.failed),
+            "crops_per_image": found.crops_per_image,
+            "source": wanted[0][1] if wanted else None,
+            "manifests": [s.manifest.settings for s in found.crops],
+        },
+    )
+
+
+def _open_labels(
+    store: Store,
+    segments: Sequence[reader.Segment],
+    target: Target,
+    temperature: float | None,
+    cache_dir: Path,
+    advance: Callable[[int], None],
+) -> Labels:
+    form = reader.label_form(segments)
+    classes = int(segments[0].part.settings["classes"])
+    forms.check_target(form, target, classes)
+    divisor = reader.check_temperature(segments, temperature)
+    if form.sparse:
+        return _SparseStore(reader.SparseReader(store, segments, cache_dir, advance), target)
+    name = "log_prob" if form.kind == "full" else "logit"
+    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor)
+
+
+class _SparseStore:
+    """Hydrated labels: a window is nothing but the choice of crops."""
+
+    def __init__(self, labels: reader.SparseReader, target: Target) -> None:
+        self.classes = labels.classes
+        self._labels, self._target = labels, target
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
+        return _SparseWindow(self._labels, self._target, crops_m)
+
+
+@dataclass(frozen=True)
+class _SparseWindow:
+    labels: reader.SparseReader
+    target: Target
+    crops_m: np.ndarray
+
+    def take(self, rows_I: np.ndarray) -> SparseLabels:
+        return self.labels.take(rows_I, self.crops_m, self.target)
+
+
+class _ScoreStore:
+    """Streamed scores: a window holds those of its units in memory."""
+
+    def __init__(self, wide: reader.WideReader, classes: int, temperature: float) -> None:
+        self.classes = classes
+        self._wide, self._temperature = wide, temperature
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
+        blocks = {unit: self._wide.unit(unit, crops_m) for unit in units}
+        return _ScoreWindow(blocks, self._wide.store.unit_size, self._temperature)
+
+
+@dataclass(frozen=True)
+class _ScoreWindow:
+    blocks: dict[int, np.ndarray]
+    unit_size: int
+    temperature: float
+
+    def take(self, rows_I: np.ndarray) -> Scores:
+        rows = [self.blocks[r // self.unit_size][r % self.unit_size] for r in rows_I.tolist()]
+        return Scores(np.concatenate(rows), self.temperature)

@@ -1,0 +1,24 @@
+"""Losses as pure functions: one value per sample unless the paper couples the batch.
+
+Letters: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def soft_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
+    """float32 (B,): -sum_c target_c log softmax(logits)_c, in nats.
+
+    A class whose target is zero adds nothing, even where its logit is -inf.
+
+    Args:
+        logits_BC: student scores before softmax. target_BC: probabilities, rows sum to 1.
+
+    Reference:
+        Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition",
+        section 3.1, L = -sum_i P_i log S(R_i).
+    """
+    log_prob_BC = torch.log_softmax(logits_BC.float(), dim=1)
+    return -torch.where(target_BC > 0, target_BC * log_prob_BC, 0.0).sum(dim=1)

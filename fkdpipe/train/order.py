@@ -1,0 +1,147 @@
+"""The order of images and crops over a run, as a function of (seed, step) alone.
+
+For every pass the units are permuted, taken a window at a time, and the images of a window are
+permuted: near enough to a full shuffle, while wide labels are read a window at a time. Passes
+follow one another without a short batch; where m changes a batch may end short. A run that stops
+goes on at any step with the very next batch, and any number of processes sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from fkdpipe import crops
+from fkdpipe.errors import UsageError
+from fkdpipe.train.schedule import Pass
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of units whose images are shuffled together, within one pass."""
+
+    passed: Pass
+    index: int
+    units: tuple[int, ...]
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Images of one batch that come from one window, in order."""
+
+    window: Window
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step.
+
+    Attributes:
+        index: number in the run. passed: the pass it begins in, which sets its learning rate.
+        pieces: images of the whole (global) batch. images: how many those are.
+    """
+
+    index: int
+    passed: Pass
+    pieces: tuple[Piece, ...]
+
+    @property
+    def images(self) -> int:
+        return sum(len(piece.rows) for piece in self.pieces)
+
+
+class Order:
+    """See the module. `rows` are the usable rows; B is `batch_size` in crops."""
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        *,
+        unit_size: int,
+        window: int,
+        passes: list[Pass],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._rows = np.sort(rows)
+        self._units, starts = np.unique(self._rows // unit_size, return_index=True)
+        self._of_unit = dict(
+            zip(self._units.tolist(), np.split(self._rows, starts[1:]), strict=True)
+        )
+        self._window, self._batch_size, self._seed = window, batch_size, seed
+        self._stages = [list(group) for _, group in groupby(passes, key=lambda p: p.m)]
+        for stage in self._stages:
+            if batch_size % stage[0].m:
+                raise UsageError(f"batch size {batch_size} is no multiple of {stage[0].m} crops.")
+
+    def __len__(self) -> int:
+        """Optimiser steps of the run."""
+        return sum(self._steps_of(stage) for stage in self._stages)
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Steps from number `start` on."""
+        begun = 0
+        for stage in self._stages:
+            count = self._steps_of(stage)
+            if start < begun + count:
+                yield from self._run(stage, begun, max(0, start - begun))
+            begun += count
+
+    def windows(self, passed: Pass) -> list[Window]:
+        """The windows of a pass, in order; their rows are a permutation of all rows."""
+        seed = crops.derive_seed(self._seed, passed.index)
+        units = self._units[crops.random_order(seed, self._units)].tolist()
+        made = []
+        for index, first in enumerate(range(0, len(units), self._window)):
+            some = tuple(units[first : first + self._window])
+            rows = np.concatenate([self._of_unit[unit] for unit in some])
+            rows = rows[crops.random_order(seed + 1, rows)]
+            made.append(Window(passed, index, some, rows))
+        return made
+
+    def _images_per_step(self, stage: list[Pass]) -> int:
+        return self._batch_size // stage[0].m
+
+    def _steps_of(self, stage: list[Pass]) -> int:
+        return -(-len(self._rows) * len(stage) // self._images_per_step(stage))
+
+    def _run(self, stage: list[Pass], begun: int, skip: int) -> Iterator[Step]:
+        """Cut the stage's stream of windows into steps, beginning with its step `skip`."""
+        size = self._images_per_step(stage)
+        offset = skip * size
+        first_pass, offset = divmod(offset, len(self._rows))
+        index = begun + skip
+        pieces: list[Piece] = []
+        held = 0
+        for passed in stage[first_pass:]:
+            for window in self.windows(passed):
+                rows = window.rows[offset:] if offset < len(window.rows) else window.rows[:0]
+                offset = max(0, offset - len(window.rows))
+                while len(rows):
+                    piece = rows[: size - held]
+                    rows = rows[len(piece) :]
+                    pieces.append(Piece(window, piece))
+                    held += len(piece)
+                    if held == size:
+                        yield Step(index, pieces[0].window.passed, tuple(pieces))
+                        index, pieces, held = index + 1, [], 0
+        if pieces:
+            yield Step(index, pieces[0].window.passed, tuple(pieces))
+
+
+def share(step: Step, rank: int, world: int) -> tuple[Piece, ...]:
+    """The contiguous run of a step's images that one process takes; runs differ by one at most."""
+    begin, end = step.images * rank // world, step.images * (rank + 1) // world
+    taken = []
+    at = 0
+    for piece in step.pieces:
+        rows = piece.rows[max(0, begin - at) : max(0, end - at)]
+        at += len(piece.rows)
+        if len(rows):
+            taken.append(Piece(piece.window, rows))
+    return tuple(taken)

@@ -1,0 +1,109 @@
+"""What a training run is: the recipe, as frozen dataclasses. `fkdpipe.config` reads them from TOML.
+
+Batch size counts crops, over all processes, per optimiser step. Epochs count crops too: one pass
+over the images with m crops of each counts as m epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fkdpipe.crops import CropLaw
+from fkdpipe.errors import UsageError
+from fkdpipe.storage.labels import Target, parse_target
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """name is any optimiser of timm (`sgd`, `adamw`, `lamb`, ...)."""
+
+    name: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise UsageError("lr must be positive and weight_decay not negative.")
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate, set once per pass of m epochs (FKD's serrated schedule).
+
+    single_first, single_last: epochs at the ends of the run that use one crop per image.
+    milestones: epochs at which `step` multiplies the rate by gamma.
+    """
+
+    name: Literal["cosine", "step", "linear", "constant"] = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    single_first: int = 0
+    single_last: int = 0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A run.
+
+    size: side of the student's input in pixels; None takes the network's own.
+    interpolation: of the crops' resize; None takes the network's own.
+    replay: backend; threads: of the replay, None takes the machine's cores.
+    crop: law of the fresh crops when there is no store.
+    source: which labels of the store; label_temperature: of the labels, None as stored.
+    window: units of images that are shuffled together.
+    log_every: steps between lines of metrics. eval_every: epochs between evaluations.
+    """
+
+    student: str
+    target: str = "ground-truth"
+    epochs: int = 100
+    batch_size: int = 256
+    crops_per_image: int = 1
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "fkd"})
+    size: int | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    student_options: dict[str, Any] = field(default_factory=dict)
+    crop: CropLaw = field(default_factory=CropLaw)
+    source: str | None = None
+    label_temperature: float | None = None
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    replay: Literal["auto", "cpu", "dali"] = "auto"
+    threads: int | None = None
+    window: int = 8
+    log_every: int = 50
+    eval_every: int = 1
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+
+    def __post_init__(self) -> None:
+        parse_target(self.target)
+        for name in (
+            "epochs",
+            "batch_size",
+            "crops_per_image",
+            "window",
+            "log_every",
+            "eval_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
+        if self.batch_size % self.crops_per_image:
+            raise UsageError(
+                f"batch_size counts crops: {self.batch_size} is no multiple of "
+                f"{self.crops_per_image} crops per image."
+            )
+        if self.size is not None and self.size < 8:
+            raise UsageError(f"size must be at least 8 pixels; found {self.size}.")
+        edges = self.schedule.single_first + self.schedule.single_last
+        if edges > self.epochs:
+            raise UsageError(f"{edges} epochs of single crops do not fit {self.epochs} epochs.")
+
+    @property
+    def parsed_target(self) -> Target:
+        return parse_target(self.target)

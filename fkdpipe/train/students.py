@@ -1,0 +1,54 @@
+"""Students: any timm model, from scratch or from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fkdpipe import models
+from fkdpipe.errors import UsageError
+from fkdpipe.models import Loaded
+from fkdpipe.replay import View
+from fkdpipe.train.settings import TrainSettings
+
+
+def build(settings: TrainSettings, classes: int) -> Loaded:
+    """The student of a run, at random weights unless NAME=FILE says otherwise.
+
+    Raises:
+        UsageError: a torchvision model, or a size the network cannot take.
+        ModelError: unknown name, or a checkpoint that does not fit.
+    """
+    spec = models.parse_spec(settings.student)
+    if spec.library != "timm":
+        raise UsageError("students are timm models; torchvision ones can be teachers.")
+    size = (settings.size, settings.size) if settings.size else None
+    torch.manual_seed(settings.seed)
+    return models.build(
+        spec, classes=classes, size=size, pretrained=False, options=settings.student_options
+    )
+
+
+def view(settings: TrainSettings, loaded: Loaded) -> View:
+    """What the student sees of a crop."""
+    p = loaded.preprocessing
+    return View(p.size, settings.interpolation or p.interpolation)
+
+
+def export_facts(
+    settings: TrainSettings, loaded: Loaded, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """What the exported file says of itself; `fkdpipe.models` reads it."""
+    p = loaded.preprocessing
+    return {
+        "student": models.parse_spec(settings.student).name,
+        "num_classes": loaded.classes,
+        "options": settings.student_options,
+        "size": list(p.size),
+        "interpolation": settings.interpolation or p.interpolation,
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "crop_pct": p.crop_pct,
+        "class_names": list(class_names),
+    }

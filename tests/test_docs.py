@@ -1,0 +1,106 @@
+"""Documents are executed: README's commands run, the CLI page is what --help says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from conftest import CLASSES
+
+from fkdpipe import models
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# README's numbers are those of real use; here they are small enough for two cores.
+SMALLER = {
+    "--crops 200": "--crops 4",
+    "--epochs 100": "--epochs 4 --size 32 --batch-size 16",
+    "--form topk:10": "--form topk:5",
+}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def test_the_make_commands_of_the_readme_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    (first,) = (b for b in blocks(README, "sh") if b.startswith("make"))
+    assert {line.split()[1] for line in first.splitlines()} <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_images_run_as_written(tmp_path, folder, monkeypatch):
+    shutil.copytree(folder, tmp_path / "images")
+    module = timm.create_model("resnet50", num_classes=len(CLASSES))
+    models.write_export(tmp_path / "teacher.safetensors", module, {"size": [64, 64]})
+    (block,) = (b for b in blocks(README, "sh") if "fkdpipe generate" in b)
+    for long, short in SMALLER.items():
+        assert long in block
+        block = block.replace(long, short)
+    for line in block.splitlines():
+        words = shlex.split(line)
+        assert words[0] == "fkdpipe"
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_the_cli_page_is_generated():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import make_cli
+    finally:
+        sys.path.pop(0)
+    assert make_cli.FILE.read_text() == make_cli.render(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("format", "methods", "cli"))],
+)
+def test_links_lead_somewhere(page):
+    file = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
+        if "://" not in target:
+            assert (file.parent / target).exists(), target
+
+
+def test_the_demos_commands_parse():
+    from fkdpipe import demo
+    from fkdpipe.cli import cli
+
+    for words in demo.commands(Path("demo")).values():
+        cli.commands[words[0]].make_context(words[0], words[1:])
+
+
+@pytest.mark.slow
+def test_the_demo_on_a_few_scans(tmp_path, monkeypatch):
+    """The same steps with tiny numbers; `make demo` runs them in full."""
+    from fkdpipe import demo
+
+    plain = demo.commands
+
+    def tiny(out):
+        small = {"60": "4", "64": "32"}
+        commands = plain(out)
+        return {why: [small.get(word, word) for word in words] for why, words in commands.items()}
+
+    pictures = demo.make_images
+    monkeypatch.setattr(demo, "commands", tiny)
+    monkeypatch.setattr(demo, "make_images", lambda root, **k: pictures(root, count=150))
+    said: list[str] = []
+    outcome = demo.run(tmp_path / "demo", say=said.append)
+    assert 0 <= outcome.distilled <= 100
+    assert sum(line.startswith("\n#") for line in said) == 9
+    assert (outcome.store / "zarr.json").is_file()
+    assert len(list((tmp_path / "demo" / "images" / "val").rglob("*.jpg"))) > 10

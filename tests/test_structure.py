@@ -1,0 +1,100 @@
+"""The house: who may import whom, file and function lengths, nothing printed below the CLI."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fkdpipe"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import of the package. Rooms not listed (cli, commands, demo) may import all.
+ERRORS = {"errors"}
+MAY_IMPORT = {
+    "errors": set(),
+    "crops": ERRORS,
+    "images": ERRORS,
+    "config": ERRORS,
+    "distributed": ERRORS,
+    "progress": ERRORS,
+    "models": ERRORS,
+    "teachers": ERRORS | {"models"},
+    "replay": ERRORS | {"crops"},
+    "storage": ERRORS | {"crops"},
+    "labelgen": {
+        "errors", "crops", "images", "config", "distributed", "progress", "models", "teachers",
+        "replay", "storage",
+    },
+    "train": {
+        "errors", "crops", "images", "config", "distributed", "progress", "models", "teachers",
+        "replay", "storage",
+    },
+}  # fmt: skip
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_import_only_what_they_may(path):
+    allowed = MAY_IMPORT.get(room(path))
+    if allowed is None:
+        return
+    others = {name.split(".")[1] for name in imports(path) if name.startswith("fkdpipe.")}
+    assert others - allowed - {room(path)} == set()
+
+
+def test_only_replay_imports_dali_and_storage_no_torch():
+    for path in FILES:
+        names = {name.split(".")[0] for name in imports(path)}
+        assert "nvidia" not in names or path.name == "dali.py"
+        if room(path) == "storage":
+            assert not names & {"torch", "torchvision", "timm"}
+        if room(path) not in ("cli", "commands", "__main__"):
+            assert "click" not in names
+
+
+def test_every_room_is_in_the_table():
+    known = {*MAY_IMPORT, "cli", "commands", "demo", "__init__", "__main__"}
+    assert {room(path) for path in FILES} <= known
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 70, f"{node.name} has {length} lines"
+
+
+def test_direct_dependencies_are_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    declared = {
+        line.split(">")[0].split("[")[0].strip().lower().replace("-", "_") for line in lines
+    }
+    renamed = {"PIL": "pillow", "sklearn": "scikit_learn", "nvidia": "nvidia_dali_cuda130"}
+    standard = __import__("sys").stdlib_module_names
+    for path in FILES:
+        for name in {name.split(".")[0] for name in imports(path)} - {"fkdpipe"}:
+            assert name in standard or renamed.get(name, name).lower() in declared, name
