@@ -138,7 +138,7 @@ class _Unit:
         advance: Advance,
     ) -> dict[str, str]:
         """Commit the missing parts; returns key -> reason of images that failed."""
-        drawn = rounds.draw(self.store, self.plan.crops, self.unit)
+        drawn = rounds.crops_of(self.store, self.plan.crops, self.unit)
         if self.plan.crops in missing:
             self._commit_crops(drawn)
         taught = [part for part in missing if part.kind != "crops"]

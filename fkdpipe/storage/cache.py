@@ -24,7 +24,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from fkdpipe.errors import DamagedStoreError, StoreError
+from fkdpipe.errors import StoreError
 from fkdpipe.storage import commits, rounds, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest
@@ -153,11 +153,7 @@ def _units(
         for unit, made in manifest.made.items():
             drawn = rounds.draw(store, part, unit)
             if rounds.checksum(drawn) != made["crops_crc32c"]:
-                raise DamagedStoreError(
-                    f"{store.url}: {part.path}: the boxes of unit {unit} cannot be derived again; "
-                    "the seed or the list of images has changed.",
-                    unit=unit,
-                )
+                raise store.damaged(part.path, "its boxes cannot be derived again", unit)
             yield unit, {"box": drawn.box_NM4, "flip": drawn.flip_NM}
         return
     with ThreadPoolExecutor(THREADS) as pool:

@@ -14,7 +14,7 @@ import numpy as np
 from fkdpipe import crops
 from fkdpipe.crops import CropLaw, Crops
 from fkdpipe.errors import StoreError
-from fkdpipe.storage import commits
+from fkdpipe.storage import commits, schema
 from fkdpipe.storage.schema import Json
 from fkdpipe.storage.store import Part, Store
 
@@ -42,12 +42,40 @@ def law_of(settings: Mapping[str, Any]) -> CropLaw:
     """
     known = (crops.LAW_NAME, crops.LAW_VERSION)
     if (settings["law"], settings["version"]) != known:
-        raise StoreError(f"crop law {settings['law']} {settings['version']} is not known here.")
+        raise StoreError(
+            f"these crops follow the law {settings['law']} (version {settings['version']}), which "
+            "this fkdpipe cannot draw.",
+            code="unknown-law",
+        )
     return CropLaw(
         scale=tuple(settings["scale"]),
         ratio=tuple(settings["ratio"]),
         flip=settings["flip"],
     )
+
+
+def crops_of(store: Store, part: Part, unit: int) -> Crops:
+    """The crops of a unit: as committed, or drawn from the seed of the round.
+
+    Rows of images that failed hold fill values.
+
+    Raises:
+        DamagedStoreError: committed boxes differ from their checksum.
+        StoreError: not committed, and of a law that cannot be drawn here (imported boxes).
+    """
+    marker = store.marker(part, unit)
+    if marker is None or not part.fields:
+        drawn = draw(store, part, unit)
+        if marker is not None and checksum(drawn) != marker.made["crops_crc32c"]:
+            raise store.damaged(part.path, "its boxes cannot be derived again", unit)
+        return drawn
+    values = {}
+    for field in part.fields:
+        key = schema.shard_key(part.path, field, unit, 0)
+        shards = {key: store.read_checked(key, marker.files, unit)}
+        region = (store.unit_rows(unit),)
+        values[field.name] = store.arrays.decode(f"{part.path}/{field.name}", region, shards)
+    return Crops(values["box"], values["flip"])
 
 
 def draw(store: Store, part: Part, unit: int) -> Crops:

@@ -99,7 +99,7 @@ class Store:
         try:
             attributes = json.loads(root)["attributes"]
         except (ValueError, KeyError, TypeError):
-            raise self._damaged("zarr.json", "cannot be read") from None
+            raise self.damaged("zarr.json", "cannot be read") from None
         self.facts = schema.check_version(attributes, location.url)
 
     @property
@@ -214,9 +214,9 @@ class Store:
         except FileNotFoundError:
             return None
         except BrokenRecordError as error:
-            raise self._damaged(key, str(error)) from None
+            raise self.damaged(key, str(error)) from None
         if manifest.part != part.path or manifest.settings != part.settings_digest:
-            raise self._damaged(key, "belongs to another part or other settings")
+            raise self.damaged(key, "belongs to another part or other settings")
         return manifest
 
     def sealed(self, part: Part) -> Manifest:
@@ -242,13 +242,13 @@ class Store:
             DamagedStoreError: naming the unit and the command that mends it.
         """
         if key not in files:
-            raise self._damaged(key, "no marker knows it", unit)
+            raise self.damaged(key, "no marker knows it", unit)
         try:
             data = self.location.read(key)
         except (FileNotFoundError, NotADirectoryError):
-            raise self._damaged(key, "is missing", unit) from None
+            raise self.damaged(key, "is missing", unit) from None
         if commits.entry(data) != files[key]:
-            raise self._damaged(key, "differs from what was committed", unit)
+            raise self.damaged(key, "differs from what was committed", unit)
         return data
 
     def _part_paths(self) -> Iterator[str]:
@@ -262,7 +262,7 @@ class Store:
             body = commits.open_record(self.location.read(key))
             metadata = {k: (int(n), str(c)) for k, (n, c) in body["metadata"].items()}
         except (BrokenRecordError, KeyError, ValueError, FileNotFoundError) as error:
-            raise self._damaged(key, str(error)) from None
+            raise self.damaged(key, str(error)) from None
         for name in metadata:
             self.arrays.load_metadata(name, self.read_checked(name, metadata, -1))
         group = json.loads(self.location.read(f"{path}/zarr.json"))
@@ -279,7 +279,8 @@ class Store:
             metadata=metadata,
         )
 
-    def _damaged(self, key: str, what: str, unit: int | None = None) -> DamagedStoreError:
+    def damaged(self, key: str, what: str, unit: int | None = None) -> DamagedStoreError:
+        """The error for an object that is not what was committed."""
         where = f" (unit {unit})" if unit is not None and unit >= 0 else ""
         return DamagedStoreError(
             f"{self.url}: {key}{where} {what}. See `fkdpipe verify {self.url} --full`; "
