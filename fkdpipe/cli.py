@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import demo, generate, inspect, train
+from fkdpipe.commands import demo, generate, inspect, store, train
 from fkdpipe.errors import FkdpipeError
 
 
@@ -63,7 +63,8 @@ for command in (
     train.train,
     train.evaluate,
     inspect.report,
-    inspect.verify,
+    store.verify,
+    store.thin,
 ):
     cli.add_command(command)
 

@@ -36,6 +36,12 @@ def current() -> Rank:
     return Rank(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
 
 
+def default_threads() -> int:
+    """Cores this process may use, shared among the processes of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // here)
+
+
 def parse_part(text: str) -> Rank:
     """`I/N` of `--part`, counted from 1, as a rank.
 

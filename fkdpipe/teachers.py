@@ -7,17 +7,17 @@ probabilities at one temperature, each seeing the same crops at its own size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from timm.data import ImageNetInfo
-from torch import nn
 
 from fkdpipe import models
 from fkdpipe.errors import ModelError, UsageError
 from fkdpipe.models import ModelSpec, Preprocessing
+from fkdpipe.taps import Needs, Outputs, Tapped
 
 Precision = Literal["float32", "bfloat16", "float16"]
 ClassMap = dict[str, int] | tuple[str, ...]
@@ -35,7 +35,7 @@ class Teacher:
     """
 
     spec: ModelSpec
-    module: nn.Module
+    module: Tapped
     preprocessing: Preprocessing
     classes: int
     columns: np.ndarray | None
@@ -45,12 +45,16 @@ class Teacher:
 
     def logits(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """float32 (B, C) scores before softmax, of normalised channels-last pixels."""
+        return self.outputs(pixels_B3HW).logits
+
+    def outputs(self, pixels_B3HW: torch.Tensor) -> Outputs:
+        """What the taps give, logits in float32 and of the folder's classes, without gradients."""
         with torch.no_grad(), autocast(self.precision, pixels_B3HW.device):
-            logits_BC = self.module(pixels_B3HW)
-        logits_BC = logits_BC.float()
-        if self.columns is None:
-            return logits_BC
-        return logits_BC[:, torch.from_numpy(self.columns).to(logits_BC.device)]
+            made = self.module(pixels_B3HW)
+        logits_BC = made.logits.float()
+        if self.columns is not None:
+            logits_BC = logits_BC[:, torch.from_numpy(self.columns).to(logits_BC.device)]
+        return replace(made, logits=logits_BC)
 
     def facts(self) -> dict[str, Any]:
         """What a store records: everything that decides its outputs."""
@@ -84,6 +88,7 @@ def load_teachers(
     class_maps: Sequence[ClassMap] = (),
     precision: Precision = "float32",
     device: torch.device | None = None,
+    needs: Needs = Needs(),
 ) -> list[Teacher]:
     """Build, fill and freeze teachers.
 
@@ -91,6 +96,7 @@ def load_teachers(
         class_names: of the image folder; each teacher must have outputs for them.
         weights: relative shares, one per teacher; equal when empty.
         class_maps: none, one for all, or one per teacher (`fkdpipe.images.read_class_map`).
+        needs: what is asked of each beside logits.
 
     Raises:
         UsageError: numbers of weights or maps that do not fit.
@@ -115,7 +121,8 @@ def load_teachers(
         columns = match_classes(
             class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
         )
-        module = loaded.module.eval().requires_grad_(False)
+        digest = models.state_digest(loaded.module)
+        module = Tapped(loaded.module, needs).eval().requires_grad_(False)
         module = module.to(device).to(memory_format=torch.channels_last)
         teachers.append(
             Teacher(
@@ -126,7 +133,7 @@ def load_teachers(
                 columns=columns,
                 weight=share / sum(shares),
                 precision=precision,
-                digest=models.state_digest(module),
+                digest=digest,
             )
         )
     return teachers

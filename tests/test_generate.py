@@ -15,8 +15,8 @@ from pipeline import CPU, arrays_of, make_store
 from fkdpipe import images, replay, teachers
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import ImagesError, StoreError, StoreMismatchError, UsageError
-from fkdpipe.labelgen import generate as generating
 from fkdpipe.labelgen import outputs
+from fkdpipe.labelgen import unit as making
 from fkdpipe.replay import Request, View
 from fkdpipe.storage import labels, reader, report, verify
 from fkdpipe.storage.labels import Target
@@ -139,19 +139,19 @@ def test_a_run_that_stopped_goes_on_with_the_units_that_are_missing(
 ):
     small_units(monkeypatch)
     whole = make_store(tmp_path / "whole", folder, [teacher], form="full")
-    plain = generating._Unit._commit
+    plain = making.Unit._commit
     done = []
 
     def stop_after_two(self, *args):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(self.unit)
+        done.append(self.number)
         return plain(self, *args)
 
-    monkeypatch.setattr(generating._Unit, "_commit", stop_after_two)
+    monkeypatch.setattr(making.Unit, "_commit", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         make_store(tmp_path / "store", folder, [teacher], form="full")
-    monkeypatch.setattr(generating._Unit, "_commit", plain)
+    monkeypatch.setattr(making.Unit, "_commit", plain)
     stamps = {
         path: path.stat().st_mtime_ns
         for path in (tmp_path / "store" / "rounds/0/labels/t/log_prob/c").rglob("0")
@@ -280,7 +280,7 @@ def test_provenance_says_what_made_the_store(full_store, teacher):
 def test_encoding_matches_its_slow_twin():
     z = torch.randn(64, 9, generator=torch.Generator().manual_seed(0)) * 3
     prob = z.softmax(1).numpy()
-    made = outputs.encode(labels.parse_form("topk:4"), [z], [1.0], 1.0)
+    made = outputs.encode_labels(labels.parse_form("topk:4"), [z], [1.0], 1.0)
     for row in range(64):
         order = sorted(range(9), key=lambda c: -prob[row, c])[:4]
         hybrid = [order[0], *sorted(order[1:])]
@@ -288,7 +288,7 @@ def test_encoding_matches_its_slow_twin():
         assert made["prob"][row].tolist() == pytest.approx(
             prob[row][hybrid].tolist(), rel=1e-3, abs=1e-7
         )
-    logits = outputs.encode(labels.parse_form("logits"), [z], [1.0], 1.0)
+    logits = outputs.encode_labels(labels.parse_form("logits"), [z], [1.0], 1.0)
     whole = logits["logit"].astype(np.float32) + logits["logit_max"][:, None]
     assert np.allclose(whole, z.numpy(), atol=2e-2)
 

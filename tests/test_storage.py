@@ -25,13 +25,15 @@ def make_store(place, *, form="topk:5", seal=True, derived=False, flip=0.5, seed
     location = LocalLocation(place)
     store = writer.create_store(
         location,
-        keys=[f"c{k % 7}/{k}.jpg" for k in range(IMAGES)],
-        class_N=np.arange(IMAGES, dtype=np.int32) % 7,
-        size_N2=random.integers(50, 400, (IMAGES, 2)).astype(np.uint16),
-        bytes_N=random.integers(1000, 9000, IMAGES),
-        class_names=[f"c{k}" for k in range(7)],
-        rejected=[("c1/bad.png", "16-bit", "16-bit PNG")],
-        fingerprint="f" * 64,
+        writer.ImageColumns(
+            keys=[f"c{k % 7}/{k}.jpg" for k in range(IMAGES)],
+            class_N=np.arange(IMAGES, dtype=np.int32) % 7,
+            size_N2=random.integers(50, 400, (IMAGES, 2)).astype(np.uint16),
+            bytes_N=random.integers(1000, 9000, IMAGES),
+            class_names=[f"c{k}" for k in range(7)],
+            rejected=[("c1/bad.png", "16-bit", "16-bit PNG")],
+            fingerprint="f" * 64,
+        ),
         seed=3,
         unit=UNIT,
         group=GROUP,

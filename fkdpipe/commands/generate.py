@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fkdpipe.commands import options, terminal
+
+if TYPE_CHECKING:
+    from fkdpipe.labelgen.dry_run import Forecast
 
 
 @click.command()
@@ -21,6 +25,7 @@ from fkdpipe.commands import options, terminal
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
 @click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
+@click.option("--features", multiple=True, metavar="pre|post[:D]", help="Penultimate vectors too.")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.")
 @click.option("--seed", type=int, help="Of the crops and the order of images.  [default: 0]")
 @click.option("--source", help="Name of the labels in the store.  [default: the teachers' names]")
@@ -34,12 +39,16 @@ from fkdpipe.commands import options, terminal
 @click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
 @click.option("--batch", type=int, help="Crops per teacher batch.  [default: 64]")
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, counted from 1.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, from a small sample.")
+@click.option("--repair", is_flag=True, help="Make broken units again, and nothing else.")
 @options.device_option
 @options.recipe_options
 def generate(
     data: Path,
     store: str,
     part: str | None,
+    dry_run: bool,
+    repair: bool,
     device: str,
     recipe: Path | None,
     assignments: tuple[str, ...],
@@ -48,7 +57,7 @@ def generate(
     """Label recorded crops of the images in DATA, into STORE.
 
     Started again, it makes what is missing. Several processes share a store under torchrun, or
-    with --part on several machines.
+    with --part on several machines. More --crops, another teacher or --features add to a store.
 
     \b
     Example:
@@ -58,33 +67,36 @@ def generate(
 
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe import distributed, images, teachers
+    from fkdpipe.labelgen import dry_run as forecasting
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
+    from fkdpipe.labelgen import repair as repairing
     from fkdpipe.models import parse_spec
     from fkdpipe.storage.location import open_location
-    from fkdpipe.train.run import default_threads
 
     rank = distributed.parse_part(part) if part else distributed.current()
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
-    specs = [parse_spec(text) for text in settings.teacher]
-    root = images.split_root(data, "train")
     loaded = teachers.load_teachers(
-        specs,
-        class_names=images.class_folders(root),
+        [parse_spec(text) for text in settings.teacher],
+        class_names=images.class_folders(images.split_root(data, "train")),
         weights=settings.teacher_weight,
         class_maps=[images.read_class_map(file) for file in settings.class_map],
         precision=settings.precision,
         device=where,
+        needs=settings.needs,
     )
+    threads = settings.threads or distributed.default_threads()
+    resources = run.Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
+    location = open_location(store)
+    if dry_run:
+        _print_forecast(forecasting.forecast(data, settings, loaded, resources, reporter=reporter))
+        return
+    if repair:
+        broken = repairing.prepare(location, data)
+        resources = replace(resources, batch_of=broken.batch_of)
     plan = planning.prepare(
-        open_location(store), data, settings, loaded, device=where, rank=rank, reporter=reporter
-    )
-    resources = run.Resources(
-        device=where,
-        batch=settings.batch,
-        threads=settings.threads or default_threads(),
-        rank=rank,
+        location, data, settings, loaded, device=where, rank=rank, reporter=reporter
     )
     result = run.generate(plan, loaded, resources, reporter=reporter)
     state = "complete" if result.sealed else "other parts are still to be made"
@@ -92,3 +104,22 @@ def generate(
         f"{store}: {result.made} units made, {result.kept} kept, "
         f"{len(result.failed)} images left out; {state}."
     )
+    if repair:
+        click.echo(f"{len(broken.restored)} records restored, {len(broken.units)} units made again")
+
+
+def _print_forecast(f: Forecast) -> None:
+    from fkdpipe.storage.report import to_gigabytes
+
+    hours = f.seconds / 3600
+    click.echo(
+        f"{f.images:,} images x {f.crops_per_image} crops ({f.rejected} files rejected), "
+        f"{f.units} units"
+    )
+    click.echo(f"store   {to_gigabytes(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
+    click.echo(
+        f"time    {hours:,.2f} hours for one process at {f.crops_per_s:,.0f} crops/s, measured on "
+        f"{f.sampled_crops:,} crops"
+    )
+    gpu = f", GPU {to_gigabytes(f.gpu_bytes)}" if f.gpu_bytes else ""
+    click.echo(f"memory  {to_gigabytes(f.buffer_bytes)} for a unit in the making{gpu}")

@@ -1,4 +1,4 @@
-"""`fkdpipe report` and `fkdpipe verify`."""
+"""`fkdpipe report`."""
 
 from __future__ import annotations
 
@@ -60,44 +60,3 @@ def _print_report(r: StorageReport) -> None:
         click.echo(
             f"  FKD paper, {name}: {to_gigabytes(size)} ({size / r.imagenet:.1f} times this)"
         )
-
-
-@click.command()
-@click.argument("store")
-@click.option("--full", is_flag=True, help="Read everything: checksums and values.")
-@options.cache_option
-@options.json_option
-def verify(store: str, full: bool, cache: object, as_json: bool) -> None:
-    """Compare STORE with its own records; exit code 1 when something is wrong.
-
-    \b
-    Example:
-      fkdpipe verify store --full
-    """
-    from fkdpipe.errors import StoreError
-    from fkdpipe.storage import verify as verifying
-    from fkdpipe.storage.store import open_store
-
-    opened = open_store(store)
-    reporter = terminal.reporter()
-    try:
-        units = sum(opened.units_of(part) for part in opened.parts.values())
-    except StoreError:
-        units = 0  # verify says what is wrong with its records
-    with reporter.task("verify", units, "units") as advance:
-        problems = verifying.verify(
-            opened,
-            full=full,
-            cache_dir=options.cache_dir(cache),  # type: ignore[arg-type]
-            on_unit=advance,
-        )
-    if as_json:
-        found = [problem.to_json() for problem in problems]
-        terminal.print_json({"ok": not problems, "problems": found})
-    else:
-        for problem in problems:
-            unit = f" unit {problem.unit}" if problem.unit >= 0 else ""
-            click.echo(f"{problem.code}: {problem.part}{unit}: {problem.detail}")
-        click.echo(f"{store}: {'ok' if not problems else f'{len(problems)} problems'}")
-    if problems:
-        raise click.exceptions.Exit(1)

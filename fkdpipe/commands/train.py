@@ -113,9 +113,9 @@ def evaluate(
       fkdpipe evaluate images runs/student --json
     """
     from fkdpipe import images, teachers
+    from fkdpipe.distributed import default_threads
     from fkdpipe.models import parse_spec
     from fkdpipe.train import evaluate as evaluation
-    from fkdpipe.train.run import default_threads
 
     reporter = terminal.reporter()
     where = options.choose_device(device)

@@ -1,4 +1,4 @@
-"""From a teacher's outputs on the device to the arrays a store keeps of them."""
+"""From teachers' outputs on the device to the arrays a store keeps of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from fkdpipe import teachers as teachers_
+from fkdpipe.features import Basis
 from fkdpipe.replay import View, normalise
-from fkdpipe.storage import labels
+from fkdpipe.storage import features, labels
 from fkdpipe.storage.labels import Form
+from fkdpipe.storage.store import Part
+from fkdpipe.taps import Outputs
 from fkdpipe.teachers import Teacher
 
 
@@ -20,30 +23,48 @@ def views_of(teachers: Sequence[Teacher]) -> list[View]:
     return list(dict.fromkeys(views))
 
 
-def teacher_logits(
-    teachers: Sequence[Teacher], pixels: dict[View, torch.Tensor]
-) -> list[torch.Tensor]:
-    """float32 (B, C) of each teacher, from uint8 pixels of each view on the device."""
-    logits = []
+def teach(teachers: Sequence[Teacher], pixels: dict[View, torch.Tensor]) -> list[Outputs]:
+    """Each teacher's outputs for uint8 pixels of each view on the device."""
+    made = []
     for teacher in teachers:
         p = teacher.preprocessing
-        logits.append(
-            teacher.logits(normalise(pixels[View(p.size, p.interpolation)], p.mean, p.std))
+        made.append(
+            teacher.outputs(normalise(pixels[View(p.size, p.interpolation)], p.mean, p.std))
         )
-    return logits
+    return made
 
 
-def encode(
+def encode_part(
+    part: Part, outputs: Sequence[Outputs], teachers: Sequence[Teacher], basis: Basis | None
+) -> dict[str, np.ndarray]:
+    """The stored fields of a part for B crops."""
+    if part.kind == "labels":
+        form = labels.parse_form(part.settings["form"])
+        return encode_labels(
+            form,
+            [made.logits for made in outputs],
+            [teacher.weight for teacher in teachers],
+            float(part.settings["temperature"]),
+        )
+    (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
+    vectors_BD = made.pre if part.tap == "pre" else made.penultimate
+    assert vectors_BD is not None
+    if basis is not None:
+        vectors_BD = basis.project(vectors_BD, int(part.settings["dims"]))
+    return features.encode(part.settings["code"], vectors_BD.float().cpu().numpy())
+
+
+def encode_labels(
     form: Form, logits: Sequence[torch.Tensor], shares: Sequence[float], temperature: float
 ) -> dict[str, np.ndarray]:
-    """The stored fields of B crops.
+    """The stored fields of B labels.
 
     Args:
         logits: float32 (B, C) of each teacher.
         shares: of the ensemble, summing to 1.
     """
     if form.kind == "logits":
-        (z_BC,) = logits  # an ensemble is an average of probabilities; the caller refuses others
+        (z_BC,) = logits  # an ensemble is an average of probabilities; the plan refuses others
         top_B = z_BC.max(dim=1).values
         scores = labels.encode_scores((z_BC - top_B[:, None]).cpu().numpy())
         return {"logit": scores, "logit_max": top_B.cpu().numpy()}

@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe import images, replay
+from fkdpipe import features, images, replay, taps
 from fkdpipe.distributed import Rank
-from fkdpipe.errors import StoreError, StoreMismatchError, UsageError
+from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.features import Basis
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, BackendChoice, Request
+from fkdpipe.storage import features as stored_features
 from fkdpipe.storage import labels, rounds, schema, writer
+from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Field, Json
 from fkdpipe.storage.store import IMAGES, Part, Store
@@ -51,12 +54,14 @@ class Plan:
 
     Attributes:
         root: folder that the keys are relative to. replay: backend of the pixels.
+        basis: that features are projected onto.
     """
 
     store: Store
     root: Path
     rounds: tuple[RoundPlan, ...]
     replay: Backend
+    basis: Basis | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -76,55 +81,139 @@ def prepare(
     *,
     device: torch.device,
     rank: Rank = Rank(),
+    folder: images.ImageFolder | None = None,
     reporter: Reporter = silent,
 ) -> Plan:
     """Open or create the store and start the parts that are asked for.
 
+    Args:
+        folder: the list of images, where it has been scanned already.
+
     Raises:
         UsageError: settings that cannot be right (K above C, logits of an ensemble, ...).
+        ModelError: a basis of another teacher.
         StoreMismatchError: the store was made with other settings; says which.
         ImagesError: the folder cannot be used, or its classes are not the store's.
     """
-    classes = _classes(teachers)
-    form = settings.parsed_form
-    labels.check_form(form, classes)
-    if form.kind == "logits" and len(teachers) > 1:
-        raise UsageError(
-            "form logits keeps one teacher's scores; several teachers are averaged as "
-            "probabilities: take full or topk:K, or generate one source per teacher."
-        )
-    fields = schema.label_fields(form, classes)
-    store = _open_or_create(location, data, settings, fields, rank, reporter)
+    basis = features.load_basis(settings.basis) if settings.basis else None
+    source = settings.source or default_source(teachers)
+    form = _form(settings, location, source, teachers)
+    wanted = _wanted_parts(settings, form, teachers, basis, source)
+    fields = [field for part in wanted for field in part.fields]
+    store = _open_or_create(location, data, settings, fields, rank, folder, reporter)
     root = images.split_root(data, "train")
     images.check_same_classes(store.images.class_names, images.class_folders(root), where=str(data))
-    source = settings.source or default_source(teachers)
     backend = _backend(store, source, settings.replay, device, root)
-    label_settings = {
-        "form": settings.form,
-        "classes": classes,
-        "temperature": settings.temperature,
-        "precision": teachers[0].precision,
-        "replay": backend,
-        "teachers": [teacher.facts() for teacher in teachers],
-    }
     provenance = {
         "teachers": [str(teacher.spec.name) for teacher in teachers],
         "replay": replay.versions(backend),
         "packages": writer.package_versions(),
     }
     plans = []
-    for part in _rounds(store, settings):
-        made = writer.add_part(
-            store,
-            f"rounds/{part.round}/labels/{source}",
-            "labels",
-            {**label_settings, "crops": part.settings["crops"]},
-            fields,
-            int(part.settings["crops"]),
-            provenance=provenance,
-        )
-        plans.append(RoundPlan(part, (made,)))
-    return Plan(store, root, tuple(plans), backend)
+    for crops in _rounds(store, settings):
+        count = int(crops.settings["crops"])
+        made = [
+            writer.add_part(
+                store,
+                f"rounds/{crops.round}/{part.place}",
+                part.kind,
+                {**part.settings, "replay": backend, "crops": count},
+                part.fields,
+                count,
+                provenance=provenance,
+            )
+            for part in wanted
+        ]
+        plans.append(RoundPlan(crops, tuple(made)))
+    return Plan(store, root, tuple(plans), backend, basis)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A part that every round is to have."""
+
+    place: str
+    kind: str
+    settings: Json
+    fields: list[Field]
+
+
+def _form(
+    settings: GenerateSettings, location: Location, source: str, teachers: Sequence[Teacher]
+) -> Form | None:
+    """The form asked for; else what the store holds of this source; else topk:10."""
+    if settings.form == "none":
+        return None
+    if settings.form is not None:
+        return labels.parse_form(settings.form)
+    for part in Store(location).parts.values() if _ready(location) else ():
+        if part.kind == "labels" and part.source == source:
+            return labels.parse_form(part.settings["form"])
+    return Form("topk", min(10, _classes(teachers)))
+
+
+def _wanted_parts(
+    settings: GenerateSettings,
+    form: Form | None,
+    teachers: Sequence[Teacher],
+    basis: Basis | None,
+    source: str,
+) -> list[_Wanted]:
+    shared = {
+        "precision": teachers[0].precision,
+        "teachers": [teacher.facts() for teacher in teachers],
+    }
+    wanted = []
+    if form is not None:
+        classes = _classes(teachers)
+        labels.check_form(form, classes)
+        if form.kind == "logits" and len(teachers) > 1:
+            raise UsageError(
+                "form logits keeps one teacher's scores; several teachers are averaged as "
+                "probabilities: take full or topk:K, or generate one source per teacher."
+            )
+        facts = {"form": str(form), "classes": classes, "temperature": settings.temperature}
+        fields = schema.label_fields(form, classes)
+        wanted.append(_Wanted(f"labels/{source}", "labels", {**shared, **facts}, fields))
+    taps_ = (
+        _wanted_features(t, settings, teachers, basis, source, shared) for t in settings.features
+    )
+    return [*wanted, *taps_]
+
+
+def _wanted_features(
+    text: str,
+    settings: GenerateSettings,
+    teachers: Sequence[Teacher],
+    basis: Basis | None,
+    source: str,
+    shared: Json,
+) -> _Wanted:
+    tap, dims = features.parse_features(text)
+    if len(teachers) > 1:
+        raise UsageError("features are those of one teacher; generate one source per teacher.")
+    width = taps.width(teachers[0].module.network)
+    if dims is not None:
+        assert basis is not None  # the settings refuse components without a basis
+        basis.check_teacher(teachers[0].facts())
+        if basis.facts["tap"] != tap:
+            raise UsageError(
+                f"features {text}: the basis was fitted on {basis.facts['tap']} features."
+            )
+        if dims > basis.components_DK.shape[1]:
+            raise UsageError(
+                f"features {text}: the basis has {basis.components_DK.shape[1]} components."
+            )
+    facts = {
+        "tap": tap,
+        "dims": dims or width,
+        "width": width,
+        "code": settings.features_code,
+        "basis": basis.digest if dims is not None and basis is not None else None,
+        "pre_is_post": not taps.has_activation(teachers[0].module.network),
+    }
+    fields = stored_features.fields(dims or width, settings.features_code)
+    return _Wanted(f"features/{source}/{tap}", "features", {**shared, **facts}, fields)
 
 
 def _classes(teachers: Sequence[Teacher]) -> int:
@@ -140,6 +229,7 @@ def _open_or_create(
     settings: GenerateSettings,
     fields: list[Field],
     rank: Rank,
+    folder: images.ImageFolder | None,
     reporter: Reporter,
 ) -> Store:
     if _ready(location):
@@ -151,17 +241,34 @@ def _open_or_create(
         return Store(location)
     if settings.crops is None:
         raise UsageError("say how many crops per image to record: --crops M.")
-    with reporter.task("scan", 0, "files") as advance:
-        folder = images.scan(data, on_image=advance)
+    if folder is None:
+        with reporter.task("scan", 0, "files") as advance:
+            folder = images.scan(data, need_classes=False, on_image=advance)
+    _tell(folder)
+    per_image = schema.bytes_per_image([*fields, *schema.crop_fields()], settings.crops)
+    return writer.create_store(
+        location,
+        image_columns(folder),
+        seed=settings.seed,
+        unit=schema.unit_images(per_image),
+    )
+
+
+def _tell(folder: images.ImageFolder) -> None:
+    """What a user should know about a folder before days are spent on it."""
+    if not folder.class_names:
+        log.info("no class folders: the images are taken as unlabelled")
     for rejected in folder.rejected[:20]:
         log.warning("%s is left out: %s, %s", rejected.key, rejected.reason, rejected.detail)
     if len(folder.rejected) > 20:
         log.warning("... and %d more files; the store lists them", len(folder.rejected) - 20)
     if folder.empty_classes:
         log.warning("classes without images: %s", ", ".join(folder.empty_classes[:10]))
-    per_image = schema.bytes_per_image([*fields, *schema.crop_fields()], settings.crops)
-    return writer.create_store(
-        location,
+
+
+def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:
+    """A scanned folder as a store keeps it."""
+    return writer.ImageColumns(
         keys=folder.keys,
         class_N=folder.class_N,
         size_N2=folder.size_N2,
@@ -169,22 +276,13 @@ def _open_or_create(
         class_names=folder.class_names,
         rejected=[(r.key, r.reason, r.detail) for r in folder.rejected],
         fingerprint=folder.fingerprint,
-        seed=settings.seed,
-        unit=schema.unit_images(per_image),
     )
 
 
 def _ready(location: Location) -> bool:
     """Is there a store whose list of images is complete?"""
+    writer.refuse_foreign(location)
     if location.length("zarr.json") is None:
-        if any(True for _ in location.list()):
-            foreign = next(iter(location.list()))[0]
-            if not foreign.startswith(("images/", "commits/")) and not foreign.endswith(".partial"):
-                raise StoreError(
-                    f"{location.url} is not empty and holds no store ({foreign} is there). "
-                    "Name a new folder.",
-                    code="not-empty",
-                )
         return False
     store = Store(location)
     return IMAGES in store.parts and store.marker(store.part(IMAGES), 0) is not None
@@ -234,7 +332,7 @@ def _backend(
     store: Store, source: str, choice: BackendChoice, device: torch.device, root: Path
 ) -> Backend:
     """The backend a source was begun with, or the one chosen for a new source."""
-    begun = [p for p in store.parts.values() if p.kind == "labels" and p.source == source]
+    begun = [p for p in store.parts.values() if p.source == source and "replay" in p.settings]
     if begun and choice == "auto":
         return begun[0].settings["replay"]
     return replay.choose_backend(choice, device, _sample(store, root))

@@ -8,8 +8,10 @@ from typing import Literal
 
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import UsageError
+from fkdpipe.features import parse_features
 from fkdpipe.storage import schema
-from fkdpipe.storage.labels import Form, parse_form
+from fkdpipe.storage.labels import parse_form
+from fkdpipe.taps import Needs
 from fkdpipe.teachers import Precision
 
 
@@ -19,7 +21,11 @@ class GenerateSettings:
 
     teacher: NAME or NAME=FILE, one or several. teacher_weight: their relative shares.
     class_map: files that say which output is which class, none, one for all or one per teacher.
-    form: what is stored of the outputs. temperature: logits are divided by it before softmax.
+    form: what is stored of the outputs, "none" for features only; None takes what the store
+    holds of this source, or topk:10.
+    temperature: logits are divided by it before softmax.
+    features: "pre" or "post" (before or after the last activation), ":D" for the leading D
+    components of `basis`. features_code: float16, or int8 after a cube root.
     crops: M, crops per image in all; None keeps what the store has.
     crop: the law they are drawn by. boxes: stored, or derived from the seed with a checksum.
     source: name of the labels within the store; "" takes the teachers' names.
@@ -30,8 +36,11 @@ class GenerateSettings:
     teacher: tuple[str, ...] = ()
     teacher_weight: tuple[float, ...] = ()
     class_map: tuple[Path, ...] = ()
-    form: str = "topk:10"
+    form: str | None = None
     temperature: float = 1.0
+    features: tuple[str, ...] = ()
+    features_code: Literal["float16", "int8"] = "float16"
+    basis: Path | None = None
     crops: int | None = None
     crop: CropLaw = field(default_factory=CropLaw)
     boxes: Literal["stored", "derived"] = "stored"
@@ -43,7 +52,17 @@ class GenerateSettings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        parse_form(self.form)
+        if self.form not in (None, "none"):
+            parse_form(self.form)
+        if self.form == "none" and not self.features:
+            raise UsageError("form none without features leaves nothing to generate.")
+        for text in self.features:
+            _, dims = parse_features(text)
+            if dims is not None and self.basis is None:
+                raise UsageError(
+                    f"features {text}: leading components need a basis. Fit one with fkdpipe "
+                    "fit-basis and name it with --set basis=FILE."
+                )
         if not self.teacher:
             raise UsageError("name at least one teacher: --teacher NAME or NAME=FILE.")
         if self.crops is not None and self.crops < 1:
@@ -58,5 +77,7 @@ class GenerateSettings:
             schema.check_source_name(self.source)
 
     @property
-    def parsed_form(self) -> Form:
-        return parse_form(self.form)
+    def needs(self) -> Needs:
+        """What is asked of the teachers beside logits."""
+        taps = {parse_features(text)[0] for text in self.features}
+        return Needs(pre="pre" in taps, penultimate="post" in taps)

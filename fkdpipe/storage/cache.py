@@ -44,7 +44,9 @@ def default_cache_dir() -> Path:
 
 def folder_of(cache_dir: Path, part: Part, manifest: Manifest) -> Path:
     """Where the cache of this part in exactly this state lies."""
-    name = hashlib.sha256(manifest.to_bytes() + commits.seal_record({"m": part.metadata}))
+    name = hashlib.sha256(manifest.to_bytes())
+    for key, text in sorted(part.metadata.items()):
+        name.update(key.encode() + text)
     return cache_dir / name.hexdigest()[:32]
 
 
@@ -174,8 +176,8 @@ def _units(
 def _arrays_for(store: Store, part: Part) -> Arrays:
     """A set of arrays of one's own, so that threads decode side by side."""
     arrays = Arrays()
-    for key in part.metadata:
-        arrays.load_metadata(key, store.location.read(key))
+    for key, text in part.metadata.items():
+        arrays.load_metadata(key, text)
     return arrays
 
 

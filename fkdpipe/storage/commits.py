@@ -2,7 +2,7 @@
 
 Everything lies under `commits/`, beside the arrays:
 
-    commits/<part>/part.json       lengths and checksums of the part's zarr.json files
+    commits/<part>/part.json       a copy of the part's zarr.json files
     commits/<part>/<unit>.json     marker: the unit is committed
     commits/<part>/manifest.json   every unit is committed; the part is sealed
     commits/claims/<i>-of-<n>.json who is writing

@@ -36,7 +36,7 @@ class Part:
         settings: what two units of this part must have in common.
         provenance: what else is known of its making.
         fields: its arrays.
-        metadata: checksums of its zarr.json files.
+        metadata: its zarr.json files, as its record keeps them.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Part:
     settings: Json
     provenance: Json
     fields: tuple[Field, ...]
-    metadata: commits.FileTable
+    metadata: dict[str, bytes]
 
     @property
     def settings_digest(self) -> str:
@@ -235,7 +235,7 @@ class Store:
             )
         return manifest
 
-    def read_checked(self, key: str, files: commits.FileTable, unit: int) -> bytes:
+    def read_checked(self, key: str, files: commits.FileTable, unit: int | None = None) -> bytes:
         """An object whose length and checksum are those of the file table.
 
         Raises:
@@ -260,12 +260,13 @@ class Store:
         key = commits.part_key(path)
         try:
             body = commits.open_record(self.location.read(key))
-            metadata = {k: (int(n), str(c)) for k, (n, c) in body["metadata"].items()}
-        except (BrokenRecordError, KeyError, ValueError, FileNotFoundError) as error:
+            metadata = {name: str(text).encode() for name, text in body["metadata"].items()}
+        except (BrokenRecordError, KeyError, AttributeError, FileNotFoundError) as error:
             raise self.damaged(key, str(error)) from None
-        for name in metadata:
-            self.arrays.load_metadata(name, self.read_checked(name, metadata, -1))
-        group = json.loads(self.location.read(f"{path}/zarr.json"))
+        for name, text in metadata.items():
+            self.read_checked(name, {name: commits.entry(text)})
+            self.arrays.load_metadata(name, text)
+        group = json.loads(metadata[f"{path}/zarr.json"])
         facts = group["attributes"][schema.ATTRIBUTE]
         return Part(
             path=path,
@@ -281,7 +282,7 @@ class Store:
 
     def damaged(self, key: str, what: str, unit: int | None = None) -> DamagedStoreError:
         """The error for an object that is not what was committed."""
-        where = f" (unit {unit})" if unit is not None and unit >= 0 else ""
+        where = "" if unit is None else f" (unit {unit})"
         return DamagedStoreError(
             f"{self.url}: {key}{where} {what}. See `fkdpipe verify {self.url} --full`; "
             "`fkdpipe generate ... --repair` makes broken units again.",

@@ -8,32 +8,47 @@ depends on how many processes there are: whoever owns a unit commits it, the las
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fkdpipe import crops
 from fkdpipe.crops import CropLaw
-from fkdpipe.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.errors import DamagedStoreError, StoreError, StoreMismatchError
 from fkdpipe.storage import commits, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import Marker
-from fkdpipe.storage.location import PARTIAL, LocalLocation, Location
+from fkdpipe.storage.location import PARTIAL, Location
 from fkdpipe.storage.rounds import crop_settings
 from fkdpipe.storage.schema import Field, Json
 from fkdpipe.storage.store import IMAGES, Part, Store
 
 
+@dataclass(frozen=True)
+class ImageColumns:
+    """The list of images to store: one row per image, in any order.
+
+    Attributes:
+        class_N: int32, -1 without classes. size_N2: uint16 (height, width). bytes_N: int64.
+        rejected: (key, reason, detail) of files left out.
+        fingerprint: of the image folder (`fkdpipe.images.fingerprint`).
+    """
+
+    keys: Sequence[str]
+    class_N: np.ndarray
+    size_N2: np.ndarray
+    bytes_N: np.ndarray
+    class_names: Sequence[str]
+    rejected: Sequence[tuple[str, str, str]]
+    fingerprint: str
+
+
 def create_store(
     location: Location,
+    columns: ImageColumns,
     *,
-    keys: Sequence[str],
-    class_N: np.ndarray,
-    size_N2: np.ndarray,
-    bytes_N: np.ndarray,
-    class_names: Sequence[str],
-    rejected: Sequence[tuple[str, str, str]],
-    fingerprint: str,
     seed: int,
     unit: int,
     group: int = schema.GROUP_CROPS,
@@ -44,56 +59,77 @@ def create_store(
     unit after unit is fair to all classes.
 
     Args:
-        keys, class_N, size_N2, bytes_N: one row per image, in any order.
-        fingerprint: of the image folder (`fkdpipe.images.fingerprint`).
-        seed: of the order.
-        unit: U, images per unit. group: g, crops per crop group.
+        seed: of the order. unit: U, images per unit. group: g, crops per crop group.
     """
-    order = crops.random_order(seed, crops.image_ids(keys))
-    values: dict[str, np.ndarray] = {
-        "key": np.array(keys, dtype=object)[order],
-        "class": class_N[order],
-        "size": size_N2[order],
-        "bytes": bytes_N[order],
-        "class_name": np.array(list(class_names), dtype=object),
-    }
-    for column, name in enumerate(("rejected_key", "rejected_reason", "rejected_detail")):
-        values[name] = np.array([row[column] for row in rejected], dtype=object)
-    rows = {name: len(column) for name, column in values.items()}
     fields = schema.image_fields()
-    arrays = Arrays()
+    values = _image_values(columns, seed)
+    rows = {field.name: len(values[field.name]) for field in fields}
     root = {
         "format": schema.FORMAT,
         "version": schema.FORMAT_VERSION,
-        "images": len(keys),
+        "images": len(columns.keys),
         "unit": unit,
         "group": group,
-        "fingerprint": fingerprint,
+        "fingerprint": columns.fingerprint,
         "order_seed": seed,
         "made_by": package_versions(),
     }
+    arrays = Arrays()
     arrays.add_group("", {schema.ATTRIBUTE: root})
-    settings = {"fingerprint": fingerprint, "order_seed": seed, "rows": rows}
+    settings = {"fingerprint": columns.fingerprint, "order_seed": seed, "rows": rows}
     facts = _part_facts("images", -1, "", "", settings, {}, fields)
     arrays.add_group(IMAGES, {schema.ATTRIBUTE: facts})
-    files: commits.FileTable = {}
-    shards: dict[str, bytes] = {}
     for field in fields:
-        path = f"{IMAGES}/{field.name}"
-        length = rows[field.name]
-        arrays.add_array(
-            path, schema.array_settings(field, rows=length, crops=0, unit=unit, group=group)
-        )
-        if length:
-            shards |= arrays.encode(path, (slice(0, length),), values[field.name])
+        shape = schema.array_settings(field, rows=rows[field.name], crops=0, unit=unit, group=group)
+        arrays.add_array(f"{IMAGES}/{field.name}", shape)
     _write_metadata(location, IMAGES, arrays)
-    for key, data in shards.items():
-        files[key] = _write_and_read_back(location, key, data)
+    shards = image_shards(arrays, columns, seed)
+    files = {key: _write_and_read_back(location, key, data) for key, data in shards.items()}
     marker = Marker(IMAGES, 0, schema.digest(settings), files, {}, {})
     location.write(commits.marker_key(IMAGES, 0), marker.to_bytes())
     store = Store(location)
     seal(store, store.part(IMAGES))
     return store
+
+
+def refuse_foreign(location: Location) -> None:
+    """Refuse to write where something else lies.
+
+    Raises:
+        StoreError: naming what is there.
+    """
+    if location.length("zarr.json") is not None:
+        return  # a store; opening it says whether it is ours
+    for key, _ in location.list():
+        if not key.startswith(("images/", "commits/")) and not key.endswith(PARTIAL):
+            raise StoreError(
+                f"{location.url} is not empty and holds no store ({key} is there). Name a new "
+                "folder.",
+                code="not-empty",
+            )
+
+
+def image_shards(arrays: Arrays, columns: ImageColumns, seed: int) -> dict[str, bytes]:
+    """The objects of `images`, key to bytes; the same list gives the same bytes."""
+    shards: dict[str, bytes] = {}
+    for name, column in _image_values(columns, seed).items():
+        if len(column):
+            shards |= arrays.encode(f"{IMAGES}/{name}", (slice(0, len(column)),), column)
+    return shards
+
+
+def _image_values(columns: ImageColumns, seed: int) -> dict[str, np.ndarray]:
+    order = crops.random_order(seed, crops.image_ids(columns.keys))
+    values: dict[str, np.ndarray] = {
+        "key": np.array(columns.keys, dtype=object)[order],
+        "class": columns.class_N[order],
+        "size": columns.size_N2[order],
+        "bytes": columns.bytes_N[order],
+        "class_name": np.array(list(columns.class_names), dtype=object),
+    }
+    for index, name in enumerate(("rejected_key", "rejected_reason", "rejected_detail")):
+        values[name] = np.array([row[index] for row in columns.rejected], dtype=object)
+    return values
 
 
 def add_crops(store: Store, law: CropLaw, *, seed: int, count: int, derived: bool = False) -> Part:
@@ -235,14 +271,21 @@ def committed_units(store: Store, part: Part, units: Iterable[int]) -> set[int]:
     return done
 
 
-def sweep(store: Store) -> int:
-    """Remove what killed writers left behind: partial files. Only a sole writer may call it."""
-    if not isinstance(store.location, LocalLocation):
-        return 0  # object stores have none: a put is complete or absent
-    litter = [key for key, _ in store.location.list() if key.endswith(PARTIAL)]
-    for key in litter:
-        store.location.delete(key)
-    return len(litter)
+def sweep(store: Store, index: int, world: int) -> int:
+    """Remove partial files that killed writers of our units left behind; returns how many.
+
+    The caller holds the claim of part `index` of `world`, so nobody is writing them. Part 0 also
+    removes those that belong to no unit.
+    """
+    swept = 0
+    for key, _ in list(store.location.list()):
+        if key.endswith(PARTIAL):
+            unit = re.search(r"/c/(\d+)/|/(\d+)\.json\.", key)
+            owner = int(unit[1] or unit[2]) % world if unit else 0
+            if owner == index:
+                store.location.delete(key)
+                swept += 1
+    return swept
 
 
 def package_versions() -> Json:
@@ -295,18 +338,18 @@ def _write_and_read_back(location: Location, key: str, data: bytes) -> tuple[int
 
 
 def _write_metadata(location: Location, part: str, arrays: Arrays) -> None:
-    """Write a part's zarr.json files, its record last. Equal parts write equal bytes, so it does
-    no harm when two processes start the same part at once."""
+    """Write a part's zarr.json files, and last its record with a copy of each. Equal parts write
+    equal bytes, so it does no harm when two processes start the same part at once."""
     metadata = {}
     for key, data in sorted(arrays.metadata().items()):
         if key == "zarr.json" and part != IMAGES:
             continue  # the root group belongs to `images`
         there = _read_or_none(location, key)
-        if there is not None and not key.startswith(part):
+        if there is not None and part != IMAGES and not key.startswith(part):
             data = there  # a group above, shared with other parts
         elif there != data:
             location.write(key, data)
-        metadata[key] = commits.entry(data)
+        metadata[key] = data.decode()
     location.write(commits.part_key(part), commits.seal_record({"metadata": metadata}))
 
 

@@ -20,6 +20,7 @@ from fkdpipe.images import ImageFolder
 from fkdpipe.models import Preprocessing
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import normalise
+from fkdpipe.taps import Outputs
 from fkdpipe.teachers import Precision, autocast
 
 
@@ -61,7 +62,8 @@ def evaluate(
         for pixels, class_B in batches(preprocessing, folder, batch=batch, threads=threads):
             x = normalise(pixels.to(device), preprocessing.mean, preprocessing.std)
             with autocast(precision, device):
-                logits_BC = module(x.contiguous(memory_format=torch.channels_last)).float()
+                out = module(x.contiguous(memory_format=torch.channels_last))
+            logits_BC = (out.logits if isinstance(out, Outputs) else out).float()
             logits_BC = logits_BC if pick is None else logits_BC[:, pick]
             ranked = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
             hits = ranked == class_B.to(device)[:, None]

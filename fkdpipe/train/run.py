@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from fkdpipe import config, images, models, replay
-from fkdpipe.distributed import Rank
+from fkdpipe.distributed import Rank, default_threads
 from fkdpipe.errors import ImagesError, TrainingError, UsageError
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, Request
@@ -120,11 +119,6 @@ def _order(settings: TrainSettings, training: TrainingSet) -> Order:
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-
-
-def default_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _open(

@@ -1,0 +1,171 @@
+"""Teacher features made to fit a student: a basis, and what is done to its components.
+
+KDEP ("Knowledge Distillation as Efficient Pre-training", He et al.) projects a teacher's
+penultimate features, before its last ReLU, onto their leading principal components, and evens out
+their very different deviations with Power Temperature Scaling.
+
+Letters: N vectors, D_t teacher width, K components kept, D_s student width, B batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from fkdpipe.errors import ModelError, UsageError
+
+Tap = Literal["pre", "post"]
+_METADATA = "fkdpipe-basis"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Principal components of a teacher's features ("SVD" in the paper: centred, so PCA).
+
+    Attributes:
+        mean_D: float64 (D_t,). components_DK: float64 (D_t, K), orthonormal columns by falling
+            deviation; the entry of largest magnitude of each column is positive.
+        std_K: deviation of the features along each component (S / sqrt(N - 1)).
+        channel_std_D: deviation of each raw channel.
+        count: N.
+        facts: what it was fitted on: the teacher's weights and preprocessing, tap, law, seed.
+    """
+
+    mean_D: np.ndarray
+    components_DK: np.ndarray
+    std_K: np.ndarray
+    channel_std_D: np.ndarray
+    count: int
+    facts: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the numbers that a projection depends on."""
+        return hashlib.sha256(self.mean_D.tobytes() + self.components_DK.tobytes()).hexdigest()
+
+    @property
+    def explained_K(self) -> np.ndarray:
+        """Share of the total variance that the first k components hold, k = 1, 2, ..."""
+        variance = self.std_K**2
+        return np.cumsum(variance) / (self.channel_std_D**2).sum()
+
+    def project(self, features_BD: torch.Tensor, components: int) -> torch.Tensor:
+        """float32 (B, components): coordinates along the leading components.
+
+        Raises:
+            UsageError: more components than the basis has.
+        """
+        width = self.components_DK.shape[1]
+        if components > width:
+            raise UsageError(f"the basis has {width} components; {components} are asked for.")
+        device = features_BD.device
+        mean = torch.from_numpy(self.mean_D).to(device, torch.float32)
+        axes = torch.from_numpy(self.components_DK[:, :components]).to(device, torch.float32)
+        with torch.autocast(device.type, enabled=False):
+            return (features_BD.float() - mean) @ axes
+
+    def check_teacher(self, facts: dict[str, Any]) -> None:
+        """Refuse another teacher, or the same with another preprocessing.
+
+        Args:
+            facts: of `fkdpipe.teachers.Teacher.facts`.
+
+        Raises:
+            ModelError: naming what differs.
+        """
+        own = self.facts["teacher"]
+        names = ("name", "library", "weights", "size", "interpolation", "mean", "std")
+        differs = [name for name in names if own[name] != facts[name]]
+        if differs:
+            raise ModelError(
+                f"the basis was fitted on {own['name']} with other {', '.join(differs)}. Fit one "
+                "for this teacher with fkdpipe fit-basis.",
+                code="other-teacher",
+            )
+
+
+def fit(
+    count: int,
+    sum_D: np.ndarray,
+    product_DD: np.ndarray,
+    facts: dict[str, Any],
+) -> Basis:
+    """The basis of N vectors known by their sums, in float64.
+
+    Args:
+        sum_D: sum of the vectors. product_DD: sum of their outer products.
+
+    Raises:
+        UsageError: fewer than two vectors.
+    """
+    if count < 2:
+        raise UsageError(f"a basis needs at least two feature vectors; found {count}.")
+    mean = sum_D / count
+    scatter = product_DD - count * np.outer(mean, mean)
+    scatter = (scatter + scatter.T) / 2
+    values, vectors = np.linalg.eigh(scatter)
+    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])])
+    return Basis(
+        mean_D=mean,
+        components_DK=np.ascontiguousarray(vectors * np.where(signs == 0, 1.0, signs)),
+        std_K=np.sqrt(values / (count - 1)),
+        channel_std_D=np.sqrt(np.maximum(np.diag(scatter), 0.0) / (count - 1)),
+        count=count,
+        facts=facts,
+    )
+
+
+def save_basis(file: Path, basis: Basis) -> None:
+    """As safetensors, facts in the header."""
+    arrays = {
+        "mean": basis.mean_D,
+        "components": basis.components_DK,
+        "std": basis.std_K,
+        "channel_std": basis.channel_std_D,
+    }
+    header = json.dumps({"count": basis.count, "facts": basis.facts}, sort_keys=True)
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in arrays.items()}, file, metadata={_METADATA: header}
+    )
+
+
+def load_basis(file: Path) -> Basis:
+    """Raises ModelError when the file is missing, broken or no basis."""
+    try:
+        with safe_open(file, "np") as opened:
+            header = json.loads((opened.metadata() or {})[_METADATA])
+        arrays = load_file(file)
+        return Basis(
+            mean_D=arrays["mean"],
+            components_DK=arrays["components"],
+            std_K=arrays["std"],
+            channel_std_D=arrays["channel_std"],
+            count=int(header["count"]),
+            facts=header["facts"],
+        )
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ModelError(f"{file} is not a basis made by fkdpipe fit-basis ({error}).") from error
+
+
+def parse_features(text: str) -> tuple[Tap, int | None]:
+    """`pre`, `post`, `pre:512`: which features, and how many leading components of a basis.
+
+    Raises:
+        UsageError: anything else.
+    """
+    tap, _, dims = text.partition(":")
+    if tap in get_args(Tap) and (not dims or (dims.isdigit() and int(dims) > 0)):
+        return tap, int(dims) if dims else None  # type: ignore[return-value]
+    raise UsageError(
+        f"{text!r} names no features; take pre or post (before or after the last activation), "
+        "with :D for the leading D components of a basis, for example pre:512."
+    )

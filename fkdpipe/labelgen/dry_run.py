@@ -1,0 +1,121 @@
+"""What a generation would take, from doing a little of it: a small store made and measured."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fkdpipe import images
+from fkdpipe.images import ImageFolder
+from fkdpipe.labelgen import generate, plan
+from fkdpipe.labelgen.generate import Resources
+from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.progress import Reporter, silent
+from fkdpipe.storage import report, schema
+from fkdpipe.storage.location import LocalLocation
+from fkdpipe.teachers import Teacher
+
+SAMPLE_IMAGES = schema.CHUNK_IMAGES
+SAMPLE_CROPS = 16
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A generation not done yet.
+
+    Attributes:
+        stored_bytes: of the finished store; compression as in the sample.
+        seconds: of one process as it was measured on the sample.
+        buffer_bytes: memory of a unit in the making (on disk above one GiB).
+        gpu_bytes: peak memory of the GPU on the sample, 0 without one.
+        rejected: files of the folder that cannot be used.
+    """
+
+    images: int
+    crops_per_image: int
+    crops: int
+    stored_bytes: int
+    bytes_per_crop: float
+    crops_per_s: float
+    seconds: float
+    buffer_bytes: int
+    gpu_bytes: int
+    units: int
+    rejected: int
+    sampled_crops: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(
+    data: Path,
+    settings: GenerateSettings,
+    teachers: Sequence[Teacher],
+    resources: Resources,
+    *,
+    reporter: Reporter = silent,
+) -> Forecast:
+    """Scan the folder, make a store of a few images in a temporary place, and scale it up.
+
+    Raises:
+        ImagesError, UsageError: what a real run would refuse.
+    """
+    with reporter.task("scan", 0, "files") as advance:
+        folder = images.scan(data, need_classes=False, on_image=advance)
+    crops_M = settings.crops or 1
+    few = replace(settings, crops=min(crops_M, SAMPLE_CROPS), source="")
+    some = _subset(folder, SAMPLE_IMAGES)
+    with tempfile.TemporaryDirectory(prefix="fkdpipe-dry-run-") as place:
+        location = LocalLocation(Path(place, "store"))
+        made = plan.prepare(
+            location, data, few, teachers, device=resources.device, folder=some, reporter=reporter
+        )
+        begun = time.perf_counter()
+        generate.generate(made, teachers, resources, reporter=reporter)
+        seconds = time.perf_counter() - begun
+        size = report.measure(made.store)
+        fields = [field for part in made.parts for field in part.fields]
+    sampled = size.images * size.crops_per_image
+    per_crop = sum(
+        f.bytes_per_crop for n, f in size.fields.items() if n not in ("images", "commits")
+    )
+    per_image = size.fields["images"].stored_bytes / size.images
+    crops = len(folder) * crops_M
+    rate = sampled / seconds
+    per_image_buffer = schema.bytes_per_image(fields, crops_M)
+    unit = schema.unit_images(per_image_buffer)
+    cuda = resources.device.type == "cuda"
+    return Forecast(
+        images=len(folder),
+        crops_per_image=crops_M,
+        crops=crops,
+        stored_bytes=round(crops * per_crop + len(folder) * per_image),
+        bytes_per_crop=per_crop,
+        crops_per_s=rate,
+        seconds=crops / rate,
+        buffer_bytes=min(unit, len(folder)) * per_image_buffer,
+        gpu_bytes=torch.cuda.max_memory_allocated(resources.device) if cuda else 0,
+        units=-(-len(folder) // unit),
+        rejected=len(folder.rejected),
+        sampled_crops=sampled,
+    )
+
+
+def _subset(folder: ImageFolder, count: int) -> ImageFolder:
+    """Images spread evenly over the list, so over its classes."""
+    rows = np.unique(np.linspace(0, len(folder) - 1, min(count, len(folder))).round().astype(int))
+    return replace(
+        folder,
+        keys=tuple(folder.keys[row] for row in rows),
+        class_N=folder.class_N[rows],
+        size_N2=folder.size_N2[rows],
+        bytes_N=folder.bytes_N[rows],
+    )

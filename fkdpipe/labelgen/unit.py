@@ -1,0 +1,186 @@
+"""One unit in the making: replay, teachers, encode, commit.
+
+Nothing enters but the unit itself and the batch size: not the order of units, not how many
+processes there are, not where an earlier run was stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fkdpipe import images
+from fkdpipe.crops import Crops
+from fkdpipe.errors import ImagesError
+from fkdpipe.features import Basis
+from fkdpipe.labelgen import outputs, spool
+from fkdpipe.labelgen.plan import RoundPlan
+from fkdpipe.progress import Advance
+from fkdpipe.replay import Replay, Request, View
+from fkdpipe.storage import rounds, writer
+from fkdpipe.storage.store import Part, Store
+from fkdpipe.teachers import Teacher
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_SHARE = 0.5  # of a unit: more looks like the wrong folder, not like broken files
+
+Failures = dict[int, tuple[str, str]]  # place within the unit to (code, detail)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of one round.
+
+    Attributes:
+        root: folder that keys are relative to. batch: crops per teacher batch.
+        before_commit: called before anything is committed; raises when this process must stop.
+    """
+
+    store: Store
+    root: Path
+    plan: RoundPlan
+    number: int
+    teachers: Sequence[Teacher]
+    basis: Basis | None
+    device: torch.device
+    batch: int
+    before_commit: Callable[[], None] = lambda: None
+
+    def make(self, missing: Sequence[Part], replayer: Replay, advance: Advance) -> dict[str, str]:
+        """Commit the missing parts; returns key -> reason of images that failed.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: nothing of labels or features is committed then.
+            ImagesError: most images cannot be used.
+        """
+        drawn = rounds.crops_of(self.store, self.plan.crops, self.number)
+        if self.plan.crops in missing:
+            self._commit_crops(drawn)
+        taught = [part for part in missing if part.kind != "crops"]
+        if not taught:
+            return {}
+        images_, crops_M = drawn.flip_NM.shape
+        failures = self._without_crops()
+        with spool.buffers(taught, images_, crops_M) as values:
+            for places_B, pixels in _Batches(self, drawn, replayer, failures):
+                made = outputs.teach(self.teachers, pixels)
+                for part in taught:
+                    encoded = outputs.encode_part(part, made, self.teachers, self.basis)
+                    for name, rows in encoded.items():
+                        array = values[part.path][name]
+                        array.reshape(-1, *array.shape[2:])[places_B] = rows
+                advance(len(places_B))
+            return self._commit(taught, values, failures)
+
+    def _commit_crops(self, drawn: Crops) -> None:
+        part = self.plan.crops
+        values = {} if not part.fields else {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+        self.before_commit()
+        writer.commit_unit(
+            self.store,
+            part,
+            self.number,
+            values,
+            made={"crops_crc32c": rounds.checksum(drawn)},
+        )
+
+    def _without_crops(self) -> Failures:
+        """Images that an import brought no crops for."""
+        marker = self.store.marker(self.plan.crops, self.number)
+        first = self.store.unit_rows(self.number).start
+        return {row - first: why for row, why in marker.failed.items()} if marker else {}
+
+    def _commit(
+        self, taught: Sequence[Part], values: spool.Buffers, failures: Failures
+    ) -> dict[str, str]:
+        rows = self.store.unit_rows(self.number)
+        count = rows.stop - rows.start
+        keys = self.store.images.keys[rows]
+        if len(failures) > MAX_FAILED_SHARE * count:
+            place, (code, detail) = next(iter(failures.items()))
+            raise ImagesError(
+                f"{len(failures)} of {count} images of unit {self.number} cannot be used, for "
+                f"example {keys[place]}: {code}, {detail}. Is {self.root} the folder this store "
+                "was made for?",
+                code="wrong-folder",
+            )
+        made = {
+            "batch": self.batch,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+        }
+        failed = {rows.start + place: why for place, why in sorted(failures.items())}
+        for part in taught:
+            self.before_commit()
+            writer.commit_unit(
+                self.store, part, self.number, values[part.path], failed=failed, made=made
+            )
+        for place, (code, detail) in failures.items():
+            log.warning("%s is left out: %s, %s", keys[place], code, detail)
+        return {str(keys[place]): f"{code}: {detail}" for place, (code, detail) in failures.items()}
+
+
+@dataclass
+class _Batches:
+    """Teacher batches of exactly `batch` crops, the last one shorter; failed images left out.
+
+    Iterating gives (places image * M + crop within the unit, uint8 pixels of each view on the
+    device).
+    """
+
+    unit: Unit
+    drawn: Crops
+    replayer: Replay
+    failures: Failures
+    places: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[View, torch.Tensor]]]:
+        crops_M, batch = self.drawn.flip_NM.shape[1], self.unit.batch
+        views = outputs.views_of(self.unit.teachers)
+        held: list[list[torch.Tensor]] = [[] for _ in views]
+        for pixels in self.replayer.run(self._requests()):
+            taken: np.ndarray = pixels.request.tag  # type: ignore[assignment]
+            self.failures |= {int(taken[f.image]): (f.code, f.detail) for f in pixels.failures}
+            good = np.setdiff1d(np.arange(len(taken)), [f.image for f in pixels.failures])
+            rows = (good[:, None] * crops_M + np.arange(crops_M)).ravel()
+            here = (taken[good][:, None] * crops_M + np.arange(crops_M)).ravel()
+            self.places = np.concatenate([self.places, here])
+            for tensors, view_pixels in zip(held, pixels.views, strict=True):
+                whole = len(good) == len(taken)
+                tensors.append(view_pixels if whole else view_pixels[torch.from_numpy(rows)])
+            while len(self.places) >= batch:
+                joined = [torch.cat(t) if len(t) > 1 else t[0] for t in held]
+                yield self._give(views, joined, batch)
+                held = [[j[batch:]] for j in joined]
+        if len(self.places):
+            yield self._give(views, [torch.cat(t) for t in held], len(self.places))
+
+    def _give(
+        self, views: list[View], joined: list[torch.Tensor], count: int
+    ) -> tuple[np.ndarray, dict[View, torch.Tensor]]:
+        places, self.places = self.places[:count], self.places[count:]
+        device = self.unit.device
+        pixels = [pixels[:count].to(device, non_blocking=True) for pixels in joined]
+        return places, dict(zip(views, pixels, strict=True))
+
+    def _requests(self) -> Iterator[Request]:
+        store = self.unit.store
+        rows = store.unit_rows(self.unit.number)
+        keys, sizes = store.images.keys[rows], store.images.size_N2[rows]
+        usable = np.setdiff1d(np.arange(len(keys)), list(self.failures))
+        step = max(1, self.unit.batch // self.drawn.flip_NM.shape[1])
+        for first in range(0, len(usable), step):
+            some = usable[first : first + step]
+            yield Request(
+                paths=[images.path_of(self.unit.root, key) for key in keys[some]],
+                size_I2=sizes[some],
+                box_Im4=self.drawn.box_NM4[some],
+                flip_Im=self.drawn.flip_NM[some],
+                tag=some,
+            )

@@ -1,0 +1,157 @@
+"""Who is writing: one claim per part of the work, so that two writers never share units.
+
+A claim is created only where none is (O_EXCL on disk, a create-only put on an object store) and
+renewed every minute. A claim whose process is gone, or which nobody has renewed for ten minutes,
+is taken over. Writers look at their claim before every commit, so one that lost it stops.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fkdpipe.errors import ClaimedError
+from fkdpipe.storage.location import Location
+from fkdpipe.storage.schema import Json, canonical
+
+log = logging.getLogger(__name__)
+
+FOLDER = "commits/claims"
+RENEW_SECONDS = 60.0
+STALE_SECONDS = 600.0
+
+
+class Claim:
+    """Units index, index + world, index + 2 world, ... belong to this process while it holds."""
+
+    def __init__(self, location: Location, index: int, world: int) -> None:
+        self._location = location
+        self._index, self._world = index, world
+        self._key = f"{FOLDER}/{index + 1}-of-{world}.json"
+        self._body = {**_process(), "nonce": uuid.uuid4().hex}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Take the claim.
+
+        Raises:
+            ClaimedError: another live process holds it, or one that divides the work otherwise.
+        """
+        self._refuse_other_divisions()
+        data = canonical(self._body)
+        if not self._location.create(self._key, data):
+            holder = self._read(self._key)
+            if holder is not None and self._alive(holder, self._key):
+                raise ClaimedError(self._message(holder, self._key), code="claimed")
+            log.info("taking over the claim of a process that is gone (%s)", _name(holder))
+            self._location.delete(self._key)
+            if not self._location.create(self._key, data):
+                raise ClaimedError(self._message(self._read(self._key), self._key), code="claimed")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._held():
+            self._location.delete(self._key)
+
+    def check(self) -> None:
+        """Raises ClaimedError when another process has taken the claim over."""
+        if not self._held():
+            raise ClaimedError(
+                f"{self._location.url}: another process has taken over part {self._index + 1} of "
+                f"{self._world}; this one stops. Nothing it committed is lost.",
+                code="claim-lost",
+            )
+
+    def _held(self) -> bool:
+        holder = self._read(self._key)
+        return holder is not None and holder.get("nonce") == self._body["nonce"]
+
+    def _renew(self) -> None:
+        while not self._done.wait(RENEW_SECONDS):
+            if self._held():
+                self._location.write(self._key, canonical(self._body))
+
+    def _refuse_other_divisions(self) -> None:
+        for key, _ in list(self._location.list(FOLDER)):
+            name = key.rsplit("/", 1)[-1].removesuffix(".json")
+            if not name.endswith(f"-of-{self._world}"):
+                holder = self._read(key)
+                if holder is not None and self._alive(holder, key):
+                    raise ClaimedError(
+                        f"{self._message(holder, key)} It works on part {name.replace('-', ' ')}, "
+                        f"this process on part {self._index + 1} of {self._world}: the same units "
+                        "would be made twice. Give all processes the same N in --part I/N.",
+                        code="claimed",
+                    )
+                self._location.delete(key)
+
+    def _alive(self, holder: Json, key: str) -> bool:
+        ours = _process()
+        if all(holder.get(word) == ours[word] for word in ("host", "boot", "space")):
+            return _started(int(holder.get("pid", 0))) == holder.get("started")
+        age = self._location.age_seconds(key)
+        return age is not None and age < STALE_SECONDS
+
+    def _read(self, key: str) -> Json | None:
+        try:
+            return json.loads(self._location.read(key))
+        except (FileNotFoundError, ValueError):
+            return None  # gone, or cut off while it was created: nobody's
+
+    def _message(self, holder: Json | None, key: str) -> str:
+        return (
+            f"{self._location.url} is being written by {_name(holder)}. Wait for it; if that "
+            f"process no longer exists, it can be taken over {STALE_SECONDS / 60:.0f} minutes "
+            f"after its last sign of life, or at once when {key} is deleted."
+        )
+
+
+def _name(holder: Json | None) -> str:
+    return "another process" if not holder else f"process {holder.get('pid')} on {holder['host']}"
+
+
+def _process() -> Json:
+    """What tells this process from any other, on any machine."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "space": os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else "",
+        "pid": pid,
+        "started": _started(pid),
+    }
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started, in clock ticks; None when there is none."""
+    status = _text(f"/proc/{pid}/stat")
+    if status:
+        return status.rpartition(")")[2].split()[19]
+    try:
+        os.kill(pid, 0)  # no /proc here: being there must do
+    except (OSError, OverflowError):
+        return None
+    return "there"
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

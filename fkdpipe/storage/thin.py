@@ -1,0 +1,207 @@
+"""A smaller store from a larger one, without a teacher: fewer crops, smaller K, a poorer form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fkdpipe.crops import Crops
+from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.storage import labels, reader, rounds, schema, writer
+from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage.labels import Form, Target
+from fkdpipe.storage.location import Location
+from fkdpipe.storage.reader import Segment
+from fkdpipe.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """What to keep.
+
+    Attributes:
+        crops: the first so many of each image; None keeps all.
+        form: of the labels; None keeps theirs.
+        source: which labels; None takes the only ones.
+        derived_boxes: keep a checksum of the boxes instead of the boxes.
+    """
+
+    crops: int | None = None
+    form: Form | None = None
+    source: str | None = None
+    derived_boxes: bool = False
+
+
+def thin(
+    store: Store,
+    location: Location,
+    wanted: Thinning,
+    *,
+    on_images: Callable[[int], None] = lambda count: None,
+) -> Store:
+    """Write a new store with one round and one source, unit by unit; started again, it goes on.
+
+    Args:
+        location: of the new store.
+
+    Raises:
+        UsageError: more crops than there are.
+        StoreMismatchError: the stored form cannot become the one asked for.
+        UnsealedStoreError, DamagedStoreError: of the store that is read.
+    """
+    source = reader.choose_source(store, wanted.source)
+    found = reader.finished(store, [("labels", source, "")])
+    old = found.labels[0][0].part
+    form = labels.parse_form(old.settings["form"])
+    new_form = wanted.form or form
+    _check(form, new_form, int(old.settings["classes"]))
+    count = wanted.crops or found.crops_per_image
+    if not 1 <= count <= found.crops_per_image:
+        raise UsageError(f"the store has {found.crops_per_image} crops per image; found {count}.")
+    crops_settings = {
+        **found.crops[0].part.settings,
+        "crops": count,
+        "boxes": "derived" if wanted.derived_boxes else "stored",
+    }
+    if wanted.derived_boxes:
+        rounds.law_of(crops_settings)  # boxes of an import cannot be drawn again
+    writer.refuse_foreign(location)
+    made = writer.create_store(
+        location, _columns(store), seed=int(store.facts["order_seed"]), unit=store.unit_size,
+        group=store.group_size,
+    )  # fmt: skip
+    crop_fields = [] if wanted.derived_boxes else schema.crop_fields()
+    crops_part = writer.add_part(
+        made, "rounds/0/crops", "crops", crops_settings, crop_fields, count
+    )
+    labels_part = writer.add_part(
+        made,
+        f"rounds/0/labels/{source}",
+        "labels",
+        {**old.settings, "form": str(new_form), "crops": count},
+        schema.label_fields(new_form, int(old.settings["classes"])),
+        count,
+        provenance={**old.provenance, "thinned_from": str(form)},
+    )
+    done = writer.committed_units(made, labels_part, range(store.num_units))
+    source_labels = _Labels(store, found.labels[0], form, new_form)
+    for unit in range(store.num_units):
+        rows = store.unit_rows(unit)
+        if unit not in done:
+            failed = {r: w for r, w in found.failed.items() if rows.start <= r < rows.stop}
+            drawn = _crops(store, found.crops, unit, count)
+            values = {} if wanted.derived_boxes else {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+            facts = {"crops_crc32c": rounds.checksum(drawn)}
+            writer.commit_unit(made, crops_part, unit, values, made=facts)
+            kept = source_labels.unit(unit, count, failed)
+            facts = found.labels[0][0].manifest.made.get(unit, {})
+            writer.commit_unit(made, labels_part, unit, kept, failed=failed, made=facts)
+        on_images(rows.stop - rows.start)
+    for part in (crops_part, labels_part):
+        writer.seal(made, part)
+    return made
+
+
+def _check(form: Form, new: Form, classes: int) -> None:
+    labels.check_form(new, classes)
+    richness = {"hard": 0, "topk": 1, "full": 2, "logits": 3}
+    poorer = richness[new.kind] <= richness[form.kind]
+    if new.kind == form.kind == "topk":
+        poorer = new.k <= form.k and (new.compact or not form.compact)
+    if not poorer:
+        raise StoreMismatchError(
+            f"labels of form {form} cannot become {new}; thinning goes from logits to full to "
+            "topk:K to topk:K:compact to hard, and to smaller K.",
+            code="form-too-poor",
+        )
+
+
+def _columns(store: Store) -> writer.ImageColumns:
+    listed = store.images
+    return writer.ImageColumns(
+        keys=[str(key) for key in listed.keys],
+        class_N=listed.class_N,
+        size_N2=listed.size_N2,
+        bytes_N=listed.bytes_N,
+        class_names=listed.class_names,
+        rejected=listed.rejected,
+        fingerprint=str(store.facts["fingerprint"]),
+    )
+
+
+def _crops(store: Store, segments: Sequence[Segment], unit: int, count: int) -> Crops:
+    """The first crops of a unit's images, rounds joined."""
+    parts = [rounds.crops_of(store, s.part, unit) for s in segments if s.first < count]
+    boxes = np.concatenate([part.box_NM4 for part in parts], axis=1)[:, :count]
+    return Crops(boxes, np.concatenate([part.flip_NM for part in parts], axis=1)[:, :count])
+
+
+class _Labels:
+    """Labels of a source, unit by unit, turned into another form."""
+
+    def __init__(self, store: Store, segments: Sequence[Segment], old: Form, new: Form) -> None:
+        self.store, self.segments, self.old, self.new = store, segments, old, new
+        self.classes = int(segments[0].part.settings["classes"])
+
+    def unit(self, unit: int, count: int, failed: dict) -> dict[str, np.ndarray]:
+        """Stored fields of the new form, rows of failed images with fill values."""
+        parts = [self._read(s, unit) for s in self.segments if s.first < count]
+        old = {name: np.concatenate([p[name] for p in parts], axis=1) for name in parts[0]}
+        old = {name: values[:, :count] for name, values in old.items()}
+        rows = self.store.unit_rows(unit)
+        good = np.ones(rows.stop - rows.start, dtype=bool)
+        good[[row - rows.start for row in failed]] = False
+        fields = schema.label_fields(self.new, self.classes)
+        made = {f.name: writer.fill_rows(f, len(good), count) for f in fields}
+        if good.any():
+            flat = {n: v[good].reshape(-1, *v.shape[2:]) for n, v in old.items()}
+            for name, values in self._convert(flat).items():
+                made[name][good] = values.reshape(int(good.sum()), count, *values.shape[1:])
+        return made
+
+    def _read(self, segment: Segment, unit: int) -> dict[str, np.ndarray]:
+        values = {}
+        for field in segment.part.fields:
+            prefix = f"{segment.part.path}/{field.name}/c/{unit}/"
+            files = segment.manifest.files
+            keys = [key for key in files if key.startswith(prefix)]
+            shards = {key: self.store.read_checked(key, files, unit) for key in keys}
+            region = (self.store.unit_rows(unit),)
+            arrays: Arrays = self.store.arrays
+            values[field.name] = arrays.decode(f"{segment.part.path}/{field.name}", region, shards)
+        return values
+
+    def _convert(self, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.new == self.old:
+            return old
+        if not self.old.sparse:
+            return self._from_scores(old)
+        if self.new.kind == "hard":
+            return {"ids": old["ids"][:, :1]}
+        prob = labels.decode_probabilities(self.old, old["stick" if self.old.compact else "prob"])
+        kept = labels.sparse_target(
+            Target("marginal-smoothing", self.new.k), old["ids"], prob, self.classes
+        )
+        if self.new.k == self.classes:  # every class is kept; nothing was renormalised away
+            return self._sparse(old["ids"], prob)
+        return self._sparse(kept.ids_BK, kept.prob_BK)
+
+    def _from_scores(self, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        scores = old["log_prob" if self.old.kind == "full" else "logit"]
+        if self.new.kind == "full":
+            with np.errstate(divide="ignore"):
+                return {"log_prob": labels.encode_scores(np.log(labels.softmax(scores)))}
+        prob = labels.softmax(scores)
+        ids, kept = labels.top_k(prob, self.new.k)
+        return self._sparse(ids, kept)
+
+    def _sparse(self, ids: np.ndarray, prob: np.ndarray) -> dict[str, np.ndarray]:
+        """ids and probabilities with the first class first; the others in any order."""
+        ids, prob = labels.hybrid_order(ids, prob)
+        dtype = labels.id_dtype(self.classes)
+        if self.new.kind == "hard":
+            return {"ids": ids[:, :1].astype(dtype)}
+        name = "stick" if self.new.compact else "prob"
+        return {"ids": ids.astype(dtype), name: labels.encode_probabilities(self.new, prob)}

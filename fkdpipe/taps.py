@@ -1,0 +1,217 @@
+"""A timm network asked for more than its logits: penultimate vectors, stage maps.
+
+Through timm's own interfaces (`forward_intermediates`, `forward_head`, `get_classifier`), without
+hooks, inside one module, so that DDP and torch.compile see everything.
+
+CNNs end in an activation: the penultimate vector before it (KDEP's) and after it (SRD's, the
+classifier's) are different things and neither can be computed from the other once pooled. The last
+activation is taken out of the network and applied here, which touches no parameter.
+
+Letters: B batch, C classes, D penultimate width, H, W map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fkdpipe.errors import ModelError
+
+# Networks whose features end in a LayerNorm or plain residual sum: before and after are the same.
+_WITHOUT_ACTIVATION = (
+    "Beit", "Cait", "ConvNeXt", "Eva", "MlpMixer", "SwinTransformer", "SwinTransformerV2",
+    "VisionTransformer", "VisionTransformerDistilled",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is asked of a network.
+
+    Attributes:
+        penultimate: after the last activation. pre: before it.
+        stages: stage maps counted from the end: 1 is the last stage.
+        final: the last map after the final norm.
+    """
+
+    penultimate: bool = False
+    pre: bool = False
+    stages: tuple[int, ...] = ()
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network gave. Only what was asked for is filled.
+
+    Attributes:
+        logits: (B, C). penultimate, pre: (B, D).
+        stages: by number from the end, (B, C, H, W), after the activation, not normed.
+        final: (B, C, H, W), the last map after the final norm.
+    """
+
+    logits: torch.Tensor
+    penultimate: torch.Tensor | None = None
+    pre: torch.Tensor | None = None
+    stages: dict[int, torch.Tensor] = field(default_factory=dict)
+    final: torch.Tensor | None = None
+
+
+class Tapped(nn.Module):
+    """A network with taps. `network` keeps its own state dict: it is what gets exported.
+
+    Raises:
+        ModelError: a tap that this family of networks does not have.
+    """
+
+    network: Any  # of some timm class; they share methods, not a base
+
+    def __init__(self, network: Any, needs: Needs) -> None:
+        super().__init__()
+        self.network = network
+        self.needs = needs
+        self._after_pooling = type(network).__name__ == "MobileNetV3"
+        self._activation: nn.Module | None = None
+        if needs.pre:
+            self._activation = _take_activation(network)
+        asked = needs.penultimate or needs.pre or needs.stages or needs.final
+        if asked and not hasattr(network, "forward_intermediates"):
+            raise ModelError(f"{type(network).__name__} is no timm network; it has no taps.")
+        if needs.stages:
+            self._stage_count = len(network.feature_info)
+            if max(needs.stages) > self._stage_count:
+                raise ModelError(
+                    f"{type(network).__name__} has {self._stage_count} stages; stage "
+                    f"{max(needs.stages)} from the end is asked for."
+                )
+
+    def forward(self, pixels_B3HW: torch.Tensor) -> Outputs:
+        needs = self.needs
+        if not (needs.penultimate or needs.pre or needs.stages or needs.final):
+            return Outputs(logits=self.network(pixels_B3HW))
+        network = self.network
+        maps: dict[int, torch.Tensor] = {}
+        if needs.stages:
+            final, found = network.forward_intermediates(
+                pixels_B3HW, indices=[-k for k in needs.stages], norm=False, output_fmt="NCHW"
+            )
+            maps = dict(zip(sorted(needs.stages, reverse=True), found, strict=True))
+        else:
+            final = network.forward_features(pixels_B3HW)
+        pre, penultimate, logits = self._head(final)
+        if 1 in maps and self._activation is not None and not self._after_pooling:
+            maps[1] = self._activation(maps[1])
+        return Outputs(
+            logits=logits,
+            penultimate=penultimate if needs.penultimate else None,
+            pre=pre if needs.pre else None,
+            stages=maps,
+            final=to_map(self._activated(final), network) if needs.final else None,
+        )
+
+    def _activated(self, final: torch.Tensor) -> torch.Tensor:
+        if self._activation is None or self._after_pooling:
+            return final
+        return self._activation(final)
+
+    def _head(self, final: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """(before the activation, after it, logits)."""
+        network = self.network
+        pre = None
+        if self.needs.pre:
+            pre = network.forward_head(final, pre_logits=True)
+        if self._activation is None:
+            penultimate = pre
+            if penultimate is None:
+                penultimate = network.forward_head(final, pre_logits=True)
+        elif self._after_pooling:
+            penultimate = self._activation(pre)
+        else:
+            activated = self._activation(final)
+            penultimate = network.forward_head(activated, pre_logits=True)
+        classifier = network.get_classifier()
+        if isinstance(classifier, nn.Linear):
+            return pre, penultimate, classifier(penultimate)
+        return pre, penultimate, network.forward_head(self._activated(final))
+
+
+def to_map(features: torch.Tensor, network: Any) -> torch.Tensor:
+    """(B, C, H, W) of what `forward_features` gives: NCHW, NHWC (Swin) or tokens with prefix."""
+    if features.dim() == 4:
+        channels = int(network.num_features)
+        last = features.shape[-1] == channels and features.shape[1] != channels
+        return features.permute(0, 3, 1, 2) if last else features
+    prefix = int(getattr(network, "num_prefix_tokens", 0))
+    tokens = features[:, prefix:]
+    side_h, side_w = _grid(network, tokens.shape[1])
+    return tokens.transpose(1, 2).unflatten(2, (side_h, side_w))
+
+
+def _grid(network: Any, tokens: int) -> tuple[int, int]:
+    embed = getattr(network, "patch_embed", None) or getattr(network, "stem", None)
+    size = getattr(embed, "grid_size", None)
+    if size is not None and size[0] * size[1] == tokens:
+        return int(size[0]), int(size[1])
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ModelError(f"{type(network).__name__}: {tokens} tokens are no square map.")
+    return side, side
+
+
+def width(network: Any) -> int:
+    """D, of the penultimate vector."""
+    return int(getattr(network, "head_hidden_size", None) or network.num_features)
+
+
+def has_activation(network: Any) -> bool:
+    """Does the penultimate vector differ before and after a last activation?"""
+    return type(network).__name__ not in _WITHOUT_ACTIVATION
+
+
+def _take_activation(network: Any) -> nn.Module | None:
+    """Replace the last activation by the identity and return it; None where there is none."""
+    kind = type(network).__name__
+    if kind in _WITHOUT_ACTIVATION:
+        return None
+    owner, name = _last_activation(network, kind)
+    activation = getattr(owner, name)
+    if isinstance(activation, nn.Identity):
+        raise ModelError(f"{kind}: its last activation has been taken out before.")
+    if hasattr(activation, "inplace"):
+        activation.inplace = False  # what is before it is wanted too
+    setattr(owner, name, nn.Identity())
+    return activation
+
+
+def _last_activation(network: Any, kind: str) -> tuple[nn.Module, str]:
+    if kind == "ResNet":
+        block = network.layer4[-1]
+        return block, "act3" if hasattr(block, "act3") else "act2"
+    if kind == "EfficientNet":
+        norm = network.bn2
+        if hasattr(norm, "act") and not isinstance(norm.act, nn.Identity):
+            return norm, "act"
+        return network.blocks[-1][-1].bn2, "act"
+    if kind == "MobileNetV3":
+        if isinstance(network.act2, nn.Identity):
+            return network.norm_head, "act"
+        return network, "act2"
+    if kind == "RegNet":
+        return list(network.s4.children())[-1], "act3"
+    if kind == "ResNetV2":
+        return network.norm, "act"
+    if kind == "DenseNet":
+        return network.features.norm5, "act"
+    if kind == "ByobNet":
+        if isinstance(network.final_conv, nn.Identity):
+            return network.stages[-1][-1], "act"
+        return network.final_conv.bn, "act"
+    known = "ResNet, ResNetV2, EfficientNet, MobileNetV2, MobileNetV3, RegNet, DenseNet, ByobNet"
+    raise ModelError(
+        f"{kind}: where its last activation is is not known here; features before it "
+        f"(tap pre) work for {known} and for transformers, MLP-Mixer and ConvNeXt. Take tap post.",
+        code="no-tap",
+    )
