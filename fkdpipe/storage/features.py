@@ -1,7 +1,7 @@
 """How feature vectors are kept: float16, or one byte after a cube root.
 
     code      arrays                                    error
-    float16   value (N, M, D) float16                   2^-11 of each value
+    float16   value (N, M, D) float16                   2^-11 of each value, at least 2^-25
     int8      code (N, M, D) int8, scale (N, M) float32 1.5/127 of the largest, far less near zero
 
 One byte is spent on the cube root of each value: KDEP's transformation has an infinite slope at

@@ -67,16 +67,16 @@ def records(store: Store) -> list[str]:
                 if marker is not None and _read(store, key) != marker.to_bytes():
                     store.location.write(key, marker.to_bytes())
                     written.append(key)
-        if manifest is None and _read(store, commits.manifest_key(part.path)) is not None:
+        if manifest is None:
+            key = commits.manifest_key(part.path)
             found = dict(store.markers(part))
             whole = {unit: marker for unit, marker in found.items() if marker is not None}
-            key = commits.manifest_key(part.path)
             if len(whole) == len(found):
                 data = commits.manifest_of(part.path, part.settings_digest, whole).to_bytes()
                 store.location.write(key, data)
                 written.append(key)
             else:
-                store.location.delete(key)  # broken, and its part has to be finished anew
+                store.location.delete(key)  # broken, if there: its part has to be finished anew
     return written
 
 

@@ -1,21 +1,4 @@
-"""A store against its own claims: a list of problems, each with a stable code and a unit.
-
-code             what is wrong
-no-record        part.json, a zarr.json or a manifest is missing, damaged or foreign
-missing-unit     a unit of a sealed part has no valid marker
-marker-changed   a marker differs from the manifest's copy
-missing-file     an object of a committed unit is gone
-length           it has another length
-checksum         its crc32c differs (only with `full`)
-unknown-file     an object that no marker knows
-not-sealed       the part is not finished
-box-outside      a crop is empty or leaves its image
-id-range         a class id beyond the classes
-probability      NaN, negative, or a sum above 1
-unfilled         a row without a value that no failure explains
-duplicate        a key listed twice, or a class kept twice in one label
-cache            the local cache differs from what was hydrated
-"""
+"""A store against its own claims: a list of problems, each with a stable code and a unit."""
 
 from __future__ import annotations
 
@@ -32,9 +15,26 @@ from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import PARTIAL
 from fkdpipe.storage.store import IMAGES, Part, Store
 
-CODES = tuple(
-    line.split()[0] for line in (__doc__ or "").splitlines()[2:] if line.startswith("    ")
-)[1:]
+CODES = {
+    "no-record": "part.json, a zarr.json or a manifest is missing, damaged or foreign",
+    "missing-unit": "a unit of a sealed part has no marker",
+    "marker-changed": "a marker is damaged, belongs elsewhere, or is not the sealed one",
+    "missing-file": "an object of a committed unit is gone",
+    "length": "an object has another length",
+    "checksum": "an object's crc32c differs, or boxes are not those committed",
+    "unknown-file": "an object that no marker knows",
+    "not-sealed": "the part is not finished",
+    "box-outside": "a crop is empty or leaves its image",
+    "id-range": "a class id beyond the classes",
+    "probability": "NaN, negative, or a sum above 1",
+    "unfilled": "a row without a value that no failure explains",
+    "duplicate": "a key listed twice, or a class kept twice in one label",
+    "cache": "the local cache differs from what was hydrated",
+    "teacher-differs": "the teacher, run again, gives other labels or features",
+    "image-missing": "an image of the list is not in the folder",
+    "image-extra": "an image of the folder is not in the list",
+    "image-changed": "an image of the folder has another length",
+}
 
 
 @dataclass(frozen=True)

@@ -254,8 +254,10 @@ def seal(store: Store, part: Part) -> bool:
         if marker is None:
             return False
         found[unit] = marker
-    manifest = commits.manifest_of(part.path, part.settings_digest, found)
-    store.location.write(commits.manifest_key(part.path), manifest.to_bytes())
+    data = commits.manifest_of(part.path, part.settings_digest, found).to_bytes()
+    key = commits.manifest_key(part.path)
+    if _read_or_none(store.location, key) != data:
+        store.location.write(key, data)
     return True
 
 

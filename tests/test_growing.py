@@ -1,0 +1,353 @@
+"""A store grows by rounds, sources and features, and shrinks, without touching what exists."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, load_teacher
+from pipeline import CPU, arrays_of, make_store, prepare_run, train_settings
+
+from fkdpipe.errors import FkdpipeError, StoreMismatchError, UsageError
+from fkdpipe.labelgen import check, dry_run, generate
+from fkdpipe.labelgen import unit as making
+from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.replay import normalise
+from fkdpipe.storage import features, labels, reader, schema, thin, verify
+from fkdpipe.storage.labels import Target
+from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.thin import Thinning
+from fkdpipe.taps import Needs
+
+
+def stamps(store) -> dict[str, int]:
+    root = store.location.root
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+def unchanged(before: dict[str, int], store) -> bool:
+    after = stamps(store)
+    return all(after[key] == stamp for key, stamp in before.items())
+
+
+def test_more_crops_are_a_new_round_and_the_same_crops_as_in_one(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "grown", folder, [teacher], crops=4)
+    before = stamps(store)
+    store = make_store(tmp_path / "grown", folder, [teacher], crops=7)
+    assert unchanged(before, store)
+    assert [int(p.settings["crops"]) for p in store.rounds()] == [4, 3]
+    at_once = make_store(tmp_path / "once", folder, [teacher], crops=7)
+    a, b = arrays_of(store), arrays_of(at_once)
+    for name in ("crops/box", "crops/flip"):
+        joined = np.concatenate([a[f"rounds/0/{name}"], a[f"rounds/1/{name}"]], axis=1)
+        assert np.array_equal(joined, b[f"rounds/0/{name}"])
+    assert not verify.verify(store, full=True)
+    run = prepare_run(tmp_path / "run", folder, store, train_settings(epochs=7, crops_per_image=1))
+    crops: dict[int, list[int]] = {}
+    for batch in run.feed.run():
+        for row, crop in zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True):
+            crops.setdefault(row, []).append(crop)
+    assert all(drawn == list(range(7)) for drawn in crops.values())
+
+
+def test_a_second_teacher_lies_beside_the_first(tmp_path, folder, teacher, checkpoint):
+    store = make_store(tmp_path / "store", folder, [teacher], source="first")
+    before = stamps(store)
+    other = dataclasses.replace(
+        load_teacher(checkpoint),
+        preprocessing=dataclasses.replace(teacher.preprocessing, size=(48, 48)),
+    )
+    store = make_store(
+        tmp_path / "store", folder, [other], source="second", crops=None, form="hard"
+    )
+    assert unchanged(before, store)
+    assert store.sources() == ["first", "second"]
+    for source in ("first", "second"):
+        settings = train_settings(target="hard", source=source, epochs=2)
+        run = prepare_run(tmp_path / source, folder, store, settings)
+        assert run.feed.data.facts["source"] == source
+    with pytest.raises(FkdpipeError, match="choose one with --source"):
+        prepare_run(tmp_path / "none", folder, store, train_settings(target="hard"))
+
+
+def test_the_default_source_is_the_teachers_names(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher], source="")
+    assert store.sources() == ["test_resnet"]
+
+
+@pytest.mark.parametrize("code", ["float16", "int8"])
+@pytest.mark.parametrize("tap", ["pre", "post"])
+def test_features_are_those_of_the_teacher_on_the_same_crops(
+    tmp_path, folder, checkpoint, teacher, code, tap
+):
+    store = make_store(tmp_path / "store", folder, [teacher])
+    before = stamps(store)
+    tapped = load_teacher(checkpoint, needs=Needs(pre=True, penultimate=True))
+    store = make_store(
+        tmp_path / "store", folder, [tapped], form=None, crops=None, features=(tap,),
+        features_code=code,
+    )  # fmt: skip
+    assert unchanged(before, store)
+    assert not verify.verify(store, full=True)
+    part = store.part(f"rounds/0/features/t/{tap}")
+    values = arrays_of(store)
+    kept = features.decode(
+        code, {f.name: values[f"{part.path}/{f.name}"].astype(f.dtype) for f in part.fields}
+    )
+    run = prepare_run(
+        tmp_path / "run", folder, store, train_settings(target="hard", crops_per_image=4)
+    )
+    p = tapped.preprocessing
+    for batch in run.feed.run():
+        made = tapped.outputs(normalise(batch.pixels, p.mean, p.std))
+        exact = (made.pre if tap == "pre" else made.penultimate).numpy()
+        stored = kept[batch.rows_B, batch.crops_B]
+        scale = np.abs(exact).max(1, keepdims=True)
+        assert (np.abs(stored - exact) / scale).max() <= features.error_bound(code) + 1e-3
+        break
+    checked = check.teacher(store, part, folder, [tapped], device=CPU)
+    assert checked.crops > 0
+    assert not checked.problems
+
+
+def test_the_two_taps_differ_and_a_store_tells_them_apart(tmp_path, folder, checkpoint):
+    tapped = load_teacher(checkpoint, needs=Needs(pre=True, penultimate=True))
+    store = make_store(tmp_path / "store", folder, [tapped], form="none", features=("pre", "post"))
+    values = arrays_of(store)
+    pre, post = (values[f"rounds/0/features/t/{tap}/value"] for tap in ("pre", "post"))
+    assert (pre < 0).any()
+    assert (post >= 0).all()
+    assert store.sources("features", "pre") == store.sources("features", "post") == ["t"]
+    assert store.sources("labels") == []
+
+
+@pytest.mark.parametrize("code", ["float16", "int8"])
+def test_feature_codes_keep_their_bound(code):
+    random = np.random.default_rng(0)
+    x = (random.normal(size=(300, 40)) * np.exp(random.normal(size=(300, 1)) * 4)).astype(
+        np.float32
+    )
+    x[0] = 0
+    kept = features.decode(code, features.encode(code, x))
+    scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-30)
+    assert (np.abs(kept - x) / scale).max() <= features.error_bound(code)
+    assert np.array_equal(kept[0], x[0])
+    assert np.array_equal(np.sign(kept) * np.sign(x) >= 0, np.ones_like(x, dtype=bool))
+
+
+def test_int8_after_a_cube_root_is_far_better_for_power_scaling_than_plain_int8():
+    """Mean squared error after sign(f) |f / 0.1|^(1/3), relative; the plain byte as a control."""
+    x = np.random.default_rng(1).normal(size=(2000, 64)).astype(np.float32)
+
+    def scaled(f):
+        return np.sign(f) * np.abs(f / 0.1) ** (1 / 3)
+
+    ours = features.decode("int8", features.encode("int8", x))
+    step = np.abs(x).max(1, keepdims=True) / 127
+    plain = np.rint(x / step) * step
+    error = [np.mean((scaled(a) - scaled(x)) ** 2) / np.mean(scaled(x) ** 2) for a in (ours, plain)]
+    assert error[0] < 1e-4
+    assert error[1] > 10 * error[0]
+
+
+def test_components_need_a_basis(tmp_path, folder, teacher):
+    with pytest.raises(UsageError, match="leading components need a basis"):
+        GenerateSettings(teacher=("t",), features=("pre:8",))
+    with pytest.raises(UsageError, match="leaves nothing to generate"):
+        GenerateSettings(teacher=("t",), form="none")
+    with pytest.raises(UsageError, match="names no features"):
+        GenerateSettings(teacher=("t",), features=("middle",))
+
+
+def test_the_teacher_check_passes_and_can_fail(tmp_path, folder, teacher, checkpoint):
+    for form in ("topk:3", "topk:3:compact", "full", "logits", "hard"):
+        store = make_store(tmp_path / form, folder, [teacher], form=form)
+        part = store.part("rounds/0/labels/t")
+        checked = check.teacher(store, part, folder, [teacher], device=CPU, sample=20)
+        assert checked.crops >= 80
+        assert not checked.problems, form
+        assert checked.worst <= checked.allowed
+    with torch.no_grad():
+        changed = load_teacher(checkpoint)
+        for parameter in changed.module.network.get_classifier().parameters():
+            parameter.mul_(0.5)
+    checked = check.teacher(store, part, folder, [changed], device=CPU)
+    assert checked.problems == ()  # halving the logits changes no first choice ...
+    store = make_store(tmp_path / "again", folder, [teacher], form="topk:3")
+    checked = check.teacher(store, store.part("rounds/0/labels/t"), folder, [changed], device=CPU)
+    assert {p.code for p in checked.problems} == {"teacher-differs"}  # ... but probabilities
+    other = dataclasses.replace(teacher, digest="0" * 64)
+    with pytest.raises(StoreMismatchError, match="made by other teachers"):
+        check.teacher(store, part, folder, [other], device=CPU)
+
+
+def test_the_folder_check_names_what_changed(tmp_path, folder, teacher):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    store = make_store(tmp_path / "store", data, [teacher])
+    assert check.folder(store, data) == []
+    (data / "train" / "ash" / "0.jpg").unlink()
+    shutil.copy(data / "train" / "ash" / "1.jpg", data / "train" / "ash" / "new.jpg")
+    with open(data / "train" / "ash" / "2.jpg", "ab") as file:
+        file.write(b"\0\0")
+    assert [(p.code, p.detail) for p in check.folder(store, data)] == [
+        ("image-missing", "ash/0.jpg"),
+        ("image-extra", "ash/new.jpg"),
+        ("image-changed", "ash/2.jpg"),
+    ]
+
+
+def test_out_of_gpu_memory_halves_the_batch_and_records_it(
+    tmp_path, folder, teacher, monkeypatch, caplog
+):
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_IMAGES", 16)
+    whole = make_store(tmp_path / "whole", folder, [teacher], batch=8)
+    plain = making.outputs.teach
+    tried = []
+
+    def small(teachers, pixels):
+        count = len(next(iter(pixels.values())))
+        tried.append(count)
+        if count > 10:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(teachers, pixels)
+
+    monkeypatch.setattr(making.outputs, "teach", small)
+    store = make_store(tmp_path / "store", folder, [teacher], batch=32)
+    assert [n for n in tried if n > 10] == [32, 16]
+    part = store.part("rounds/0/labels/t")
+    assert {m.made["batch"] for _, m in store.markers(part)} == {8}
+    assert "a teacher batch is 16 crops, not 32" in caplog.text
+    a, b = arrays_of(whole), arrays_of(store)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    monkeypatch.setattr(
+        making.outputs, "teach", lambda *a: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError())
+    )
+    with pytest.raises(FkdpipeError, match="too little memory for a teacher batch of one crop"):
+        make_store(tmp_path / "none", folder, [teacher], batch=4)
+
+
+def test_a_unit_that_does_not_fit_memory_is_spooled_to_disk(tmp_path, folder, teacher, monkeypatch):
+    whole = make_store(tmp_path / "whole", folder, [teacher], form="full")
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_BUFFER_BYTES", 1000)
+    monkeypatch.setattr("fkdpipe.storage.schema.CHUNK_IMAGES", 2**20)  # keep the unit's size
+    used = []
+    plain = making.spool._on_disk
+    monkeypatch.setattr(making.spool, "_on_disk", lambda *a: (used.append(a[0].path), plain(*a))[1])
+    store = make_store(tmp_path / "store", folder, [teacher], form="full")
+    assert used == ["rounds/0/labels/t"]
+    a, b = arrays_of(whole), arrays_of(store)
+    assert all(np.array_equal(a[n], b[n], equal_nan=a[n].dtype.kind == "f") for n in a)
+
+
+def test_units_shrink_with_their_buffers():
+    fields = schema.label_fields(labels.Form("full"), 1000)
+    assert schema.unit_images(schema.bytes_per_image(fields, 200)) == 1024
+    assert schema.unit_images(schema.bytes_per_image(fields, 2000)) == 256
+    assert schema.unit_images(2**40) == schema.CHUNK_IMAGES
+
+
+def test_a_dry_run_predicts_and_writes_nothing(tmp_path, folder, teacher):
+    settings = GenerateSettings(teacher=("t",), crops=20, source="t", form="topk:3")
+    resources = generate.Resources(device=CPU, batch=16)
+    predicted = dry_run.forecast(folder, settings, [teacher], resources)
+    store = make_store(tmp_path / "store", folder, [teacher], crops=20)
+    actual = sum(n for _, n in store.location.list())
+    assert predicted.images == store.num_images
+    assert predicted.crops == store.num_images * 20
+    assert 0.4 < predicted.stored_bytes / actual < 2
+    assert predicted.seconds > 0
+    assert predicted.units == 1
+    fields = [f for part in store.parts.values() if part.round == 0 for f in part.fields]
+    assert predicted.buffer_bytes == store.num_images * schema.bytes_per_image(fields, 20)
+
+
+THINNINGS = [
+    ("logits", "full"),
+    ("logits", "topk:4"),
+    ("full", "topk:3"),
+    ("full", "topk:3:compact"),
+    ("full", "hard"),
+    ("topk:4", "topk:2"),
+    ("topk:4", "topk:4:compact"),
+    ("topk:5", "topk:5:compact"),
+    ("topk:3:compact", "hard"),
+    ("topk:3", "topk:3"),
+]
+
+
+@pytest.mark.parametrize(("form", "poorer"), THINNINGS)
+def test_thinning_gives_what_the_poorer_store_would_hold(tmp_path, folder, teacher, form, poorer):
+    store = make_store(tmp_path / "rich", folder, [teacher], form=form, crops=6)
+    wanted = Thinning(crops=4, form=labels.parse_form(poorer))
+    small = thin.thin(store, LocalLocation(tmp_path / "thin"), wanted)
+    assert not verify.verify(small, full=True)
+    direct = make_store(tmp_path / "direct", folder, [teacher], form=poorer, crops=4)
+    a, b = arrays_of(small), arrays_of(direct)
+    assert a.keys() == b.keys()
+    for name in ("rounds/0/crops/box", "rounds/0/crops/flip", "images/key"):
+        assert np.array_equal(a[name], b[name])
+    bounds = [labels.error_bound(labels.parse_form(f), len(CLASSES)) for f in (form, poorer)]
+    difference = 0.5 * np.abs(dense(small, tmp_path) - dense(direct, tmp_path)).sum(-1)
+    tied = labels.parse_form(form).compact and labels.parse_form(poorer).k < 3
+    assert np.quantile(difference, 0.95 if tied else 1.0) <= sum(bounds) + 2e-3
+
+
+def dense(store, tmp_path) -> np.ndarray:
+    found = reader.finished(store, [("labels", "t", "")])
+    form = reader.label_form(found.labels[0])
+    rows, crops = np.arange(store.num_images), np.arange(4)
+    if form.sparse:
+        sparse = reader.SparseReader(store, found.labels[0], tmp_path / "cache")
+        target = Target("hard") if form.kind == "hard" else Target("marginal-smoothing", form.k)
+        return labels.to_dense(sparse.take(rows, crops, target), len(CLASSES))
+    wide = reader.WideReader(store, found.labels[0], "log_prob")
+    return labels.softmax(wide.unit(0, crops).reshape(-1, len(CLASSES)))
+
+
+def test_thinning_across_rounds_derives_boxes_and_goes_on_after_a_stop(tmp_path, folder, teacher):
+    make_store(tmp_path / "rich", folder, [teacher], crops=3)
+    store = make_store(tmp_path / "rich", folder, [teacher], crops=6)
+    wanted = Thinning(crops=5, derived_boxes=True)
+    small = thin.thin(store, LocalLocation(tmp_path / "thin"), wanted)
+    assert small.rounds()[0].settings["boxes"] == "derived"
+    before = stamps(small)
+    small.location.delete("commits/rounds/0/labels/t/manifest.json")
+    again = thin.thin(store, LocalLocation(tmp_path / "thin"), wanted)
+    kept = {k: v for k, v in before.items() if k.startswith("rounds") and "/c/" in k}
+    assert unchanged(kept, again)
+    for one, both in ((store, again), (again, store)):
+        found = reader.finished(one, [("labels", "t", "")])
+        boxes = reader.CropReader(one, found.crops, tmp_path / "c").take(np.arange(9), np.arange(5))
+        other = reader.finished(both, [("labels", "t", "")])
+        theirs = reader.CropReader(both, other.crops, tmp_path / "c")
+        assert np.array_equal(boxes[0], theirs.take(np.arange(9), np.arange(5))[0])
+
+
+def test_thinning_cannot_make_a_richer_store(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher], form="topk:3:compact")
+    place = LocalLocation(tmp_path / "thin")
+    for form in ("full", "topk:4:compact", "topk:3"):
+        with pytest.raises(StoreMismatchError, match="cannot become"):
+            thin.thin(store, place, Thinning(form=labels.parse_form(form)))
+    with pytest.raises(UsageError, match="has 4 crops per image"):
+        thin.thin(store, place, Thinning(crops=9))
+    assert not (tmp_path / "thin").exists()
+
+
+def test_derived_boxes_generate_and_train_alike(tmp_path, folder, teacher):
+    stored = make_store(tmp_path / "stored", folder, [teacher])
+    derived = make_store(tmp_path / "derived", folder, [teacher], boxes="derived")
+    assert not verify.verify(derived, full=True)
+    assert derived.location.length("rounds/0/crops/box/zarr.json") is None
+    batches = [
+        next(prepare_run(tmp_path / f"r{k}", folder, s, train_settings(target="hard")).feed.run())
+        for k, s in enumerate((stored, derived))
+    ]
+    assert torch.equal(batches[0].pixels, batches[1].pixels)
+    size = [sum(n for _, n in s.location.list()) for s in (stored, derived)]
+    assert size[1] < size[0]
