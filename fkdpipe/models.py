@@ -336,7 +336,8 @@ def write_export(file: Path, module: nn.Module, facts: dict[str, Any]) -> None:
         facts: kept as JSON in the header: student, size, mean, std, class names, ...
     """
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    save_file(state, file, metadata={"format": "pt", _METADATA: json.dumps(facts)})
+    # One entry alone: the writer orders several at random, and equal runs give equal files.
+    save_file(state, file, metadata={_METADATA: json.dumps(facts)})
 
 
 def read_export(file: Path) -> dict[str, Any]:

@@ -115,8 +115,8 @@ def test_killed_writers_leave_nothing_that_counts(tmp_path, folder, checkpoint, 
         "--teacher", f"test_resnet={checkpoint}", "--form", "topk:3", "--crops", "150",
         "--source", "t", "--set", "threads=1",
     ]  # fmt: skip
-    code = "import fkdpipe.storage.schema as s; s.UNIT_IMAGES = 16; from fkdpipe.cli import main; main()"
-    command[1:3] = ["-c", code]
+    small_units = "import fkdpipe.storage.schema as schema; schema.UNIT_IMAGES = 16; "
+    command[1:3] = ["-c", small_units + "from fkdpipe.cli import main; main()"]
     environment = {**os.environ, **server}
     random = np.random.default_rng(0)
     place = open_location(url)
