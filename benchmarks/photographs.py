@@ -15,7 +15,7 @@ _SKIMAGE = ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right
 
 
 def write_folder(root: Path, count: int, *, seed: int = 0) -> float:
-    """Write `count` JPEGs (quality 90, 4:2:0) of about 500 x 375 pixels into two classes.
+    """Write `count` JPEGs (quality 90, 4:2:0) of about 500 x 375 pixels into `root`/train.
 
     Returns:
         Mean pixels of an image (about 222 thousand).
@@ -34,7 +34,7 @@ def write_folder(root: Path, count: int, *, seed: int = 0) -> float:
         top = int(random.integers(photograph.shape[0] - height + 1))
         left = int(random.integers(photograph.shape[1] - width + 1))
         piece = Image.fromarray(photograph[top : top + height, left : left + width])
-        inside = root / "train" / ("even", "odd")[k % 2]
+        inside = root / "train"
         inside.mkdir(parents=True, exist_ok=True)
         piece.save(inside / f"{k:05d}.jpg", quality=90, subsampling="4:2:0")
         pixels += height * width
