@@ -1,64 +1,165 @@
-"""What every benchmark shares: the machine's facts, the result file, the last line."""
+"""What every benchmark shares: the machine's facts, tables, result files and the last line.
+
+A benchmark is `python benchmarks/<name>.py [--quick]`. It prints a table, keeps it as
+`benchmarks/results/<name>-<machine>.csv`, and prints as its last line one JSON object with its
+figures. Ratios are named `<what>_vs_<baseline>`; larger is better. A `--quick` run is a trial of
+the script: it keeps no results.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import datetime
 import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 
+Row = Mapping[str, Any]
 
+
+def arguments(
+    description: str | None, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The command line that all benchmarks have; `add` puts a benchmark's own options to it."""
+    first = (description or "").strip().splitlines()[0]
+    parser = argparse.ArgumentParser(description=first)
+    parser.add_argument("--quick", action="store_true", help="A small trial; keeps no results.")
+    add(parser)
+    return parser.parse_args()
+
+
+@cache
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
 def machine() -> str:
-    """A plain name of this machine: its cores, or its GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
-    return f"{len(os.sched_getaffinity(0))}core-cpu"
+    """A short plain name: "2core-cpu", "16core-h200"."""
+    return f"{cores()}core-{_gpu() or 'cpu'}"
 
 
-def facts() -> dict[str, str]:
+def facts() -> dict[str, Any]:
+    """What a reader needs to place a figure: cores, memory, GPU, versions, date."""
+    import torch
+
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "machine": machine(),
-        "processor": platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_gb": round(memory_bytes / 1e9),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    names = list(rows[0])
-    cells = [names, *([_text(row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(names))]
+def peak_bytes() -> int:
+    """The largest resident set of this process so far; see `reset_peak`."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Memory of this process now that no file backs: mapped files can be dropped at any time."""
+    return _status("RssAnon")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` count from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def interleaved(rounds: int, **measures: Callable[[], float]) -> dict[str, list[float]]:
+    """Take turns, so that what else the machine does hits all alike; one value per round."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return found
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median over rounds of the ratio within each round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(name: str, rows: Sequence[Row], figures: Mapping[str, Any], *, quick: bool) -> None:
+    """Print the table, keep it with the machine's facts, and print the last line."""
+    known = facts()
+    table(rows)
+    print(", ".join(f"{key} {value}" for key, value in known.items() if value != ""))
+    if not quick:
+        keep(name, rows, known, figures)
+    print(json.dumps(dict(figures)))
+
+
+def table(rows: Sequence[Row]) -> None:
+    """Rows in columns, the first one as text; rows need not have all columns."""
+    columns = _columns(rows)
+    cells = [columns, *([_text(row.get(c)) for c in columns] for row in rows)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
     for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        first, *others = line
+        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *right]).rstrip())
+
+
+def keep(
+    name: str, rows: Sequence[Row], known: Mapping[str, Any], figures: Mapping[str, Any]
+) -> None:
+    """Write results/<name>-<machine>.csv: comment lines with facts and figures, then the rows."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}-{machine()}.csv", "w", newline="") as file:
+        for key, value in known.items():
+            file.write(f"# {key}: {value}\n")
+        file.write(f"# figures: {json.dumps(dict(figures))}\n")
+        writer = csv.DictWriter(file, _columns(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else (
-        f"{value:.0f}" if isinstance(value, float) else str(value)
-    )  # fmt: skip
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else str(value)
 
 
-def finish(name: str, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Print the table, keep it as results/<name>-<machine>.csv, print the last line."""
-    print_table(rows)
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}-{machine()}.csv", "w", newline="") as file:
-        for key, value in facts().items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(json.dumps(dict(summary)))
+def _gpu() -> str:
+    """The GPU's model in short: "NVIDIA H200" is "h200"; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    words = torch.cuda.get_device_name(0).lower().replace("nvidia", "").split()
+    return words[0] if words else "gpu"
 
 
-def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over interleaved rounds of ours / theirs."""
-    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -166,15 +167,27 @@ def our_feed(data: inputs.TrainingSet, m: int, batches: int, *, as_float: bool) 
         yield normalise(batch.pixels, MEAN, STD) if as_float else batch.pixels, batch.labels
 
 
-def crops_per_s(stream: Iterator[Any], batches: int) -> float:
-    """Between two moments in the middle of a stream, so that reading ahead gains nothing."""
+def run_through(stream: Iterator[Any], batches: int) -> tuple[float, float]:
+    """(crops per second, CPU milliseconds of all processes per crop).
+
+    The rate is taken between two moments in the middle of the stream, so that reading ahead gains
+    nothing. CPU time does not depend on what else the machine does.
+    """
     begun = ended = 0.0
+    spent = cpu_seconds()
     for k, _ in enumerate(stream):
         if k == WARM:
             begun = time.perf_counter()
         if k == batches - WARM:
             ended = time.perf_counter()
-    return (batches - 2 * WARM) * BATCH / (ended - begun)
+    spent = cpu_seconds() - spent
+    return (batches - 2 * WARM) * BATCH / (ended - begun), 1e3 * spent / (batches * BATCH)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the workers that it had and that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def decode_per_s(files: list[bytes], size_N2: np.ndarray, count: int) -> float:
@@ -190,7 +203,7 @@ def parts_of_an_image(data: inputs.TrainingSet, files: list[bytes], m: int) -> d
     """Milliseconds of one thread for one image, part by part, the least of several tries."""
     target = View((SIZE, SIZE))
     crops_m = np.arange(m)
-    box, flip = data.boxes(data.rows, crops_m)
+    box, _ = data.boxes(data.rows, crops_m)
     some = range(0, len(data.rows), 4)
     sizes = [tuple(size) for size in data.size_N2[data.rows].tolist()]
     boxes = [[tuple(b) for b in per_image] for per_image in box.tolist()]
@@ -238,7 +251,8 @@ def measure(place: Path, *, images: int, rounds_: int, batches: int) -> tuple[li
         cache_dir=place / "cache",
     )  # fmt: skip
     files = [str(data.root / key).encode() for key in data.keys]
-    seen: dict[tuple[str, int], list[float]] = {}
+    seen: dict[tuple[str, int], list[float]] = {}  # images per second
+    cpu_ms: dict[tuple[str, int], list[float]] = {}  # per image
     for _ in range(rounds_):
         for m in WIDTHS:
             streams = {
@@ -247,21 +261,35 @@ def measure(place: Path, *, images: int, rounds_: int, batches: int) -> tuple[li
                 "ours float": our_feed(data, m, batches, as_float=True),
             }
             for name, stream in streams.items():
-                seen.setdefault((name, m), []).append(crops_per_s(stream, batches) / m)
+                rate, spent = run_through(stream, batches)
+                seen.setdefault((name, m), []).append(rate / m)
+                cpu_ms.setdefault((name, m), []).append(spent * m)
+            spent = cpu_seconds()
             seen.setdefault(("decode", m), []).append(decode_per_s(files, data.size_N2, 2))
-    return tabulate(seen, data, files), {
+            spent = 1e3 * (cpu_seconds() - spent) / (2 * len(files))
+            cpu_ms.setdefault(("decode", m), []).append(spent)
+    return tabulate(seen, cpu_ms, data, files), {
         **{
             f"feed_vs_fkd_loader_m{m}": common.median_ratio(seen["ours", m], seen["fkd loader", m])
             for m in WIDTHS
         },
         "feed_vs_decode_m1": common.median_ratio(seen["ours", 1], seen["decode", 1]),
         "float_vs_fkd_loader_m1": common.median_ratio(seen["ours float", 1], seen["fkd loader", 1]),
+        **{
+            f"cpu_vs_fkd_loader_m{m}": common.median_ratio(
+                cpu_ms["fkd loader", m], cpu_ms["ours", m]
+            )
+            for m in WIDTHS
+        },
         "pixels_per_image": round(pixels),
     }
 
 
 def tabulate(
-    seen: dict[tuple[str, int], list[float]], data: inputs.TrainingSet, files: list[bytes]
+    seen: dict[tuple[str, int], list[float]],
+    cpu_ms: dict[tuple[str, int], list[float]],
+    data: inputs.TrainingSet,
+    files: list[bytes],
 ) -> list[dict]:
     """One row per side and m: images/s, crops/s, the ratio, and where our time goes."""
     rows = []
@@ -269,31 +297,30 @@ def tabulate(
         parts = parts_of_an_image(data, files, m)
         for name in ("ours", "ours float", "fkd loader", "decode"):
             rate = statistics.median(seen[name, m])
-            row = {"m": m, "side": name, "images/s": rate, "crops/s": rate * m,
+            row = {"side": name, "m": m, "images/s": rate, "crops/s": rate * m,
                    "of fkd loader": common.median_ratio(seen[name, m], seen["fkd loader", m]),
                    "of decode": common.median_ratio(seen[name, m], seen["decode", m])}  # fmt: skip
-            mine = name == "ours"
-            row |= {key: round(value, 3) if mine else "" for key, value in parts.items()}
-            rest = THREADS * 1e3 / rate - sum(parts.values())
-            row["rest ms"] = round(rest, 3) if mine else ""  # Python, hand-over, waiting
+            row["cpu ms"] = statistics.median(cpu_ms[name, m])
+            if name == "ours":  # where they go; rest: Python, hand-over between threads
+                row |= {**parts, "rest ms": row["cpu ms"] - sum(parts.values())}
             rows.append(row)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a fifth of the work")
-    parser.add_argument("--rounds", type=int, default=7)
-    asked = parser.parse_args()
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--rounds", type=int, default=7)
+
+    asked = common.arguments(__doc__, add)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        rows, summary = measure(
+        rows, figures = measure(
             Path(place),
             images=128 if asked.quick else 512,
             rounds_=2 if asked.quick else asked.rounds,
             batches=2 * WARM + (6 if asked.quick else 16),
         )
-    common.finish("feed", rows, summary)
+    common.finish("feed", rows, figures, quick=asked.quick)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,47 @@ def test_a_file_that_breaks_in_mid_run_is_replaced_by_name(tmp_path, folder, tea
     assert caplog.text.count(f"{victim} is replaced") == 1
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "resized"])
+def test_a_single_crop_of_a_broken_file_is_replaced_by_name(
+    tmp_path, folder, teacher, caplog, capfd, damage
+):
+    """With one crop per image only its region is decoded; a broken file shows all the same."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    store = make_store(tmp_path / "store", data, [teacher])
+    run = prepare_run(tmp_path / "run", data, store, train_settings(crops_per_image=1))
+    row = next(r for r, key in enumerate(store.images.keys) if key.endswith("/3.jpg"))
+    file = images.path_of(data / "train", store.images.keys[row])
+    if damage == "cut":
+        os.truncate(file, os.path.getsize(file) - 2)
+    elif damage == "gone":
+        os.remove(file)
+    else:
+        shutil.copy(images.path_of(data / "train", store.images.keys[row - 1]), file)
+    for batch in run.feed.run():
+        assert row not in batch.rows_B.tolist()
+        assert len(batch.rows_B) == batch.total
+    assert set(run.feed.failed) == {str(store.images.keys[row])}
+    capfd.readouterr()
+
+
+def test_the_first_labels_of_a_pass_are_read_while_the_last_pass_ends(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher], form="full")
+    run = prepare_run(tmp_path / "run", folder, store, train_settings(target="full"))
+    begun, plain = [], run.feed.data.labels.open_window
+
+    def watched(units, crops_m):
+        begun.append(crops_m.tolist())
+        return plain(units, crops_m)
+
+    run.feed.data.labels.open_window = watched
+    stream = run.feed.run()
+    first = next(stream)
+    assert len(first.rows_B) < 2 * len(run.feed.data.rows)  # far from the end of the pass
+    stream.close()
+    assert begun == [[0, 1], [2, 3]]
+
+
 def test_labels_of_a_replacement_are_its_own(tmp_path, folder, teacher):
     data = tmp_path / "data"
     shutil.copytree(folder, data)

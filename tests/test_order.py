@@ -111,6 +111,17 @@ def test_a_window_mixes_its_units_and_no_others():
             assert units != sorted(units)
 
 
+def test_windows_follow_one_another_across_passes_and_changes_of_m():
+    order = make(epochs=7, single_first=1)
+    listed = [w for p in passes(7, 2, single_first=1) for w in order.windows(p)]
+    window = order.window(listed[0].passed, 0)
+    for expected in listed[1:]:
+        window = order.following(window)
+        assert window.key == expected.key
+        assert window.rows.tolist() == expected.rows.tolist()
+    assert order.following(window) is None
+
+
 def test_passes_and_crops():
     made = passes(10, 4, single_first=1, single_last=2)
     assert [(p.m, p.epoch, p.first_crop) for p in made] == [

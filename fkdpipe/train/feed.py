@@ -206,7 +206,7 @@ class _LabelAhead:
         self._data, self._labels, self._order = data, data.labels, order
         self._open: dict[tuple[int, int], Future[LabelWindow]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="labels")
-        self._windows: dict[int, list[Window]] = {}
+        self._reached = (-1, -1)
 
     def __enter__(self) -> _LabelAhead:
         return self
@@ -219,32 +219,27 @@ class _LabelAhead:
         if self._labels is None:
             return None
         taken = [self._window(piece.window).take(piece.rows) for piece in pieces]
-        first = (pieces[0].window.passed.index, pieces[0].window.index)
-        for key in [key for key in self._open if key < first]:
+        for key in [key for key in self._open if key < pieces[0].window.key]:
             del self._open[key]
         return _join(taken)
 
     def _window(self, window: Window) -> LabelWindow:
         future = self._begin(window)
-        following = self._following(window)
-        if following is not None:
-            self._begin(following)
+        if window.key > self._reached:  # its first batch: the next window is read meanwhile
+            self._reached = window.key
+            following = self._order.following(window)
+            if following is not None:
+                self._begin(following)
         return future.result()
 
     def _begin(self, window: Window) -> Future[LabelWindow]:
-        key = (window.passed.index, window.index)
-        if key not in self._open:
+        if window.key not in self._open:
             assert self._labels is not None
             crops_m = self._data.crops_of(window.passed)
-            self._open[key] = self._pool.submit(self._labels.open_window, window.units, crops_m)
-        return self._open[key]
-
-    def _following(self, window: Window) -> Window | None:
-        index = window.passed.index
-        if index not in self._windows:
-            self._windows = {index: self._order.windows(window.passed)}
-        windows = self._windows[index]
-        return windows[window.index + 1] if window.index + 1 < len(windows) else None
+            self._open[window.key] = self._pool.submit(
+                self._labels.open_window, window.units, crops_m
+            )
+        return self._open[window.key]
 
 
 def _join(taken: list[LabelBatch]) -> LabelBatch:

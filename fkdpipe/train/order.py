@@ -28,6 +28,11 @@ class Window:
     units: tuple[int, ...]
     rows: np.ndarray
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Windows are read in the order of their keys."""
+        return self.passed.index, self.index
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -74,6 +79,8 @@ class Order:
             zip(self._units.tolist(), np.split(self._rows, starts[1:]), strict=True)
         )
         self._window, self._batch_size, self._seed = window, batch_size, seed
+        self._windows = -(-len(self._units) // window)
+        self._passes = passes
         self._stages = [list(group) for _, group in groupby(passes, key=lambda p: p.m)]
         for stage in self._stages:
             if batch_size % stage[0].m:
@@ -94,15 +101,22 @@ class Order:
 
     def windows(self, passed: Pass) -> list[Window]:
         """The windows of a pass, in order; their rows are a permutation of all rows."""
+        return [self.window(passed, index) for index in range(self._windows)]
+
+    def window(self, passed: Pass, index: int) -> Window:
+        """One window of a pass, made without the others: no pass begins with a pause."""
         seed = crops.derive_seed(self._seed, passed.index)
-        units = self._units[crops.random_order(seed, self._units)].tolist()
-        made = []
-        for index, first in enumerate(range(0, len(units), self._window)):
-            some = tuple(units[first : first + self._window])
-            rows = np.concatenate([self._of_unit[unit] for unit in some])
-            rows = rows[crops.random_order(seed + 1, rows)]
-            made.append(Window(passed, index, some, rows))
-        return made
+        units = self._units[crops.random_order(seed, self._units)]
+        some = tuple(units[index * self._window : (index + 1) * self._window].tolist())
+        rows = np.concatenate([self._of_unit[unit] for unit in some])
+        return Window(passed, index, some, rows[crops.random_order(seed + 1, rows)])
+
+    def following(self, window: Window) -> Window | None:
+        """The window read after this one, in this pass or as the first of the next."""
+        if window.index + 1 < self._windows:
+            return self.window(window.passed, window.index + 1)
+        after = self._passes[window.passed.index + 1 :][:1]
+        return self.window(after[0], 0) if after else None
 
     def _images_per_step(self, stage: list[Pass]) -> int:
         return self._batch_size // stage[0].m
@@ -119,7 +133,8 @@ class Order:
         pieces: list[Piece] = []
         held = 0
         for passed in stage[first_pass:]:
-            for window in self.windows(passed):
+            for number in range(self._windows):
+                window = self.window(passed, number)
                 rows = window.rows[offset:] if offset < len(window.rows) else window.rows[:0]
                 offset = max(0, offset - len(window.rows))
                 while len(rows):
