@@ -161,7 +161,7 @@ def our_feed(data: inputs.TrainingSet, m: int, batches: int, *, as_float: bool) 
         seed=0,
     )
     feed = Feed(
-        data, order, View((SIZE, SIZE)), backend="cpu", threads=THREADS, device=CPU, rank=Rank()
+        data, order, [View((SIZE, SIZE))], backend="cpu", threads=THREADS, device=CPU, rank=Rank()
     )
     for batch in itertools.islice(feed.run(), batches):
         yield normalise(batch.pixels, MEAN, STD) if as_float else batch.pixels, batch.labels

@@ -89,6 +89,7 @@ def load_teachers(
     precision: Precision = "float32",
     device: torch.device | None = None,
     needs: Needs = Needs(),
+    size: tuple[int, int] | None = None,
 ) -> list[Teacher]:
     """Build, fill and freeze teachers.
 
@@ -97,6 +98,7 @@ def load_teachers(
         weights: relative shares, one per teacher; equal when empty.
         class_maps: none, one for all, or one per teacher (`fkdpipe.images.read_class_map`).
         needs: what is asked of each beside logits.
+        size: of the input (height, width) in pixels; None takes each network's own.
 
     Raises:
         UsageError: numbers of weights or maps that do not fit.
@@ -117,7 +119,7 @@ def load_teachers(
     shares = [float(w) for w in weights] or [1.0] * len(specs)
     teachers = []
     for spec, share, class_map in zip(specs, shares, maps, strict=True):
-        loaded = models.build(spec)
+        loaded = models.build(spec, size=size)
         columns = match_classes(
             class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
         )

@@ -300,4 +300,4 @@ def test_views_of_the_student_follow_its_preprocessing(tmp_path, folder):
     run = prepare_run(tmp_path / "run", folder, None, settings)
     assert isinstance(run.feed, Feed)
     own = models.build(ModelSpec("test_resnet"), pretrained=False).preprocessing
-    assert run.feed.view == View(own.size, "bicubic")
+    assert run.feed.views[0] == View(own.size, "bicubic")

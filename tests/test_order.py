@@ -62,9 +62,11 @@ def test_no_image_is_lost_or_doubled(rows, unit, window, epochs, m, images, worl
     assert [step.index for step in steps] == list(range(len(steps)))
     crops = Counter()
     for step in steps:
-        shared = [r for k in range(world) for p in share(step, k, world) for r in p.rows.tolist()]
+        shared = [
+            r for k in range(world) for p in share(step, k, world)[1] for r in p.rows.tolist()
+        ]
         assert shared == rows_of(step)
-        counts = [sum(len(p.rows) for p in share(step, k, world)) for k in range(world)]
+        counts = [sum(len(p.rows) for p in share(step, k, world)[1]) for k in range(world)]
         assert max(counts) - min(counts) <= 1
         for piece in step.pieces:
             for row in piece.rows.tolist():

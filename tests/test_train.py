@@ -133,7 +133,7 @@ def agree(run, folder, store, tmp_path) -> float:
     p = run.student.preprocessing
     for batch in target.feed.run():
         with torch.no_grad():
-            logits = run.module(loop.normalise(batch.pixels, p.mean, p.std))
+            logits = run.module(loop.normalise(batch.pixels, p.mean, p.std)).logits
         hits += int((logits.argmax(1).numpy() == batch.labels.ids_BK[:, 0]).sum())
         total += len(batch.rows_B)
     return hits / total
@@ -250,7 +250,7 @@ def test_training_from_a_checkpoint_starts_there(tmp_path, folder, store, checkp
     run = prepare_run(
         tmp_path / "run", folder, store, train_settings(student=f"test_resnet={checkpoint}")
     )
-    assert same(run.module.state_dict(), load_file(checkpoint))
+    assert same(run.module.network.state_dict(), load_file(checkpoint))
 
 
 def test_ground_truth_without_a_store(tmp_path, folder):

@@ -20,7 +20,7 @@ from fkdpipe.distributed import Rank
 from fkdpipe.errors import StoreMismatchError, TrainingError, UsageError
 from fkdpipe.replay import Backend, Pixels, Request, View
 from fkdpipe.storage.labels import SparseLabels
-from fkdpipe.train.inputs import LabelBatch, LabelWindow, Scores, TrainingSet
+from fkdpipe.train.inputs import FeatureWindow, LabelBatch, LabelWindow, Scores, TrainingSet
 from fkdpipe.train.order import Order, Piece, Step, Window, share
 from fkdpipe.train.schedule import Pass
 
@@ -35,21 +35,31 @@ class Batch:
 
     Attributes:
         step: number of the optimiser step. passed: the pass it begins in.
-        pixels: uint8 (B, 3, H, W), channels-last, not normalised.
+        views: uint8 (B, 3, H, W), channels-last, not normalised, one for each view of the feed;
+            the student's is first.
+        first_image: place of its first image among the images of the whole step.
         rows_B, crops_B: int64, which row of the list and which of its crops each is.
         class_B: int64, the folder's class.
         labels: of the crops, None for ground truth.
+        features: stored features of the crops, float32 (B, ...), None when none were asked for.
         total: crops of the step over all processes.
     """
 
     step: int
     passed: Pass
-    pixels: torch.Tensor
+    views: tuple[torch.Tensor, ...]
+    first_image: int
     rows_B: torch.Tensor
     crops_B: torch.Tensor
     class_B: torch.Tensor
     labels: LabelBatch | None
+    features: torch.Tensor | None
     total: int
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The student's view."""
+        return self.views[0]
 
 
 class Feed:
@@ -64,15 +74,17 @@ class Feed:
         self,
         data: TrainingSet,
         order: Order,
-        view: View,
+        views: Sequence[View],
         *,
         backend: Backend,
         threads: int,
         device: torch.device,
         rank: Rank,
         prefetch: int = 2,
+        block: int = 1,
     ) -> None:
-        self.data, self.order, self.view = data, order, view
+        self.data, self.order, self.views = data, order, tuple(views)
+        self.block = block  # images of a step that no two processes share out
         self.backend, self.threads, self.device = backend, threads, device
         self.rank, self.prefetch = rank, prefetch
         self.failed: dict[str, str] = {}
@@ -86,7 +98,7 @@ class Feed:
         with (
             replay.open_replay(
                 self.backend,
-                [self.view],
+                self.views,
                 threads=self.threads,
                 prefetch=self.prefetch,
                 device=self.device,
@@ -98,14 +110,15 @@ class Feed:
 
     def _requests(self, start: int) -> Iterator[Request]:
         for step in self.order.steps(start):
-            pieces = share(step, self.rank.index, self.rank.world)
+            first, pieces = share(step, self.rank.index, self.rank.world, self.block)
             if not pieces:  # fewer images than processes: one goes along without weight
                 pieces = (Piece(step.pieces[0].window, step.pieces[0].rows[:1]),)
-                yield self._request(step, pieces, idle=True)
+                yield self._request(_Share(step, pieces, 0, idle=True))
             else:
-                yield self._request(step, pieces, idle=False)
+                yield self._request(_Share(step, pieces, first, idle=False))
 
-    def _request(self, step: Step, pieces: tuple[Piece, ...], *, idle: bool) -> Request:
+    def _request(self, ours: _Share) -> Request:
+        pieces = ours.pieces
         rows = np.concatenate([piece.rows for piece in pieces])
         drawn = [self.data.boxes(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
         return Request(
@@ -113,7 +126,7 @@ class Feed:
             size_I2=self.data.size_N2[rows],
             box_Im4=np.concatenate([box for box, _ in drawn]),
             flip_Im=np.concatenate([flip for _, flip in drawn]),
-            tag=_Share(step, pieces, idle),
+            tag=ours,
         )
 
     def _batch(self, pixels: Pixels, labels: _LabelAhead) -> Batch:
@@ -124,22 +137,25 @@ class Feed:
         crops_Im = np.concatenate(
             [np.tile(self.data.crops_of(p.window.passed), (len(p.rows), 1)) for p in pieces]
         )
-        taken = labels.take(pieces)
-        view = pixels.views[0]
+        taken, features = labels.take(pieces)
+        views = tuple(pixels.views)
         if pixels.failures:
             source_I = self._replacements(pixels, rows_I)
             source_B = (source_I[:, None] * m + np.arange(m)).ravel()
             rows_I, crops_Im = rows_I[source_I], crops_Im[source_I]
-            view = view[torch.from_numpy(source_B)]
+            views = tuple(view[torch.from_numpy(source_B)] for view in views)
             taken = _select(taken, source_B)
+            features = None if features is None else features[source_B]
         return Batch(
             step=step.index,
             passed=step.passed,
-            pixels=view,
+            views=views,
+            first_image=ours.first_image,
             rows_B=torch.from_numpy(np.repeat(rows_I, m)),
             crops_B=torch.from_numpy(crops_Im.ravel()),
             class_B=torch.from_numpy(np.repeat(self.data.class_N[rows_I], m)).long(),
             labels=taken,
+            features=None if features is None else torch.from_numpy(features),
             total=0 if ours.idle else step.images * m,
         )
 
@@ -196,15 +212,24 @@ class _Share:
 
     step: Step
     pieces: tuple[Piece, ...]
+    first_image: int
     idle: bool
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """One window's labels and features."""
+
+    labels: LabelWindow | None
+    features: FeatureWindow | None
+
+
 class _LabelAhead:
-    """Label windows in use, and the next one being read in a thread."""
+    """Windows of labels and features in use, and the next one being read in a thread."""
 
     def __init__(self, data: TrainingSet, order: Order) -> None:
-        self._data, self._labels, self._order = data, data.labels, order
-        self._open: dict[tuple[int, int], Future[LabelWindow]] = {}
+        self._data, self._order = data, order
+        self._open: dict[tuple[int, int], Future[_Opened]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="labels")
         self._reached = (-1, -1)
 
@@ -214,16 +239,19 @@ class _LabelAhead:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def take(self, pieces: Sequence[Piece]) -> LabelBatch | None:
-        """Labels of a batch's pieces, joined."""
-        if self._labels is None:
-            return None
-        taken = [self._window(piece.window).take(piece.rows) for piece in pieces]
+    def take(self, pieces: Sequence[Piece]) -> tuple[LabelBatch | None, np.ndarray | None]:
+        """Labels and features of a batch's pieces, joined."""
+        if self._data.labels is None and self._data.features is None:
+            return None, None
+        opened = [self._window(piece.window) for piece in pieces]
+        both = list(zip(opened, pieces, strict=True))
+        labels = [o.labels.take(p.rows) for o, p in both if o.labels is not None]
+        features = [o.features.take(p.rows) for o, p in both if o.features is not None]
         for key in [key for key in self._open if key < pieces[0].window.key]:
             del self._open[key]
-        return _join(taken)
+        return _join(labels) if labels else None, np.concatenate(features) if features else None
 
-    def _window(self, window: Window) -> LabelWindow:
+    def _window(self, window: Window) -> _Opened:
         future = self._begin(window)
         if window.key > self._reached:  # its first batch: the next window is read meanwhile
             self._reached = window.key
@@ -232,14 +260,17 @@ class _LabelAhead:
                 self._begin(following)
         return future.result()
 
-    def _begin(self, window: Window) -> Future[LabelWindow]:
+    def _begin(self, window: Window) -> Future[_Opened]:
         if window.key not in self._open:
-            assert self._labels is not None
-            crops_m = self._data.crops_of(window.passed)
-            self._open[window.key] = self._pool.submit(
-                self._labels.open_window, window.units, crops_m
-            )
+            self._open[window.key] = self._pool.submit(self._read, window)
         return self._open[window.key]
+
+    def _read(self, window: Window) -> _Opened:
+        data, crops_m = self._data, self._data.crops_of(window.passed)
+        return _Opened(
+            data.labels.open_window(window.units, crops_m) if data.labels else None,
+            data.features.open_window(window.units, crops_m) if data.features else None,
+        )
 
 
 def _join(taken: list[LabelBatch]) -> LabelBatch:
@@ -264,10 +295,11 @@ def _select(labels: LabelBatch | None, rows_B: np.ndarray) -> LabelBatch | None:
 _SPARSE_FIELDS = ("ids_BK", "prob_BK", "rest_B")
 
 
-def check_batch(batch_size: int, m: int, world: int) -> None:
-    """Raises UsageError when processes cannot share a step's images evenly."""
-    if batch_size % (m * world):
+def check_batch(batch_size: int, m: int, world: int, block: int = 1) -> None:
+    """Raises UsageError when processes cannot share a step's blocks of images evenly."""
+    if batch_size % (m * world * block):
+        blocks = f" x {block} images mixed with each other" if block > 1 else ""
         raise UsageError(
             f"batch size {batch_size} (crops, over all processes) must be a multiple of "
-            f"{m} crops per image x {world} processes."
+            f"{m} crops per image x {world} processes{blocks}."
         )

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.features import Tap
 from fkdpipe.progress import Reporter, silent
+from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import SparseLabels, Target
 from fkdpipe.storage.schema import UNIT_IMAGES
 from fkdpipe.storage.store import Store
+from fkdpipe.taps import Outputs
 from fkdpipe.train.schedule import Pass
 
 Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -57,6 +61,22 @@ class Labels(Protocol):
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow: ...
 
 
+class FeatureWindow(Protocol):
+    def take(self, rows_I: np.ndarray) -> np.ndarray:
+        """float32 (B, ...) of the window's crops of some of its rows; B = I * m, image-major."""
+
+
+class Features(Protocol):
+    """Features of a store, opened like labels. settings: of their part in the store."""
+
+    settings: dict[str, Any]
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow: ...
+
+    def example(self, device: torch.device) -> torch.Tensor:
+        """float32 (1, ...) zeros of the shape of one crop's features."""
+
+
 @dataclass(frozen=True)
 class TrainingSet:
     """Everything the feed needs.
@@ -66,7 +86,7 @@ class TrainingSet:
         keys, class_N, size_N2: of all rows, in a fixed random order.
         rows: int64, the rows to train on. unit_size: rows per unit.
         boxes: (rows_I, crops_m) -> (box_Im4, flip_Im).
-        labels: None where the folder's classes are the labels.
+        labels: None where the folder's classes are the labels. features: None when not asked for.
         crops_per_image: M; None when crops never end.
         facts: for the run's record: what it was trained on.
     """
@@ -80,6 +100,7 @@ class TrainingSet:
     unit_size: int
     boxes: Boxes
     labels: Labels | None
+    features: Features | None
     crops_per_image: int | None
     facts: dict[str, Any]
 
@@ -117,6 +138,7 @@ def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = sil
         unit_size=UNIT_IMAGES,
         boxes=boxes,
         labels=None,
+        features=None,
         crops_per_image=None,
         facts={"fingerprint": folder.fingerprint, "images": len(folder)},
     )
@@ -129,11 +151,15 @@ def from_store(
     target: Target,
     source: str | None,
     temperature: float | None,
+    features: Tap | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
     reporter: Reporter = silent,
 ) -> TrainingSet:
     """Recorded crops, with stored labels unless the target is `ground-truth`.
+
+    Args:
+        features: which of the source's features are wanted too.
 
     Raises:
         StoreError: not sealed, no such source, damaged, or made for another folder.
@@ -147,14 +173,16 @@ def from_store(
         raise StoreMismatchError(f"{store.url} was made for other images: {error}") from error
     wanted = []
     if target.kind != "ground-truth":
-        wanted = [("labels", reader.choose_source(store, source), "")]
+        wanted.append(("labels", reader.choose_source(store, source), ""))
+    if features is not None:
+        wanted.append(("features", *_feature_source(store, source, features)))
     found = reader.finished(store, wanted, allow_partial=allow_partial)
     if not len(found.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
     with reporter.task("labels", store.num_images * (len(found.crops) * 2), "images") as advance:
         boxes = reader.CropReader(store, found.crops, cache_dir, advance)
         labels: Labels | None = None
-        if wanted:
+        if target.kind != "ground-truth":
             labels = _open_labels(store, found.labels[0], target, temperature, cache_dir, advance)
     return TrainingSet(
         root=root,
@@ -166,16 +194,30 @@ def from_store(
         unit_size=store.unit_size,
         boxes=boxes.take,
         labels=labels,
+        features=None if features is None else _FeatureStore(store, found.labels[-1]),
         crops_per_image=found.crops_per_image,
         facts={
             "fingerprint": store.facts["fingerprint"],
             "images": len(found.rows),
             "left_out": len(found.failed),
             "crops_per_image": found.crops_per_image,
-            "source": wanted[0][1] if wanted else None,
+            "sources": ["/".join(filter(None, part)) for part in wanted],
             "manifests": [s.manifest.settings for s in found.crops],
         },
     )
+
+
+def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Tap]:
+    """(source, tap) of the features asked for; transformers' are the same before and after."""
+    other: Tap = "post" if tap == "pre" else "pre"
+    same = [
+        part.source
+        for part in store.parts.values()
+        if part.kind == "features" and part.tap == other and part.settings["pre_is_post"]
+    ]
+    if not store.sources("features", tap) and same:
+        return reader.choose_source(store, source, "features", other), other
+    return reader.choose_source(store, source, "features", tap), tap
 
 
 def _open_labels(
@@ -238,3 +280,57 @@ class _ScoreWindow:
     def take(self, rows_I: np.ndarray) -> Scores:
         rows = [self.blocks[r // self.unit_size][r % self.unit_size] for r in rows_I.tolist()]
         return Scores(np.concatenate(rows), self.temperature)
+
+
+def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
+    """Stored features as a teacher's outputs, as the method asked for them; no logits.
+
+    Where a network ends without an activation, one vector is both before and after it.
+    """
+    both = settings["pre_is_post"]
+    tap = settings["tap"]
+    return Outputs(
+        logits=features.new_empty((len(features), 0)),
+        pre=features if both or tap == "pre" else None,
+        penultimate=features if both or tap == "post" else None,
+    )
+
+
+class _FeatureStore:
+    """Streamed features: a window holds those of its units in memory, as they are stored."""
+
+    def __init__(self, store: Store, segments: Sequence[reader.Segment]) -> None:
+        part = segments[0].part
+        self.settings = dict(part.settings)
+        self._fields = {
+            field.name: reader.WideReader(store, segments, field.name) for field in part.fields
+        }
+        self._unit_size = store.unit_size
+
+    def example(self, device: torch.device) -> torch.Tensor:
+        return torch.zeros(1, int(self.settings["dims"]), device=device)
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow:
+        blocks = {
+            unit: {name: wide.unit(unit, crops_m) for name, wide in self._fields.items()}
+            for unit in units
+        }
+        return _FeatureRows(blocks, self._unit_size, self.settings["code"])
+
+
+@dataclass(frozen=True)
+class _FeatureRows:
+    blocks: dict[int, dict[str, np.ndarray]]
+    unit_size: int
+    code: codes.Code
+
+    def take(self, rows_I: np.ndarray) -> np.ndarray:
+        places = [(self.blocks[r // self.unit_size], r % self.unit_size) for r in rows_I.tolist()]
+        names = places[0][0]
+        return codes.decode(
+            self.code,
+            {
+                name: np.concatenate([block[name][place] for block, place in places])
+                for name in names
+            },
+        )

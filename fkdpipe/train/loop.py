@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fkdpipe import crops, models
 from fkdpipe.distributed import Rank
@@ -24,11 +23,13 @@ from fkdpipe.models import Loaded
 from fkdpipe.progress import Advance, Reporter, silent
 from fkdpipe.replay import normalise
 from fkdpipe.storage.labels import Target
-from fkdpipe.teachers import Precision, autocast
-from fkdpipe.train import checkpoint, students, targets
+from fkdpipe.taps import Outputs, Tapped
+from fkdpipe.teachers import Precision, Teacher, autocast
+from fkdpipe.train import checkpoint, inputs, students, targets
 from fkdpipe.train.evaluate import Accuracy, evaluate
 from fkdpipe.train.feed import Batch, Feed
-from fkdpipe.train.methods.interface import Method, Outputs, Targets
+from fkdpipe.train.learner import Learner
+from fkdpipe.train.methods.interface import Method, Targets
 from fkdpipe.train.metrics import MetricsLog
 from fkdpipe.train.schedule import learning_rate
 from fkdpipe.train.settings import TrainSettings
@@ -50,7 +51,8 @@ class Run:
     out: Path
     feed: Feed
     student: Loaded
-    method: Method
+    learner: Learner
+    teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     device: torch.device
     precision: Precision
@@ -68,8 +70,13 @@ class Run:
         return self.settings.parsed_target
 
     @property
-    def module(self) -> nn.Module:
-        return self.student.module
+    def module(self) -> Tapped:
+        """The student with its taps."""
+        return self.learner.student
+
+    @property
+    def method(self) -> Method:
+        return self.learner.method
 
 
 @dataclass(frozen=True)
@@ -126,18 +133,12 @@ def step(run: Run, batch: Batch, meter: _Meter) -> float:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
-    run.module.train()
-    pixels = batch.pixels.to(run.device, non_blocking=True)
+    run.learner.train()
     p = run.student.preprocessing
-    wanted = Targets(
-        prob_BC=targets.dense(
-            batch.labels, run.target, run.student.classes, batch.class_B, run.device
-        ),
-        class_B=batch.class_B.to(run.device, non_blocking=True),
-    )
+    pixels = normalise(batch.pixels.to(run.device, non_blocking=True), p.mean, p.std)
+    wanted = _targets(run, batch)
     with autocast(run.precision, run.device):
-        logits_BC = run.module(normalise(pixels, p.mean, p.std))
-    terms = run.method.loss(Outputs(logits=logits_BC), wanted)
+        logits_BC, terms = run.learner(pixels, wanted)
     loss = torch.stack([reduce(term, batch.total, len(batch.class_B)) for term in terms.values()])
     total = loss.sum()
     value = float(total.detach())
@@ -152,6 +153,34 @@ def step(run: Run, batch: Batch, meter: _Meter) -> float:
     run.optimizer.step()
     meter.add(value, logits_BC, batch)
     return value
+
+
+def _targets(run: Run, batch: Batch) -> Targets:
+    classes = run.student.classes
+    truth_BC = targets.dense(None, run.target, classes, batch.class_B, run.device)
+    prob_BC = truth_BC
+    if batch.labels is not None:
+        prob_BC = targets.dense(batch.labels, run.target, classes, batch.class_B, run.device)
+    return Targets(
+        prob_BC=prob_BC,
+        truth_BC=truth_BC,
+        teacher=_teacher_side(run, batch),
+        epoch=batch.passed.epoch,
+        stored=batch.labels is not None,
+    )
+
+
+def _teacher_side(run: Run, batch: Batch) -> Outputs | None:
+    """What the live teacher says of the batch, or what the store has kept of it."""
+    if run.teacher is not None:
+        p = run.teacher.preprocessing
+        pixels = batch.views[-1].to(run.device, non_blocking=True)
+        return run.teacher.outputs(normalise(pixels, p.mean, p.std))
+    if batch.features is not None:
+        assert run.feed.data.features is not None
+        features = batch.features.to(run.device, non_blocking=True)
+        return inputs.stored_outputs(features, run.feed.data.features.settings)
+    return None
 
 
 def reduce(term: torch.Tensor, total: int, ours: int) -> torch.Tensor:
@@ -185,7 +214,7 @@ def save(run: Run) -> None:
     content = {
         "step": run.step,
         "digest": run.digest,
-        "student": run.module.state_dict(),
+        "student": run.module.network.state_dict(),
         "method": run.method.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "best_top1": run.best_top1,
@@ -203,7 +232,7 @@ def resume(run: Run) -> None:
             f"{run.out} holds a run with other settings or data; name another --out folder.",
             code="other-run",
         )
-    run.module.load_state_dict(content["student"])
+    run.module.network.load_state_dict(content["student"])
     run.method.load_state_dict(content["method"])
     run.optimizer.load_state_dict(content["optimizer"])
     run.step, run.best_top1 = int(content["step"]), float(content["best_top1"])
@@ -215,7 +244,7 @@ def export(run: Run, name: str) -> Path:
     file = run.out / name
     facts = students.export_facts(run.settings, run.student, run.class_names)
     checkpoint.write_atomically(
-        file, lambda partial: models.write_export(partial, run.module, facts)
+        file, lambda partial: models.write_export(partial, run.module.network, facts)
     )
     return file
 

@@ -10,9 +10,7 @@ from fkdpipe.errors import UsageError
 from fkdpipe.train.settings import OptimizerSettings
 
 
-def build(
-    student: nn.Module, helpers: nn.Module, settings: OptimizerSettings
-) -> torch.optim.Optimizer:
+def build(learner: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """One optimiser over the student and the method's helpers.
 
     Raises:
@@ -21,11 +19,10 @@ def build(
     name = settings.name.lower()
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimiser {settings.name!r}; it has sgd, adamw, lamb, ...")
-    parameters = nn.ModuleDict({"student": student, "helpers": helpers})
     momentum = get_optimizer_info(name).has_momentum
     extra = {"momentum": settings.momentum} if momentum else {}
     return create_optimizer_v2(
-        parameters,
+        learner,
         opt=name,
         lr=settings.lr,
         weight_decay=settings.weight_decay,

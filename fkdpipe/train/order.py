@@ -149,9 +149,14 @@ class Order:
             yield Step(index, pieces[0].window.passed, tuple(pieces))
 
 
-def share(step: Step, rank: int, world: int) -> tuple[Piece, ...]:
-    """The contiguous run of a step's images that one process takes; runs differ by one at most."""
-    begin, end = step.images * rank // world, step.images * (rank + 1) // world
+def share(step: Step, rank: int, world: int, block: int = 1) -> tuple[int, tuple[Piece, ...]]:
+    """The contiguous run of a step's images that one process takes, and where it begins.
+
+    Runs are whole blocks of `block` images, counted from the step's first image (the last one may
+    be shorter), and differ by one block at most.
+    """
+    blocks = -(-step.images // block)
+    begin, end = (min(step.images, blocks * r // world * block) for r in (rank, rank + 1))
     taken = []
     at = 0
     for piece in step.pieces:
@@ -159,4 +164,4 @@ def share(step: Step, rank: int, world: int) -> tuple[Piece, ...]:
         at += len(piece.rows)
         if len(rows):
             taken.append(Piece(piece.window, rows))
-    return tuple(taken)
+    return begin, tuple(taken)

@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from fkdpipe import config, images, models, replay
+from fkdpipe import config, images, models, replay, taps
 from fkdpipe.distributed import Rank, default_threads
 from fkdpipe.errors import ImagesError, TrainingError, UsageError
+from fkdpipe.features import Tap
+from fkdpipe.models import Loaded
 from fkdpipe.progress import Reporter, silent
-from fkdpipe.replay import Backend, Request
+from fkdpipe.replay import Backend, Request, View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
-from fkdpipe.teachers import Precision
+from fkdpipe.taps import Needs, Tapped
+from fkdpipe.teachers import Precision, Teacher, load_teachers
 from fkdpipe.train import inputs, methods, optim, students
 from fkdpipe.train.feed import Feed, check_batch
 from fkdpipe.train.inputs import TrainingSet
+from fkdpipe.train.learner import Learner
 from fkdpipe.train.loop import Run
-from fkdpipe.train.methods.interface import Context
+from fkdpipe.train.methods.interface import Context, MethodNeeds
 from fkdpipe.train.order import Order
 from fkdpipe.train.schedule import passes
 from fkdpipe.train.settings import TrainSettings
@@ -52,8 +56,9 @@ def prepare(
         TrainingError: the run folder holds another run.
         StoreError, ImagesError, ModelError: what they say.
     """
-    _check(settings, store, rank)
-    training = _open(settings, data, store, cache_dir, allow_partial, reporter)
+    needs = methods.needs(settings.method)
+    _check(settings, needs, store, rank)
+    training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
     if training.crops_per_image is not None and settings.crops_per_image > training.crops_per_image:
         raise UsageError(
             f"{settings.crops_per_image} crops per image in a batch, and the store records "
@@ -63,25 +68,27 @@ def prepare(
     classes = len(training.class_names) if labels is None else labels.classes
     loaded = students.build(settings, classes)
     loaded.module.to(device).to(memory_format=torch.channels_last)
+    teacher = _teacher(settings, needs, training, device)
+    learner = _learner(settings, needs, loaded, teacher, training, device)
     validation = _validation(data, training, reporter)
-    digest = _record(settings, training, out)
+    digest = _record(settings, training, teacher, out)
     feed = Feed(
         training,
         _order(settings, training),
-        students.view(settings, loaded),
+        _views(settings, loaded, teacher),
         backend=_backend(settings, training, store, device),
         threads=settings.threads or default_threads(),
         device=device,
         rank=rank,
     )
-    method = methods.build(settings.method, Context(classes=classes)).to(device)
     return Run(
         settings=settings,
         out=out,
         feed=feed,
         student=loaded,
-        method=method,
-        optimizer=optim.build(loaded.module, method, settings.optimizer),
+        learner=learner,
+        teacher=teacher,
+        optimizer=optim.build(learner, settings.optimizer),
         device=device,
         precision=_precision(settings, device),
         rank=rank,
@@ -92,7 +99,7 @@ def prepare(
     )
 
 
-def _check(settings: TrainSettings, store: Store | None, rank: Rank) -> None:
+def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, rank: Rank) -> None:
     """What can be refused before anything is opened."""
     target = settings.parsed_target
     if store is None and target.kind != "ground-truth":
@@ -100,9 +107,26 @@ def _check(settings: TrainSettings, store: Store | None, rank: Rank) -> None:
             f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
             "Only --target ground-truth trains without one."
         )
-    methods.parse(settings.method)
     models.parse_spec(settings.student)
     check_batch(settings.batch_size, settings.crops_per_image, rank.world)
+    name = settings.method.get("name", "fkd")
+    if settings.teacher is not None:
+        models.parse_spec(settings.teacher)
+        if needs.teacher is None and needs.soft is None:
+            raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
+        return
+    if needs.live:
+        raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
+    if needs.teacher is not None and store is None:
+        raise UsageError(
+            f"method {name} needs the teacher's features: a STORE made with --features, or "
+            "--teacher NAME=FILE."
+        )
+    if needs.soft is not None and target.kind == "ground-truth":
+        raise UsageError(
+            f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
+            "ground-truth, or --teacher NAME=FILE."
+        )
 
 
 def _order(settings: TrainSettings, training: TrainingSet) -> Order:
@@ -121,8 +145,65 @@ def _order(settings: TrainSettings, training: TrainingSet) -> Order:
     )
 
 
+def _teacher(
+    settings: TrainSettings, needs: MethodNeeds, training: TrainingSet, device: torch.device
+) -> Teacher | None:
+    if settings.teacher is None:
+        return None
+    class_map = settings.teacher_class_map
+    (teacher,) = load_teachers(
+        [models.parse_spec(settings.teacher)],
+        class_names=training.class_names,
+        class_maps=[images.read_class_map(class_map)] if class_map else [],
+        precision=_precision(settings, device),
+        device=device,
+        needs=needs.teacher or Needs(),
+        size=(settings.teacher_size, settings.teacher_size) if settings.teacher_size else None,
+    )
+    return teacher
+
+
+def _learner(
+    settings: TrainSettings,
+    needs: MethodNeeds,
+    loaded: Loaded,
+    teacher: Teacher | None,
+    training: TrainingSet,
+    device: torch.device,
+) -> Learner:
+    student = Tapped(loaded.module, needs.student)
+    if not needs.classifier:  # nothing trains it, and DDP wants to know
+        student.classifier.requires_grad_(False)
+    given = None
+    if teacher is not None:
+        given = taps.example(teacher.module, teacher.preprocessing.size, device)
+    elif training.features is not None:
+        given = inputs.stored_outputs(training.features.example(device), training.features.settings)
+    context = Context(
+        classes=loaded.classes,
+        epochs=settings.epochs,
+        student=taps.example(student, loaded.preprocessing.size, device),
+        student_network=loaded.module,
+        teacher=given,
+        teacher_network=teacher.module.network if teacher else None,
+        features=training.features.settings if training.features else None,
+    )
+    torch.manual_seed(settings.seed + 1)  # the helpers' weights
+    return Learner(student, methods.build(settings.method, context)).to(device)
+
+
+def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> list[View]:
+    """The student's view, and the live teacher's where it is another."""
+    views = [students.view(settings, loaded)]
+    if teacher is not None:
+        p = teacher.preprocessing
+        views.append(View(p.size, p.interpolation))
+    return list(dict.fromkeys(views))
+
+
 def _open(
     settings: TrainSettings,
+    needs: MethodNeeds,
     data: Path,
     store: Store | None,
     cache_dir: Path,
@@ -136,11 +217,19 @@ def _open(
         data,
         target=settings.parsed_target,
         source=settings.source,
-        temperature=settings.label_temperature,
+        temperature=needs.soft if needs.soft is not None else settings.label_temperature,
+        features=_stored_tap(settings, needs),
         cache_dir=cache_dir,
         allow_partial=allow_partial,
         reporter=reporter,
     )
+
+
+def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Tap | None:
+    """Which stored features stand in for a teacher that does not run."""
+    if needs.teacher is None or settings.teacher is not None:
+        return None
+    return "pre" if needs.teacher.pre else "post"
 
 
 def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images.ImageFolder | None:
@@ -156,7 +245,9 @@ def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images
     return folder
 
 
-def _record(settings: TrainSettings, training: TrainingSet, out: Path) -> str:
+def _record(
+    settings: TrainSettings, training: TrainingSet, teacher: Teacher | None, out: Path
+) -> str:
     """Write settings.json, or compare with the one there; returns the digest of both.
 
     Raises:
@@ -165,6 +256,7 @@ def _record(settings: TrainSettings, training: TrainingSet, out: Path) -> str:
     record: dict[str, Any] = {
         "settings": config.to_table(settings),
         "data": training.facts,
+        "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
     }
     free = ("threads", "replay", "log_every")  # may differ between two starts of one run
@@ -179,8 +271,8 @@ def _record(settings: TrainSettings, training: TrainingSet, out: Path) -> str:
         if old.get("digest") != digest:
             fresh = json.loads(json.dumps(record))
             changed = schema.differences(
-                {k: old.get(k, {}) for k in ("settings", "data")},
-                {k: fresh[k] for k in ("settings", "data")},
+                {k: old.get(k) for k in ("settings", "data", "teacher")},
+                {k: fresh[k] for k in ("settings", "data", "teacher")},
             )
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "

@@ -7,6 +7,7 @@ over the images with m crops of each counts as m epochs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fkdpipe.crops import CropLaw
@@ -55,6 +56,9 @@ class TrainSettings:
     replay: backend; threads: of the replay, None takes the machine's cores.
     crop: law of the fresh crops when there is no store.
     source: which labels of the store; label_temperature: of the labels, None as stored.
+    teacher: NAME[=FILE] of a teacher that runs beside the student, for methods that need one;
+        teacher_class_map: which of its outputs are the folder's classes; teacher_size: side of
+        its input in pixels, None takes its own.
     window: units of images that are shuffled together.
     log_every: steps between lines of metrics. eval_every: epochs between evaluations.
     """
@@ -71,6 +75,9 @@ class TrainSettings:
     crop: CropLaw = field(default_factory=CropLaw)
     source: str | None = None
     label_temperature: float | None = None
+    teacher: str | None = None
+    teacher_class_map: Path | None = None
+    teacher_size: int | None = None
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     replay: Literal["auto", "cpu", "dali"] = "auto"
