@@ -17,6 +17,7 @@ ERRORS = {"errors"}
 MAY_IMPORT = {
     "errors": set(),
     "crops": ERRORS,
+    "colour": ERRORS,
     "images": ERRORS,
     "config": ERRORS,
     "distributed": ERRORS,
@@ -29,13 +30,13 @@ MAY_IMPORT = {
     "storage": ERRORS | {"crops"},
     "labelgen": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
-        "features",
+        "features", "colour",
         "teachers",
         "replay", "storage",
     },
     "train": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
-        "features",
+        "features", "colour",
         "teachers",
         "replay", "storage",
     },

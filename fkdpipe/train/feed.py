@@ -42,6 +42,7 @@ class Batch:
         class_B: int64, the folder's class.
         labels: of the crops, None for ground truth.
         features: stored features of the crops, float32 (B, ...), None when none were asked for.
+        jitter_B4: float32 recorded colour factors (`fkdpipe.colour.jitter`), None without any.
         total: crops of the step over all processes.
     """
 
@@ -54,6 +55,7 @@ class Batch:
     class_B: torch.Tensor
     labels: LabelBatch | None
     features: torch.Tensor | None
+    jitter_B4: torch.Tensor | None
     total: int
 
     @property
@@ -138,6 +140,7 @@ class Feed:
             [np.tile(self.data.crops_of(p.window.passed), (len(p.rows), 1)) for p in pieces]
         )
         taken, features = labels.take(pieces)
+        jitter_B4 = self._factors(pieces)
         views = tuple(pixels.views)
         if pixels.failures:
             source_I = self._replacements(pixels, rows_I)
@@ -146,6 +149,7 @@ class Feed:
             views = tuple(view[torch.from_numpy(source_B)] for view in views)
             taken = _select(taken, source_B)
             features = None if features is None else features[source_B]
+            jitter_B4 = None if jitter_B4 is None else jitter_B4[source_B]
         return Batch(
             step=step.index,
             passed=step.passed,
@@ -156,8 +160,17 @@ class Feed:
             class_B=torch.from_numpy(np.repeat(self.data.class_N[rows_I], m)).long(),
             labels=taken,
             features=None if features is None else torch.from_numpy(features),
+            jitter_B4=None if jitter_B4 is None else torch.from_numpy(jitter_B4),
             total=0 if ours.idle else step.images * m,
         )
+
+    def _factors(self, pieces: Sequence[Piece]) -> np.ndarray | None:
+        """float32 (B, 4) colour factors."""
+        draw = self.data.jitter
+        if draw is None:
+            return None
+        drawn = [draw(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
+        return np.concatenate(drawn).reshape(-1, 4)
 
     def _replacements(self, pixels: Pixels, rows_I: np.ndarray) -> np.ndarray:
         """For every image of the batch the image whose crops stand in its place."""

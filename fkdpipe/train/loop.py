@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fkdpipe import crops, models
+from fkdpipe import colour, crops, models
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import TrainingError
 from fkdpipe.images import ImageFolder
@@ -135,7 +135,8 @@ def step(run: Run, batch: Batch, meter: _Meter) -> float:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     run.learner.train()
     p = run.student.preprocessing
-    pixels = normalise(batch.pixels.to(run.device, non_blocking=True), p.mean, p.std)
+    pixels = batch.pixels.to(run.device, non_blocking=True)
+    pixels = normalise(colour.jitter(pixels, batch.jitter_B4), p.mean, p.std)
     wanted = _targets(run, batch)
     with autocast(run.precision, run.device):
         logits_BC, terms = run.learner(pixels, wanted)
@@ -175,6 +176,7 @@ def _teacher_side(run: Run, batch: Batch) -> Outputs | None:
     if run.teacher is not None:
         p = run.teacher.preprocessing
         pixels = batch.views[-1].to(run.device, non_blocking=True)
+        pixels = colour.jitter(pixels, batch.jitter_B4)
         return run.teacher.outputs(normalise(pixels, p.mean, p.std))
     if batch.features is not None:
         assert run.feed.data.features is not None
