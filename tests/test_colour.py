@@ -21,7 +21,7 @@ from fkdpipe.storage import rounds, verify
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import open_store
 from fkdpipe.storage.thin import Thinning, thin
-from fkdpipe.train import loop
+from fkdpipe.train import step
 
 JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 IDS = crops.image_ids([f"{k}.jpg" for k in range(500)])
@@ -159,7 +159,7 @@ def test_the_loop_shows_the_student_the_recorded_colours(stores, tmp_path, folde
     seen: list[torch.Tensor] = []
     run.learner.student.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     batch = next(run.feed.run())
-    loop.step(run, batch, loop._Meter())
+    step.step(run, batch)
     assert torch.equal(seen[0], stores[3][batch.rows_B, batch.crops_B])
 
 
