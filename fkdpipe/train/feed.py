@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Batch:
 
     Attributes:
         step: number of the optimiser step. passed: the pass it begins in.
+        m: crops of each image in this batch; 1 when they are spread over batches.
         views: uint8 (B, 3, H, W), channels-last, not normalised, one for each view of the feed;
             the student's is first.
         first_image: place of its first image among the images of the whole step.
@@ -48,6 +49,7 @@ class Batch:
 
     step: int
     passed: Pass
+    m: int
     views: tuple[torch.Tensor, ...]
     first_image: int
     rows_B: torch.Tensor
@@ -57,11 +59,6 @@ class Batch:
     features: torch.Tensor | None
     jitter_B4: torch.Tensor | None
     total: int
-
-    @property
-    def m(self) -> int:
-        """Crops of each image in this batch."""
-        return self.passed.m
 
     @property
     def pixels(self) -> torch.Tensor:
@@ -113,7 +110,9 @@ class Feed:
             _LabelAhead(self.data, self.order) as labels,
         ):
             for pixels in replayer.run(self._requests(start)):
-                yield self._batch(pixels, labels)
+                whole = self._batch(pixels, labels)
+                batches = _spread(whole) if self.order.spread else [whole]
+                yield from (batch for batch in batches if batch.step >= start)
 
     def _requests(self, start: int) -> Iterator[Request]:
         for step in self.order.steps(start):
@@ -158,6 +157,7 @@ class Feed:
         return Batch(
             step=step.index,
             passed=step.passed,
+            m=m,
             views=views,
             first_image=ours.first_image,
             rows_B=torch.from_numpy(np.repeat(rows_I, m)),
@@ -300,6 +300,30 @@ def _join(taken: list[LabelBatch]) -> LabelBatch:
     return SparseLabels(
         *(np.concatenate([getattr(t, name) for t in taken]) for name in _SPARSE_FIELDS)
     )
+
+
+def _spread(whole: Batch) -> Iterator[Batch]:
+    """m batches of one crop of each image: crop k of every image is in batch k.
+
+    Pixels are copied, so that each batch lies in one piece on its way to the device.
+    """
+    for k in range(whole.m):
+        every = slice(k, None, whole.m)
+        yield replace(
+            whole,
+            step=whole.step + k,
+            m=1,
+            views=tuple(
+                v[every].contiguous(memory_format=torch.channels_last) for v in whole.views
+            ),
+            rows_B=whole.rows_B[every],
+            crops_B=whole.crops_B[every],
+            class_B=whole.class_B[every],
+            labels=_select(whole.labels, np.arange(len(whole.rows_B))[every]),
+            features=None if whole.features is None else whole.features[every],
+            jitter_B4=None if whole.jitter_B4 is None else whole.jitter_B4[every],
+            total=whole.total // whole.m,
+        )
 
 
 def _select(labels: LabelBatch | None, rows_B: np.ndarray) -> LabelBatch | None:

@@ -4,13 +4,18 @@ For every pass the units are permuted, taken a window at a time, and the images 
 permuted: near enough to a full shuffle, while wide labels are read a window at a time. Passes
 follow one another without a short batch; where m changes a batch may end short. A run that stops
 goes on at any step with the very next batch, and any number of processes sees the same batches.
+
+Spread, for methods that ask for independent samples: B images are decoded once, and their m crops
+go to m batches that follow one another, crop k of every image to batch k. No batch holds an image
+twice. The images of a pass are cut into equal blocks of at most B, so no batch is much shorter
+than the others; passes do not share a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 
 import numpy as np
 
@@ -44,16 +49,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step.
+    """Images that are decoded together: those of one optimiser step, or of m when spread.
 
     Attributes:
-        index: number in the run. passed: the pass it begins in, which sets its learning rate.
+        index: number in the run of the (first) optimiser step. passed: the pass it begins in,
+            which sets its learning rate.
         pieces: images of the whole (global) batch. images: how many those are.
+        batches: optimiser steps it is for: 1, or m when spread.
     """
 
     index: int
     passed: Pass
     pieces: tuple[Piece, ...]
+    batches: int = 1
 
     @property
     def images(self) -> int:
@@ -61,7 +69,10 @@ class Step:
 
 
 class Order:
-    """See the module. `rows` are the usable rows; B is `batch_size` in crops."""
+    """See the module. `rows` are the usable rows; B is `batch_size` in crops.
+
+    spread: no two crops of an image in one batch.
+    """
 
     def __init__(
         self,
@@ -72,6 +83,7 @@ class Order:
         passes: list[Pass],
         batch_size: int,
         seed: int,
+        spread: bool = False,
     ) -> None:
         self._rows = np.sort(rows)
         self._units, starts = np.unique(self._rows // unit_size, return_index=True)
@@ -80,7 +92,7 @@ class Order:
         )
         self._window, self._batch_size, self._seed = window, batch_size, seed
         self._windows = -(-len(self._units) // window)
-        self._passes = passes
+        self._passes, self.spread = passes, spread
         self._stages = [list(group) for _, group in groupby(passes, key=lambda p: p.m)]
         for stage in self._stages:
             if batch_size % stage[0].m:
@@ -91,7 +103,7 @@ class Order:
         return sum(self._steps_of(stage) for stage in self._stages)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
-        """Steps from number `start` on."""
+        """Steps from number `start` on; when spread, from the block that holds it."""
         begun = 0
         for stage in self._stages:
             count = self._steps_of(stage)
@@ -118,18 +130,31 @@ class Order:
         after = self._passes[window.passed.index + 1 :][:1]
         return self.window(after[0], 0) if after else None
 
-    def _images_per_step(self, stage: list[Pass]) -> int:
-        return self._batch_size // stage[0].m
+    def _sizes(self, m: int) -> list[int]:
+        """Images of the steps of a stage, again and again."""
+        if not self.spread:
+            return [self._batch_size // m]
+        count = len(self._rows)
+        blocks = -(-count // self._batch_size)
+        return [count * (k + 1) // blocks - count * k // blocks for k in range(blocks)]
+
+    def _batches(self, m: int) -> int:
+        return m if self.spread else 1
 
     def _steps_of(self, stage: list[Pass]) -> int:
-        return -(-len(self._rows) * len(stage) // self._images_per_step(stage))
+        sizes = self._sizes(stage[0].m)
+        images = len(self._rows) * len(stage)
+        return -(-images * len(sizes) // sum(sizes)) * self._batches(stage[0].m)
 
     def _run(self, stage: list[Pass], begun: int, skip: int) -> Iterator[Step]:
         """Cut the stage's stream of windows into steps, beginning with its step `skip`."""
-        size = self._images_per_step(stage)
-        offset = skip * size
+        sizes, batches = self._sizes(stage[0].m), self._batches(stage[0].m)
+        rounds, left = divmod(skip // batches, len(sizes))
+        offset = rounds * sum(sizes) + sum(sizes[:left])
+        coming = cycle(sizes[left:] + sizes[:left])
+        size = next(coming)
         first_pass, offset = divmod(offset, len(self._rows))
-        index = begun + skip
+        index = begun + skip // batches * batches
         pieces: list[Piece] = []
         held = 0
         for passed in stage[first_pass:]:
@@ -143,10 +168,10 @@ class Order:
                     pieces.append(Piece(window, piece))
                     held += len(piece)
                     if held == size:
-                        yield Step(index, pieces[0].window.passed, tuple(pieces))
-                        index, pieces, held = index + 1, [], 0
+                        yield Step(index, pieces[0].window.passed, tuple(pieces), batches)
+                        index, pieces, held, size = index + batches, [], 0, next(coming)
         if pieces:
-            yield Step(index, pieces[0].window.passed, tuple(pieces))
+            yield Step(index, pieces[0].window.passed, tuple(pieces), batches)
 
 
 def share(step: Step, rank: int, world: int, block: int = 1) -> tuple[int, tuple[Piece, ...]]:
