@@ -257,7 +257,8 @@ def _open_or_create(
         with reporter.task("scan", 0, "files") as advance:
             folder = images.scan(data, need_classes=False, on_image=advance)
     _tell(folder)
-    per_image = schema.bytes_per_image([*fields, *schema.crop_fields()], settings.crops)
+    crop_fields = schema.crop_fields(jitter=settings.crop.jitter is not None)
+    per_image = schema.bytes_per_image([*fields, *crop_fields], settings.crops)
     return writer.create_store(
         location,
         image_columns(folder),

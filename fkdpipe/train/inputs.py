@@ -31,6 +31,7 @@ from fkdpipe.taps import Outputs
 from fkdpipe.train.schedule import Pass
 
 Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Factors = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class TrainingSet:
         labels: None where the folder's classes are the labels. features: None when not asked for.
         crops_per_image: M; None when crops never end.
         facts: for the run's record: what it was trained on.
+        jitter: (rows_I, crops_m) -> float32 (I, m, 4) colour factors; None without colour jitter.
     """
 
     root: Path
@@ -108,6 +110,7 @@ class TrainingSet:
     features: Features | None
     crops_per_image: int | None
     facts: dict[str, Any]
+    jitter: Factors | None = None
 
     def crops_of(self, passed: Pass) -> np.ndarray:
         """int64 (m,): which crops of each image a pass uses: each once before any repeats."""
@@ -133,6 +136,10 @@ def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = sil
         )
         return drawn.box_NM4, drawn.flip_NM
 
+    def factors(rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
+        assert law.jitter is not None
+        return crops.sample_jitter(law.jitter, seed=seed, image_id_N=ids[rows_I], crops_M=crops_m)
+
     return TrainingSet(
         root=folder.root,
         keys=np.array(folder.keys, dtype=object)[order],
@@ -146,6 +153,7 @@ def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = sil
         features=None,
         crops_per_image=None,
         facts={"fingerprint": folder.fingerprint, "images": len(folder)},
+        jitter=None if law.jitter is None else factors,
     )
 
 
@@ -209,6 +217,7 @@ def from_store(
             "sources": ["/".join(filter(None, part)) for part in wanted],
             "manifests": [s.manifest.settings for s in found.crops],
         },
+        jitter=boxes.jitter if boxes.jittered else None,
     )
 
 
