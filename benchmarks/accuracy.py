@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py [--quick] [--seeds 3]
 
 A real task with headroom: scikit-learn's scans of handwritten digits, smaller than in the demo,
-each on a piece of a real photograph; 1,000 pictures to learn from and 797 held out. The teacher is a
+A real task with headroom: scans of handwritten digits (scikit-learn), smaller than in the demo,
 ResNet-10 at 64 px, the student a quarter as wide at 32 px. All students see crops of the same law
 for the same number of epochs; mean and spread over the seeds.
 
