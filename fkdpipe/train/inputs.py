@@ -19,6 +19,7 @@ from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
 from fkdpipe.features import Tap
+from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
@@ -55,9 +56,13 @@ class LabelWindow(Protocol):
 
 
 class Labels(Protocol):
-    """Labels of a store, opened window by window so that wide ones can be read ahead."""
+    """Labels of a store, opened window by window so that wide ones can be read ahead.
+
+    classes: their width. scores: they are no classes but scores of a self-supervised teacher.
+    """
 
     classes: int
+    scores: bool
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow: ...
 
@@ -238,20 +243,22 @@ def _open_labels(
     advance: Callable[[int], None],
 ) -> Labels:
     form = reader.label_form(segments)
-    classes = int(segments[0].part.settings["classes"])
+    settings = segments[0].part.settings
+    classes = int(settings["classes"])
     forms.check_target(form, target, classes)
     divisor = reader.check_temperature(segments, temperature)
     if form.sparse:
         return _SparseStore(reader.SparseReader(store, segments, cache_dir, advance), target)
     name = "log_prob" if form.kind == "full" else "logit"
-    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor)
+    scores = any(teacher["library"] in SELF_SUPERVISED for teacher in settings["teachers"])
+    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor, scores)
 
 
 class _SparseStore:
     """Hydrated labels: a window is nothing but the choice of crops."""
 
     def __init__(self, labels: reader.SparseReader, target: Target) -> None:
-        self.classes = labels.classes
+        self.classes, self.scores = labels.classes, False
         self._labels, self._target = labels, target
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
@@ -271,8 +278,10 @@ class _SparseWindow:
 class _ScoreStore:
     """Streamed scores: a window holds those of its units in memory."""
 
-    def __init__(self, wide: reader.WideReader, classes: int, temperature: float) -> None:
-        self.classes = classes
+    def __init__(
+        self, wide: reader.WideReader, classes: int, temperature: float, scores: bool
+    ) -> None:
+        self.classes, self.scores = classes, scores
         self._wide, self._temperature = wide, temperature
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:

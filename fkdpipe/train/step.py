@@ -83,7 +83,8 @@ def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:
     truth_BC = targets.dense(None, run.target, classes, batch.class_B, run.device)
     prob_BC = truth_BC
     if batch.labels is not None:
-        prob_BC = targets.dense(batch.labels, run.target, classes, batch.class_B, run.device)
+        width = run.feed.data.labels.classes if run.feed.data.labels else classes
+        prob_BC = targets.dense(batch.labels, run.target, width, batch.class_B, run.device)
     mix = _mix(run, batch)
     pixels = _pixels(run, batch, batch.pixels, run.student.preprocessing, mix)
     if mix is not None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fkdpipe import config
 from fkdpipe.errors import UsageError
-from fkdpipe.train.methods import fkd, kd
+from fkdpipe.train.methods import fkd, kd, meal, selfsup
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
 
@@ -29,6 +29,8 @@ class MethodFile(Protocol):
 METHODS: dict[str, MethodFile] = {
     "fkd": fkd,
     "kd": kd,
+    "meal": meal,
+    "selfsup": selfsup,
 }
 
 
