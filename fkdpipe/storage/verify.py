@@ -21,6 +21,7 @@ CODES = {
     "marker-changed": "a marker is damaged, belongs elsewhere, or is not the sealed one",
     "missing-file": "an object of a committed unit is gone",
     "length": "an object has another length",
+    "unreadable": "an object is there and cannot be read",
     "checksum": "an object's crc32c differs, or boxes are not those committed",
     "unknown-file": "an object that no marker knows",
     "not-sealed": "the part is not finished",
@@ -145,9 +146,13 @@ def _compare(store: Store, key: str, expected: tuple[int, str], *, full: bool) -
         return "missing-file"
     if length != expected[0]:
         return "length"
-    if full and commits.entry(store.location.read(key)) != expected:
-        return "checksum"
-    return None
+    try:
+        same = not full or commits.entry(store.location.read(key)) == expected
+    except FileNotFoundError:
+        return "missing-file"
+    except StoreError:
+        return "unreadable"
+    return None if same else "checksum"
 
 
 def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
