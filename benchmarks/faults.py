@@ -85,7 +85,7 @@ class Watch:
             old = None
             if os.path.exists(target):
                 old = str(self.journal.with_suffix(".old") / f"{os.getpid()}-{steps.count}")
-                os.link(target, old)
+                shutil.copy2(target, old)
             note("replace", source=str(source), path=str(target), old=old)
             plain(source, target)
             if self._ours(str(target)):
