@@ -104,7 +104,13 @@ def simulate(images: int, crops_M: int, *, seed: int = SEED, sample: int = 4096)
     chosen = random.choice(len(SIZES), size=images, p=[share for *_, share in SIZES])
     sizes = np.array([(h, w) for h, w, _ in SIZES])[chosen] - random.integers(0, 40, (images, 2))
     statistics = _statistics(ids, prob, entropy / (images * crops_M))
-    return Labels(ids, prob, np.concatenate(sampled), sizes.astype(np.uint16), statistics)
+    return Labels(
+        ids,
+        prob,
+        np.concatenate([*sampled, np.empty((0, CLASSES), np.float32)]),
+        sizes.astype(np.uint16),
+        statistics,
+    )
 
 
 def check(made: Labels) -> None:
