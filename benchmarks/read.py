@@ -38,6 +38,7 @@ from fkdpipe.train.order import Order
 from fkdpipe.train.schedule import Pass
 
 CROPS, M, K = 200, 4, 5
+WINDOW = 8  # units read together, as the trainer does
 BATCH_IMAGES = 64
 WIDE_CROPS = 16
 TARGET = labels.Target("marginal-smoothing", K)
@@ -97,8 +98,9 @@ def stream(place: Path) -> None:
     store = open_store(place)
     found = reader.finished(store, [("labels", "w", "")])
     streamed = reader.WideReader(store, found.labels[0], "log_prob")
-    for unit in range(store.num_units):
-        streamed.unit(unit, np.arange(store.group_size))
+    for first in range(0, store.num_units, WINDOW):
+        units = range(store.num_units)[first : first + WINDOW]
+        streamed.units(units, np.arange(store.group_size))
 
 
 def open_readers(store: Store, cache_dir: Path) -> tuple[reader.CropReader, reader.SparseReader]:
@@ -243,6 +245,7 @@ def wide(root: Path, units: int, rounds: int) -> tuple[list[dict], dict]:
     read_bytes: list[int] = []
     count_reads(store, read_bytes)
     turns = {"ours": 0, "plain": 0}
+    windows = [range(units)[k : k + WINDOW] for k in range(0, units, WINDOW)]
 
     def files_of(group: int) -> list[Path]:
         keys = [schema.shard_key(path, field, unit, group) for unit in range(units)]
@@ -255,8 +258,8 @@ def wide(root: Path, units: int, rounds: int) -> tuple[list[dict], dict]:
         read_bytes.clear()
         crops_m = np.arange(store.group_size) + group * store.group_size
         begun = time.perf_counter()
-        for unit in range(units):
-            streamed.unit(unit, crops_m)
+        for window in windows:
+            streamed.units(window, crops_m)
         seconds = time.perf_counter() - begun
         group_bytes = sum(file.stat().st_size for file in files_of(group))
         assert sum(read_bytes) == group_bytes, (sum(read_bytes), group_bytes)

@@ -22,7 +22,7 @@ CODES = {
     "missing-file": "an object of a committed unit is gone",
     "length": "an object has another length",
     "unreadable": "an object is there and cannot be read",
-    "checksum": "an object's crc32c differs, or boxes are not those committed",
+    "checksum": "an object's checksum differs, or boxes are not those committed",
     "unknown-file": "an object that no marker knows",
     "not-sealed": "the part is not finished",
     "box-outside": "a crop is empty or leaves its image",
