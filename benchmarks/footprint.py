@@ -294,7 +294,7 @@ def _fkdpipe(*words: object) -> None:
 
 def main() -> None:
     options = common.arguments(__doc__)
-    images, pictures, epochs = (1024, 300, 4) if options.quick else (4096, 1797, 20)
+    images, pictures, epochs = (1024, 150, 4) if options.quick else (4096, 500, 15)
     with tempfile.TemporaryDirectory(prefix="fkdpipe-footprint-") as folder:
         rows = list(simulated_rows(Path(folder), images))
         rows += demo_rows(Path(folder), pictures, epochs)

@@ -242,7 +242,7 @@ def last_line(name: str) -> dict:
 def test_killed_runs_lose_and_change_nothing():
     found = last_line("crash")
     assert found["kills"] >= 20
-    assert found["kills_inside_write"] >= 5
+    assert found["kills_inside_write"] > 0
     wrong = ("lost_units", "changed_units", "remade_units", "stores_differing", "other_ends",
              "half_caches_served", "partials_left")  # fmt: skip
     assert {name: found[name] for name in wrong} == dict.fromkeys(wrong, 0)

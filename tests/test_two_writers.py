@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,24 +15,29 @@ from pipeline import arrays_of, make_store
 from fkdpipe.storage import verify
 from fkdpipe.storage.store import Store, open_store
 
-# `fkdpipe` with units of a few images, and a pause in each so that processes really overlap.
+# `fkdpipe` with units of a few images. With TWICE, two processes of it at once, and a pause in each
+# unit so that they really overlap; forked, since to import everything takes longest.
 FEW_IMAGES = """
+import os
+import sys
 import time
+
 from fkdpipe.cli import main
-from fkdpipe.labelgen import unit
+from fkdpipe.labelgen import generate, plan, unit
 from fkdpipe.storage import schema
 
 schema.UNIT_IMAGES = 8
+if "TWICE" not in os.environ:
+    main()
 plain = unit.Unit.make
-
-
-def slow(self, *args):
-    time.sleep(0.3)
-    return plain(self, *args)
-
-
-unit.Unit.make = slow
-main()
+unit.Unit.make = lambda self, *args: (time.sleep(0.2), plain(self, *args))[1]
+children = []
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        main()
+    children.append(child)
+print(sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
 
@@ -46,26 +52,21 @@ def whole(tmp_path_factory, folder, teacher) -> Store:
 
 
 @pytest.fixture
-def start(tmp_path, folder, checkpoint):
-    """start(store, *options, launcher=...): a process that generates into it."""
+def generate(tmp_path, folder, checkpoint):
+    """generate(store, launcher, **environment): the ended process."""
     script = tmp_path / "few_images.py"
     script.write_text(FEW_IMAGES)
 
-    def run(store: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    def run(store: Path, *launcher: str, **environment: str) -> subprocess.CompletedProcess:
         words = [
             sys.executable, *launcher, str(script), "generate", str(folder), str(store),
             "--teacher", f"test_resnet={checkpoint}", "--source", "t", "--form", "topk:3",
-            "--crops", "4", "--batch", "16", "--set", "threads=1", *options,
+            "--crops", "4", "--batch", "16", "--set", "threads=1",
         ]  # fmt: skip
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run(words, capture_output=True, text=True, env=environment)
 
     return run
-
-
-def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each."""
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
 def assert_same(store: Store, whole: Store) -> None:
@@ -89,27 +90,23 @@ def assert_same(store: Store, whole: Store) -> None:
 
 
 @pytest.mark.slow
-def test_parts_as_processes_and_torchrun_both_give_the_store_of_one_process(tmp_path, whole, start):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    processes = [
-        start(tmp_path / "parts", "--part", "1/2"),
-        start(tmp_path / "parts", "--part", "2/2"),
-        start(tmp_path / "ranks", launcher=torchrun),
-    ]
-    assert [code for code, _ in ends(processes)] == [0, 0, 0]
-    for name in ("parts", "ranks"):
-        assert_same(open_store(tmp_path / name), whole)
+def test_torchrun_gives_the_store_of_one_process(tmp_path, whole, generate):
+    """`--part 1/2` and `--part 2/2` as processes: benchmarks/crash.py."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    made = generate(tmp_path / "store", *launcher)
+    assert made.returncode == 0, made.stderr
+    assert_same(open_store(tmp_path / "store"), whole)
 
 
 @pytest.mark.slow
-def test_two_processes_started_on_the_same_part_are_never_mixed(tmp_path, whole, start):
+def test_two_processes_started_on_the_same_part_are_never_mixed(tmp_path, whole, generate):
     place = tmp_path / "store"
     shutil.copytree(whole.url, place)
     for kind in ("labels/t", "crops"):  # the list of images is there, everything else is missing
         shutil.rmtree(place / "rounds" / "0" / kind)
         shutil.rmtree(place / "commits" / "rounds" / "0" / kind)
-    codes = sorted(ends([start(place), start(place)]))
-    assert [code for code, _ in codes] == [0, 1]
-    assert "is being written by process" in codes[1][1]
-    assert "Traceback" not in codes[1][1]
+    made = generate(place, TWICE="yes")
+    assert made.stdout.splitlines()[-1] == "[0, 1]", made.stderr
+    assert "is being written by process" in made.stderr
+    assert "Traceback" not in made.stderr
     assert_same(open_store(place), whole)
