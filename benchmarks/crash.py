@@ -162,8 +162,10 @@ def attempt(stage: Stage, trial: Trial, how: str) -> bool:
     if how == "random":
         codes = stop_random(stage, children, signal.SIGKILL)
     elif how == "SIGTERM":
+        until = time.monotonic() + 60  # before its first write, one may not know of signals yet
         while not all(w.journal.exists() and w.journal.stat().st_size for w in watches):
-            time.sleep(0.01)  # before its first write, a process may not know of signals yet
+            assert time.monotonic() < until, _logs(stage)
+            time.sleep(0.01)
         codes = stop_random(stage, children, signal.SIGTERM)
     else:
         codes = stop_aimed(stage, children)

@@ -14,10 +14,12 @@ import google_crc32c
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import load_teacher
 from pipeline import make_store
 
 from fkdpipe.cli import cli
-from fkdpipe.errors import DamagedStoreError, StoreError
+from fkdpipe.errors import DamagedStoreError, FkdpipeError, StoreError
+from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.storage import cache, commits, reader, verify, writer
 from fkdpipe.storage import location as locations
 from fkdpipe.storage.location import LocalLocation
@@ -228,6 +230,31 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, whole, monkeypatch):
     with pytest.raises(StoreError, match=r"No space left on device.*--cache"):
         hydrated(whole, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_unit_that_fits_neither_memory_nor_disk_is_said(tmp_path, folder, teacher, monkeypatch):
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_BUFFER_BYTES", 1000)
+
+    def full(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FkdpipeError, match=r"unit in the making needs .* TMPDIR"):
+        make_store(tmp_path / "store", folder, [teacher], form="full")
+
+
+def test_features_without_a_value_are_found(tmp_path, folder, checkpoint, few_images):
+    needs = GenerateSettings(teacher=("t",), features=("post",), crops=4).needs
+    taught = load_teacher(checkpoint, needs=needs)
+    store = make_store(tmp_path / "store", folder, [taught], features=("post",))
+    part = store.part("rounds/0/features/t/post")
+    marker = store.marker(part, 1)
+    values = verify._decode(store, part, marker, "value")
+    values[3, 2, 1] = np.nan
+    writer.commit_unit(store, part, 1, {"value": values}, made=marker.made)
+    writer.seal(store, part)
+    (problem,) = verify.verify(store, full=True)
+    assert (problem.code, problem.part, problem.unit) == ("unfilled", part.path, 1)
 
 
 def last_line(name: str) -> dict:

@@ -165,6 +165,20 @@ def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
             yield Problem("no-record", part.path, unit, str(error))
     elif part.kind == "labels":
         yield from _label_values(store, part, marker)
+    elif part.kind == "features":
+        good = _good_rows(store, marker)
+        for field in part.fields:
+            values = _decode(store, part, marker, field.name)[good]
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                yield Problem("unfilled", part.path, unit, f"{field.name} that is not finite")
+
+
+def _good_rows(store: Store, marker: Marker) -> np.ndarray:
+    """bool (images of the unit,): those that did not fail."""
+    rows = store.unit_rows(marker.unit)
+    good = np.ones(rows.stop - rows.start, dtype=bool)
+    good[[row - rows.start for row in marker.failed]] = False
+    return good
 
 
 def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
@@ -191,9 +205,7 @@ def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
 def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
     unit, classes = marker.unit, int(part.settings["classes"])
     form = labels.parse_form(part.settings["form"])
-    rows = store.unit_rows(unit)
-    good = np.ones(rows.stop - rows.start, dtype=bool)
-    good[[row - rows.start for row in marker.failed]] = False
+    good = _good_rows(store, marker)
     if not form.sparse:
         name = "log_prob" if form.kind == "full" else "logit"
         scores = _decode(store, part, marker, name)[good].astype(np.float32)
