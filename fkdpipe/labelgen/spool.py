@@ -7,12 +7,14 @@ is held whole. Images are decoded once either way.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fkdpipe.errors import FkdpipeError
 from fkdpipe.storage import schema, writer
 from fkdpipe.storage.store import Part
 
@@ -25,6 +27,9 @@ def buffers(parts: Sequence[Part], images: int, crops_M: int) -> Iterator[Buffer
 
     Args:
         images: of the unit. crops_M: of the round.
+
+    Raises:
+        FkdpipeError: the local disk has too little space.
     """
     needed = sum(schema.bytes_per_image(list(part.fields), crops_M) * images for part in parts)
     if needed <= schema.UNIT_BUFFER_BYTES:
@@ -34,7 +39,15 @@ def buffers(parts: Sequence[Part], images: int, crops_M: int) -> Iterator[Buffer
         }
         return
     with tempfile.TemporaryDirectory(prefix="fkdpipe-unit-") as folder:
-        yield {part.path: _on_disk(part, images, crops_M, Path(folder)) for part in parts}
+        try:
+            made = {part.path: _on_disk(part, images, crops_M, Path(folder)) for part in parts}
+        except OSError as error:
+            raise FkdpipeError(
+                f"a unit in the making needs {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
+                f"{error.strerror or error}. Set TMPDIR to a local folder with more space.",
+                code="no-space",
+            ) from error
+        yield made
 
 
 def _on_disk(part: Part, images: int, crops_M: int, folder: Path) -> dict[str, np.ndarray]:
@@ -44,6 +57,12 @@ def _on_disk(part: Part, images: int, crops_M: int, folder: Path) -> dict[str, n
         array = np.memmap(
             file, mode="w+", dtype=np.dtype(field.dtype), shape=(images, crops_M, *field.shape)
         )
+        # Take the space now: a mapped file on a disk that is full ends the process by a signal.
+        descriptor = os.open(file, os.O_RDWR)
+        try:
+            os.posix_fallocate(descriptor, 0, array.nbytes)
+        finally:
+            os.close(descriptor)
         for row in range(images):  # a row at a time, so that pages can leave memory
             array[row] = field.fill
         made[field.name] = array

@@ -71,7 +71,7 @@ def hydrate(
     """
     fields = narrow_fields(part)
     folder = folder_of(cache_dir, part, manifest)
-    with _locked(cache_dir, folder.name):
+    with _writable(cache_dir), _locked(cache_dir, folder.name):
         problems = check(folder) if folder.is_dir() else ["missing"]
         if problems:
             if folder.is_dir():
@@ -99,6 +99,8 @@ def check(folder: Path) -> list[str]:
         body = commits.open_record((folder / "cache.json").read_bytes())
     except (OSError, BrokenRecordError) as error:
         return [f"cache.json: {error}"]
+    if body.get("folder") != folder.name:
+        return ["cache.json: belongs to another cache"]
     problems = []
     for name, expected in body["files"].items():
         path = folder / name
@@ -118,16 +120,16 @@ def _fill(
 ) -> None:
     count = int(part.settings["crops"])
     _require_space(store, fields, count, folder.parent)
+    for left in folder.parent.glob(f"{folder.name}.*.partial"):
+        shutil.rmtree(left)  # of a process that was killed: we hold the lock
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         maps = {
-            field.name: np.lib.format.open_memmap(
+            field.name: _new_map(
                 partial / f"{field.name}.npy",
-                mode="w+",
-                dtype=np.dtype(field.dtype),
-                shape=(store.num_images, count, *field.shape),
+                np.dtype(field.dtype),
+                (store.num_images, count, *field.shape),
             )
             for field in fields
         }
@@ -140,11 +142,21 @@ def _fill(
             array.flush()
         del maps
         files = {f"{field.name}.npy": _file_crc(partial / f"{field.name}.npy") for field in fields}
-        (partial / "cache.json").write_bytes(commits.seal_record({"files": files}))
+        record = commits.seal_record({"folder": folder.name, "files": files})
+        (partial / "cache.json").write_bytes(record)
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _new_map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A mapped array whose space on disk is taken at once: a disk that fills up later would end
+    the process by a signal, without a word."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return array
 
 
 def _units(
@@ -210,6 +222,19 @@ def _file_crc(path: Path) -> str:
         while block := file.read(_BLOCK):
             total = google_crc32c.extend(total, block)
     return f"{total:08x}"
+
+
+@contextlib.contextmanager
+def _writable(cache_dir: Path) -> Iterator[None]:
+    """An error of the cache's disk in words; those of the store have theirs already."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"the label cache {cache_dir} cannot be written: {error.strerror or error}. Name a "
+            "local folder with space, and of your own, with --cache.",
+            code="cache-full",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ have equal markers.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import google_crc32c
 
 from fkdpipe.storage.schema import Json, canonical
 
-FileTable = dict[str, tuple[int, str]]  # key to (length in bytes, crc32c in hex)
+FileTable = dict[str, tuple[int, str]]  # key to (length in bytes, crc32 in hex)
 
 
 class BrokenRecordError(ValueError):
@@ -108,8 +109,13 @@ def crc(data: bytes) -> str:
 
 
 def entry(data: bytes) -> tuple[int, str]:
-    """(length, crc32c) of an object, as file tables keep it."""
-    return len(data), crc(data)
+    """(length, crc32) of an object, as file tables keep it.
+
+    Zlib's CRC-32, not crc32c: shards end each chunk with its own crc32c, and the crc32c of data
+    that end so is the same number whatever the data are. It would tell a flipped bit, but not one
+    shard from another of the same lengths.
+    """
+    return len(data), f"{zlib.crc32(data):08x}"
 
 
 def seal_record(body: Json) -> bytes:

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,8 @@ class Location(Protocol):
     url: str
 
     def read(self, key: str) -> bytes:
-        """The whole object. Raises FileNotFoundError when there is none."""
+        """The whole object. Raises FileNotFoundError when there is none, StoreError when it is
+        there and cannot be read."""
 
     def write(self, key: str, data: bytes) -> None:
         """Replace or create, durably and atomically."""
@@ -67,7 +68,15 @@ class LocalLocation:
         self.url = str(root)
 
     def read(self, key: str) -> bytes:
-        return (self.root / key).read_bytes()
+        path = self.root / key
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(path) from None
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be read: {error.strerror or error}.", code="cannot-read"
+            ) from error
 
     def write(self, key: str, data: bytes) -> None:
         path = self.root / key
@@ -79,8 +88,7 @@ class LocalLocation:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-            for folder in (path.parent, *made):
-                _sync_folder(folder)
+            self._sync_folders(path, made)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -95,8 +103,7 @@ class LocalLocation:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            for folder in (path.parent, *made):
-                _sync_folder(folder)
+            self._sync_folders(path, made)
         except FileExistsError:
             return False
         except OSError as error:
@@ -128,6 +135,16 @@ class LocalLocation:
             (self.root / key).unlink(missing_ok=True)
         except OSError as error:
             raise _explained(error, self.root / key) from error
+
+    def _sync_folders(self, path: Path, made: Sequence[Path]) -> None:
+        """Make a name durable: with all folders above, since another process may have made one of
+        them and been stopped before it was flushed."""
+        for folder in path.parents:
+            _sync_folder(folder)
+            if folder == self.root:
+                break
+        for folder in made:
+            _sync_folder(folder)
 
     def zarr_store(self) -> Any:
         from zarr.storage import LocalStore

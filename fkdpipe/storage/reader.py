@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,6 +247,12 @@ class WideReader:
             local = crops_m[begin:end] - segment.first
             parts.append(self._take(segment, arrays, unit, local))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def units(self, units: Sequence[int], crops_m: np.ndarray) -> dict[int, np.ndarray]:
+        """`unit` of several units; the next one is read while one is decoded."""
+        with ThreadPoolExecutor(2, thread_name_prefix="wide") as pool:
+            made = pool.map(lambda unit: self.unit(unit, crops_m), units)
+            return dict(zip(units, made, strict=True))
 
     def _take(self, segment: Segment, arrays: Arrays, unit: int, local_m: np.ndarray) -> np.ndarray:
         field = segment.part.field(self.field_name)

@@ -90,7 +90,7 @@ def image_fields() -> list[Field]:
 def crop_fields(*, jitter: bool = False) -> list[Field]:
     """Arrays of `rounds/<r>/crops`."""
     fields = [
-        Field("box", "uint16", (4,), "bitshuffle", 65_535),
+        Field("box", "uint16", (4,), "planar", 65_535),
         Field("flip", "bool", (), "bitshuffle", False),
     ]
     if jitter:
@@ -112,7 +112,7 @@ def label_fields(form: Form, classes: int) -> list[Field]:
     if form.kind == "hard":
         return [ids]
     if form.compact:
-        return [ids, Field("stick", "uint8", (form.k,), "zstd", 0)]
+        return [ids, Field("stick", "uint8", (form.k,), "planar-bytes", 0)]
     return [ids, Field("prob", "float16", (form.k,), "planar", 0)]
 
 
@@ -137,7 +137,7 @@ def array_settings(field: Field, *, rows: int, crops: int, unit: int, group: int
         chunks = (min(inner, unit), span, *tail)
         shards = (unit, span, *tail)
         names = ("image", "crop", *_tail_names(tail))
-    filters, compressors = _codecs(field, len(shape))
+    filters, compressors = _codecs(field, chunks)
     return {
         "shape": shape,
         "dtype": field.dtype,
@@ -155,16 +155,25 @@ def _tail_names(tail: tuple[int, ...]) -> list[str]:
     return ["value"] if len(tail) == 1 else [f"value{k}" for k in range(len(tail))]
 
 
-def _codecs(field: Field, dims: int) -> tuple[list[Any], list[Any]]:
-    """(array to array, bytes to bytes). Measured choices: facts in docs/format.md."""
+def _codecs(field: Field, chunks: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+    """(array to array, bytes to bytes). Measured choices: benchmarks/footprint.py."""
     from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
     size = 1 if field.dtype in ("bool", "str") else np.dtype(field.dtype).itemsize
+    if field.codec.startswith("planar"):
+        # One plane per coordinate or kept class, each a block with statistics of its own.
+        order = (len(chunks) - 1, *range(len(chunks) - 1))
+        shuffle: Any = "noshuffle" if field.codec == "planar-bytes" else "bitshuffle"
+        plane = BloscCodec(
+            typesize=size,
+            cname="zstd",
+            clevel=5,
+            shuffle=shuffle,
+            blocksize=math.prod(chunks[:-1]) * size,
+        )
+        return [TransposeCodec(order=order)], [plane, Crc32cCodec()]
     bitshuffle = BloscCodec(typesize=size, cname="zstd", clevel=5, shuffle="bitshuffle")
-    if field.codec == "planar":  # one plane per kept class: alike numbers side by side
-        order = (dims - 1, *range(dims - 1))
-        return [TransposeCodec(order=order)], [bitshuffle, Crc32cCodec()]
-    chains: dict[str, list[Any]] = {"bitshuffle": [bitshuffle], "zstd": [ZstdCodec(level=9)]}
+    chains: dict[str, list[Any]] = {"bitshuffle": [bitshuffle], "zstd": [ZstdCodec(level=15)]}
     return [], [*chains.get(field.codec, []), Crc32cCodec()]
 
 

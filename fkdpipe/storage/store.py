@@ -91,7 +91,7 @@ class Store:
         self.arrays = Arrays()
         try:
             root = location.read("zarr.json")
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             raise StoreError(
                 f"{location.url} is not a store: no zarr.json there. `fkdpipe generate` makes one.",
                 code="no-store",
@@ -245,7 +245,7 @@ class Store:
             raise self.damaged(key, "no marker knows it", unit)
         try:
             data = self.location.read(key)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             raise self.damaged(key, "is missing", unit) from None
         if commits.entry(data) != files[key]:
             raise self.damaged(key, "differs from what was committed", unit)

@@ -21,7 +21,8 @@ CODES = {
     "marker-changed": "a marker is damaged, belongs elsewhere, or is not the sealed one",
     "missing-file": "an object of a committed unit is gone",
     "length": "an object has another length",
-    "checksum": "an object's crc32c differs, or boxes are not those committed",
+    "unreadable": "an object is there and cannot be read",
+    "checksum": "an object's checksum differs, or boxes are not those committed",
     "unknown-file": "an object that no marker knows",
     "not-sealed": "the part is not finished",
     "box-outside": "a crop is empty or leaves its image",
@@ -145,9 +146,13 @@ def _compare(store: Store, key: str, expected: tuple[int, str], *, full: bool) -
         return "missing-file"
     if length != expected[0]:
         return "length"
-    if full and commits.entry(store.location.read(key)) != expected:
-        return "checksum"
-    return None
+    try:
+        same = not full or commits.entry(store.location.read(key)) == expected
+    except FileNotFoundError:
+        return "missing-file"
+    except StoreError:
+        return "unreadable"
+    return None if same else "checksum"
 
 
 def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
@@ -160,6 +165,20 @@ def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
             yield Problem("no-record", part.path, unit, str(error))
     elif part.kind == "labels":
         yield from _label_values(store, part, marker)
+    elif part.kind == "features":
+        good = _good_rows(store, marker)
+        for field in part.fields:
+            values = _decode(store, part, marker, field.name)[good]
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                yield Problem("unfilled", part.path, unit, f"{field.name} that is not finite")
+
+
+def _good_rows(store: Store, marker: Marker) -> np.ndarray:
+    """bool (images of the unit,): those that did not fail."""
+    rows = store.unit_rows(marker.unit)
+    good = np.ones(rows.stop - rows.start, dtype=bool)
+    good[[row - rows.start for row in marker.failed]] = False
+    return good
 
 
 def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
@@ -186,9 +205,7 @@ def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
 def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
     unit, classes = marker.unit, int(part.settings["classes"])
     form = labels.parse_form(part.settings["form"])
-    rows = store.unit_rows(unit)
-    good = np.ones(rows.stop - rows.start, dtype=bool)
-    good[[row - rows.start for row in marker.failed]] = False
+    good = _good_rows(store, marker)
     if not form.sparse:
         name = "log_prob" if form.kind == "full" else "logit"
         scores = _decode(store, part, marker, name)[good].astype(np.float32)

@@ -248,12 +248,26 @@ def fill_rows(field: Field, images: int, crops_M: int) -> np.ndarray:
 
 
 def seal(store: Store, part: Part) -> bool:
-    """Write the manifest when every unit is committed; True when the part is sealed after it."""
+    """Write the manifest when every unit is committed; True when the part is sealed after it.
+
+    Raises:
+        DamagedStoreError: a committed file is gone or has another length; nothing is sealed.
+    """
     found: dict[int, Marker] = {}
     for unit, marker in store.markers(part):
         if marker is None:
             return False
         found[unit] = marker
+    lengths = dict(store.location.list(part.path))
+    for unit, marker in found.items():
+        for key, (length, _) in marker.files.items():
+            if lengths.get(key) != length:
+                raise DamagedStoreError(
+                    f"{store.url}: {key} (unit {unit}) was committed, and something else has "
+                    "removed or changed it since. Start the same `fkdpipe generate` again: it "
+                    "makes that unit again.",
+                    unit=unit,
+                )
     data = commits.manifest_of(part.path, part.settings_digest, found).to_bytes()
     key = commits.manifest_key(part.path)
     if _read_or_none(store.location, key) != data:

@@ -285,7 +285,7 @@ class _ScoreStore:
         self._wide, self._temperature = wide, temperature
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
-        blocks = {unit: self._wide.unit(unit, crops_m) for unit in units}
+        blocks = self._wide.units(units, crops_m)
         return _ScoreWindow(blocks, self._wide.store.unit_size, self._temperature)
 
 

@@ -1,0 +1,121 @@
+"""A small but whole generation, for benchmarks that break it: real pictures, a tiny teacher.
+
+Units of a few images, so that there are many. Starting Python and torch takes seconds, so a
+process that is to be killed is forked from one that has imported everything (and has started no
+thread); what it runs is the public command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # a parallel region before the fork would hang the child
+
+import timm
+import torch
+
+# Everything the children need, imported once.
+import fkdpipe.labelgen.dry_run
+import fkdpipe.labelgen.generate
+import fkdpipe.labelgen.plan
+import fkdpipe.labelgen.repair
+import fkdpipe.replay.cpu
+import fkdpipe.teachers  # noqa: F401
+from fkdpipe import cli, demo, models
+from fkdpipe.models import ModelSpec
+from fkdpipe.storage import schema
+
+UNIT_IMAGES = 4
+CROPS = 8
+SOURCE = "t"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things lie. images: of the train split."""
+
+    data: Path
+    teacher: Path
+    images: int
+
+
+def prepare(root: Path, *, images: int) -> Bench:
+    """Write pictures of ten classes and a teacher with random weights below `root`."""
+    demo.make_images(root / "data", count=images * 5 // 4)
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet", num_classes=10).eval()
+    size = [32, 32]
+    facts = {"student": "test_resnet", "size": size, "interpolation": "bilinear"}
+    assert models.build(ModelSpec("test_resnet"), pretrained=False) is not None
+    models.write_export(root / "teacher.safetensors", module, facts)
+    return Bench(
+        root / "data",
+        root / "teacher.safetensors",
+        sum(1 for _ in (root / "data" / "train").glob("*/*.jpg")),
+    )
+
+
+def generate_words(bench: Bench, store: Path | str, *more: str) -> list[str]:
+    """Arguments of `fkdpipe` that make the store."""
+    return [
+        "generate", str(bench.data), str(store), "--teacher", f"test_resnet={bench.teacher}",
+        "--source", SOURCE, "--form", "topk:5", "--crops", str(CROPS), "--batch", "16",
+        "--device", "cpu", "--set", "threads=1", *more,
+    ]  # fmt: skip
+
+
+def fork(run: Callable[[], None], log: Path) -> int:
+    """Run something in a forked process of its own, its output in `log`; returns its id.
+
+    The exit code is that of the command line: 0, 1 or 2.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        schema.UNIT_IMAGES = UNIT_IMAGES
+        torch.set_num_threads(1)
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def command(words: Sequence[str], first: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """`fkdpipe` with these words, as `fork` runs it; `first` is called before."""
+
+    def run() -> None:
+        first()
+        sys.argv = ["fkdpipe", *words]
+        cli.main()
+
+    return run
+
+
+def wait(child: int) -> int:
+    """Exit code of a process; negative the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill(child: int, number: int = signal.SIGKILL) -> None:
+    os.kill(child, number)
