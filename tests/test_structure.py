@@ -33,6 +33,9 @@ MAY_IMPORT = {
         "teachers",
         "replay", "storage",
     },
+    "inspect": {
+        "errors", "crops", "images", "models", "taps", "teachers", "progress", "replay", "storage",
+    },
     "train": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
         "features",
