@@ -102,7 +102,7 @@ def figure(panel: Panel) -> Figure:
     """One panel alone."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(11.0 if panel.wide else 5.4, 3.4), layout="constrained")
+    made = Figure(figsize=(11.6 if panel.wide else 5.6, 3.6), layout="constrained")
     panel.draw(made.add_subplot())
     return made
 
@@ -215,8 +215,10 @@ def _areas(axes: Axes, a: Analysis) -> None:
         )  # fmt: skip
         axes.plot(middle, [100 * band.confidence for band in bands], "--", color=colour)
     axes.set_xlim(0, 100)
+    axes.set_ylim(0, 118)
+    axes.set_yticks(range(0, 101, 20))
     _plain(axes, "crop's share of the image (%)", "agreement, confidence (%)")
-    _legend(axes, loc="lower right")
+    _legend(axes, loc="upper left", ncols=2)
 
 
 def _changes(axes: Axes, a: Analysis) -> None:
@@ -259,7 +261,9 @@ def _distances(axes: Axes, a: Analysis) -> None:
         )
     _plain(axes, "class", "cross-entropy (nats)")
     axes.set_ylim(0, None)
-    _legend(axes, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend(
+        axes, loc="upper center", bbox_to_anchor=(0.5, -0.2 if len(names) > 20 else -0.28), ncols=3
+    )
 
 
 def _agreement(axes: Axes, a: Analysis) -> None:
@@ -278,9 +282,10 @@ def _agreement(axes: Axes, a: Analysis) -> None:
         axes.plot(share, color=COLOURS[0])
     mean = 100 * a.sources[0].agreement
     axes.axhline(mean, color="#5b6570", linestyle=":", linewidth=1, label=f"all {mean:.1f} %")
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 118)
+    axes.set_yticks(range(0, 101, 20))
     _plain(axes, "class", f"agreement of {a.sources[0].name} (%)")
-    _legend(axes, loc="lower right")
+    _legend(axes, loc="upper left")
 
 
 def band_rows(bands: Sequence[Band]) -> list[list[str]]:

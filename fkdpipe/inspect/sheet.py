@@ -18,7 +18,7 @@ RIGHT = "#1a7f37"
 BOXES = ("#ff8c00", "#0072ff", "#d81bce", "#00a6a6", "#ffd000", "#7a3ff0", "#8a5a2b", "#111111")
 
 GAP, LINE, BAR = 12, 17, 18
-WIDTH = 1240  # of the sheet, unless one image needs more
+WIDTH = 1280  # of the sheet, unless one image needs more
 
 
 def draw(views: Views, *, title: str) -> Image.Image:
@@ -118,7 +118,7 @@ def _label(
     top += LINE
     rows = [(bar.name, bar.probability, TRUTH if bar.truth else OTHER) for bar in label.bars]
     for name, probability, fill in [*rows, ("all others", label.rest, FAINT)]:
-        length = round((width - 1) * probability)
+        length = max(round((width - 1) * probability), 4 if fill == TRUTH else 0)  # always seen
         pen.rectangle((left, top, left + width - 1, top + BAR - 3), fill="#f6f7f9")
         if length:
             pen.rectangle((left, top, left + length, top + BAR - 3), fill=fill)
