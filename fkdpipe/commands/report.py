@@ -170,5 +170,5 @@ def _print_plan(made: Plan) -> None:
     terminal.print_table("", *footprint.plan_table(made))
     terminal.print_table("", *footprint.plan_fields(made))
     click.echo("stored: on disk. cache: local space on each training node, kept in memory.")
-    click.echo("read per second: from the store, of arrays too wide for the cache.")
+    click.echo("read MB/s: from the store while training, of arrays too wide for the cache.")
     click.echo(footprint.PLAN_WORDS)

@@ -119,7 +119,7 @@ def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """Each planned store: bytes, hours of teachers, reading, memory."""
-    columns = ["form", "bytes per crop", "stored", "cache", "teacher hours", "read per second"]
+    columns = ["form", "B/crop", "stored", "cache", "teacher hours", "read MB/s"]
     rows = []
     for store in plan.stores:
         hours, rate = store.teacher_hours, store.read_bytes_per_second
@@ -130,7 +130,7 @@ def plan_table(plan: Plan) -> Table:
                 to_gigabytes(store.stored_bytes),
                 to_gigabytes(store.cache_bytes),
                 "" if hours is None else f"{hours:,.1f}",
-                "" if rate is None else f"{rate / 1e6:,.1f} MB",
+                "" if rate is None else f"{rate / 1e6:,.1f}",
             ]
         )
     return columns, rows
@@ -148,18 +148,21 @@ def plan_fields(plan: Plan) -> Table:
 
 def panels(reports: Sequence[StorageReport]) -> list[Panel]:
     """Plots of one store or several."""
+    bars = sum(size.raw_bytes > 0 for r in reports for size in r.fields.values())
     return [
         Panel(
             "Bytes per crop by field",
             "Uncompressed, as stored, and what an ideal code would need (where that can be told).",
             lambda axes: _fields(axes, reports),
             wide=True,
+            height=1.2 + 0.6 * bars,
         ),
         Panel(
             "ImageNet-1K x 200 crops",
             "Table 2 of the FKD paper, and the stores at that size. Logarithmic.",
             lambda axes: _paper(axes, reports),
             wide=True,
+            height=1.0 + 0.3 * (len(reports[0].table) + len(reports)),
         ),
     ]
 
@@ -189,7 +192,7 @@ def _fields(axes: Axes, reports: Sequence[StorageReport]) -> None:
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("bytes per crop")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
 def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
@@ -252,7 +255,4 @@ ENTROPY_WORDS = (
     "Entropy: bytes per crop of an ideal code. Boxes and flips: their law; ids: an adaptive code "
     "that knows the image's earlier crops; numbers: how often each value occurs (Miller-Madow)."
 )
-PLAN_WORDS = (
-    "Sizes of kept classes are those of simulated 1,000-class labels; a teacher's differ by up to "
-    "about 30 %."
-)
+PLAN_WORDS = "Sizes of kept classes are those of simulated labels; a teacher's may differ by 30 %."

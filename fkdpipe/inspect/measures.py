@@ -9,7 +9,7 @@ import numpy as np
 
 UNSURE = 0.5  # a first choice below this is of low confidence
 ABSENT = 0.1  # with that, a crop that gives its image's class less than this shows something else
-FLOOR = 2.0**-24  # float16's smallest: less than this a store cannot tell from nothing
+FLOOR = 2.0**-22  # float32 sums of a label are off by about this: less is as good as nothing
 
 
 def entropy(prob_BC: np.ndarray) -> np.ndarray:
@@ -34,11 +34,15 @@ def total_variation(a_BC: np.ndarray, b_BC: np.ndarray) -> np.ndarray:
 
 
 def divergence(stored_BC: np.ndarray, target_BC: np.ndarray) -> np.ndarray:
-    """float64 (B,): KL(stored || target) in nats; infinite where the target gives nothing."""
-    stored, target = stored_BC.astype(np.float64), target_BC.astype(np.float64)
+    """float64 (B,): KL(stored || target) in nats.
+
+    Infinite where the target gives nothing to a class that has at least `FLOOR`.
+    """
+    counts = stored_BC >= FLOOR
+    stored = np.where(counts, stored_BC, 1.0).astype(np.float64)
     with np.errstate(divide="ignore"):
-        logs = np.log(np.where(stored > 0, stored, 1.0)) - np.where(stored > 0, np.log(target), 0.0)
-    return np.sum(stored * logs, axis=-1)
+        log_target = np.log(np.where(counts, target_BC, 1.0).astype(np.float64))
+    return np.sum(np.where(counts, stored * (np.log(stored) - log_target), 0.0), axis=-1)
 
 
 def background(prob_BC: np.ndarray, truth_B: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def analysis_page(a: Analysis) -> str:
 
 def _distance_words() -> str:
     return (
-        "<p>Row a, column b: the mean of -Σ b log a in nats. Probabilities below 2<sup>-24</sup> "
+        "<p>Row a, column b: the mean of -Σ b log a in nats. Probabilities below 2<sup>-22</sup> "
         "count as that.</p>"
     )
 

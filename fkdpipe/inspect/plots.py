@@ -27,12 +27,13 @@ PAIRS = 8
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot; `wide` asks for a whole row."""
+    """One plot; `wide` asks for a whole row, `height` is in inches."""
 
     title: str
     caption: str
     draw: Callable[[Axes], None]
     wide: bool = False
+    height: float = 3.6
 
 
 def analysis_panels(a: Analysis) -> list[Panel]:
@@ -102,7 +103,7 @@ def figure(panel: Panel) -> Figure:
     """One panel alone."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(11.6 if panel.wide else 5.6, 3.6), layout="constrained")
+    made = Figure(figsize=(11.6 if panel.wide else 5.6, panel.height), layout="constrained")
     panel.draw(made.add_subplot())
     return made
 
@@ -117,9 +118,10 @@ def together(panels: Sequence[Panel], title: str) -> Figure:
             rows.append([panel])
         else:
             rows[-1].append(panel)
-    made = Figure(figsize=(11.5, 3.4 * len(rows) + 0.5), layout="constrained")
+    heights = [max(panel.height for panel in row) for row in rows]
+    made = Figure(figsize=(11.5, sum(heights) + 0.5), layout="constrained")
     made.suptitle(title, fontsize=12, x=0.01, ha="left")
-    grid = made.add_gridspec(len(rows), 2)
+    grid = made.add_gridspec(len(rows), 2, height_ratios=heights)
     for place, row in enumerate(rows):
         for column, panel in enumerate(row):
             axes = made.add_subplot(grid[place, :] if panel.wide else grid[place, column])
@@ -260,10 +262,8 @@ def _distances(axes: Axes, a: Analysis) -> None:
             range(len(short)), short, rotation=turn, ha="right" if turn else "center", fontsize=8
         )
     _plain(axes, "class", "cross-entropy (nats)")
-    axes.set_ylim(0, None)
-    _legend(
-        axes, loc="upper center", bbox_to_anchor=(0.5, -0.2 if len(names) > 20 else -0.28), ncols=3
-    )
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    _legend(axes, loc="upper left", ncols=3)
 
 
 def _agreement(axes: Axes, a: Analysis) -> None:
