@@ -68,11 +68,16 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console(file=sys.stdout, highlight=False)
+        table.add_row(*map(_printable, row))
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 100
     console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Names of files and classes may hold anything, also what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _Bars:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,8 +137,17 @@ def to_png(made: Figure, *, dpi: int = 110) -> bytes:
 
     FigureCanvasAgg(made)
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters the font lacks are drawn as boxes
+        made.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
+
+
+def tick(name: str) -> str:
+    """A class name that fits under an axis, and that matplotlib does not read as a formula."""
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    short = plain if len(plain) <= 14 else f"{plain[:13]}…"
+    return short.replace("$", r"\$")
 
 
 def _plain(axes: Axes, x: str, y: str) -> None:
@@ -256,7 +266,7 @@ def _distances(axes: Axes, a: Analysis) -> None:
         axes.plot(value, "o-", color=colour, markersize=3, linewidth=1.2, label=name)
     names = a.class_names[:FIRST_CLASSES]
     if len(names) <= 20:
-        short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+        short = [tick(name) for name in names]
         turn = 0 if sum(map(len, short)) < 90 else 35
         axes.set_xticks(
             range(len(short)), short, rotation=turn, ha="right" if turn else "center", fontsize=8
@@ -272,7 +282,7 @@ def _agreement(axes: Axes, a: Analysis) -> None:
     few = len(ranked) <= 20
     if few:
         axes.bar(range(len(ranked)), share, color=COLOURS[0], width=0.7)
-        short = [c.name if len(c.name) <= 14 else f"{c.name[:13]}…" for c in ranked]
+        short = [tick(c.name) for c in ranked]
         turn = 0 if sum(map(len, short)) < 110 else 35
         axes.set_xticks(
             range(len(ranked)), short, rotation=turn, ha="right" if turn else "center", fontsize=8

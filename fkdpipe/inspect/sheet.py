@@ -163,7 +163,8 @@ def to_png(picture: Image.Image | np.ndarray) -> bytes:
 
 
 def elide(text: str, width: float, size: int, *, bold: bool = False) -> str:
-    """The text, its middle left out where it is wider than that many pixels."""
+    """The text on one line, its middle left out where it is wider than that many pixels."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     face = font(size, bold=bold)
     if face.getlength(text) <= width:
         return text

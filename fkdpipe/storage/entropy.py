@@ -31,7 +31,7 @@ from fkdpipe.storage.store import Part, Store
 SAMPLE_CROPS = 200_000  # values are read until so many crops were seen
 LAW_IMAGES = 512
 ENOUGH = 5
-WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # tried for `ids_bits`
+WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 1024.0)  # tried for `ids_bits`
 
 
 def bytes_per_crop(store: Store, part: Part) -> dict[str, float | None]:

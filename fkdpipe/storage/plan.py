@@ -5,8 +5,8 @@ probabilities do: `MEASURED` are stores of simulated labels of a 1,000-class tea
 `storage.writer` and measured by `storage.report` (1,024 images x 200 crops; median largest
 probability 0.72, top-5 mass 0.87, entropy 1.6 nats, 6.9 first choices an image). A sharper teacher
 takes less, one whose labels vary more between crops takes more; 30 % either way is usual. Of `ids`
-the number of classes
-matters too (`BY_CLASSES`, measured alike at K = 10); of probabilities it hardly does.
+the number of classes matters too (`BY_CLASSES`, measured alike at K = 10); of probabilities it
+hardly does.
 
 Letters: N images, M crops of each, C classes, K kept classes, D feature dimensions.
 """
@@ -54,9 +54,10 @@ class Features:
 
 def parse_features(text: str) -> Features:
     """Raises UsageError saying how they are written."""
-    dims, _, code = text.partition(":")
-    if dims.isdigit() and int(dims) > 0 and code in ("", "float16", "int8"):
-        return Features(int(dims), code or "float16")  # type: ignore[arg-type]
+    dims, colon, code = text.partition(":")
+    code = code if colon else "float16"
+    if dims.isdigit() and int(dims) > 0 and code in ("float16", "int8"):
+        return Features(int(dims), code)  # type: ignore[arg-type]
     raise UsageError(f"{text!r}: write features as D, D:float16 or D:int8 (for example 512:int8).")
 
 
