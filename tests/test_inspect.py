@@ -12,14 +12,17 @@ from html import escape
 import numpy as np
 import oracles
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from pipeline import make_store
 from test_entropy import make_features_store
 from test_storage import make_store as make_random_store
 
+from fkdpipe import colour
 from fkdpipe.cli import cli
 from fkdpipe.commands import terminal
+from fkdpipe.crops import CropLaw, Jitter
 from fkdpipe.errors import ReplayError, StoreError, UsageError
 from fkdpipe.inspect import analysis, choose, measures, pages, plots, sheet, sources, views
 from fkdpipe.inspect.choose import Choice, Chosen
@@ -163,6 +166,24 @@ def test_views_are_what_replay_and_the_store_say(opened, folder):
     assert 0 < flips < 51 * 4
 
 
+def test_recorded_colours_are_shown_as_both_phases_see_them(tmp_path, folder, teacher):
+    law = CropLaw(jitter=Jitter(brightness=0.8, saturation=0.8, hue=0.3))
+    place = make_store(tmp_path / "store", folder, [teacher], form="full", crop=law)
+    opened = sources.open_labels(place, [], tmp_path / "cache")
+    row = choose.row_of(opened, "cedar/deeper/colour.png")
+    (image,) = views.look(opened, folder, [Chosen(row, (0, 1, 2, 3))], side=48).images
+    factor_m4 = opened.boxes.jitter(np.array([row]), np.arange(4))[0]
+    for crop, factor_4 in zip(image.crops, factor_m4, strict=True):
+        path = folder / "train" / image.key
+        plain = oracles.pillow_crop(path, crop.box, crop.flip, (48, 48), "bilinear").copy()
+        seen = torch.from_numpy(plain.transpose(2, 0, 1)[None].copy())
+        made = colour.jitter(seen, torch.from_numpy(factor_4[None]))[0].numpy().transpose(1, 2, 0)
+        assert np.abs(crop.pixels.astype(int) - made).mean() < 2
+        assert np.abs(crop.pixels.astype(int) - plain).mean() > 4
+        assert crop.jitter
+        assert sheet.facts_of(crop).endswith("◐")
+
+
 def test_exif_orientation_is_not_applied(opened, folder):
     row = choose.row_of(opened, "cedar/deeper/rotated.jpg")
     (image,) = views.look(opened, folder, [Chosen(row, (0,))]).images
@@ -193,7 +214,7 @@ def an_image(key="a/b.jpg", name="a", names=("a", "b"), box=(10, 40, 20, 50)) ->
     bars = tuple(Bar(n, p, p < 0.5) for n, p in zip(names, (0.7, 0.2), strict=True))
     label = LabelView("teacher", bars, 0.1, agrees=False, entropy=0.8)
     pixels = np.full((64, 64, 3), 90, dtype=np.uint8)
-    crop = CropView(3, box, True, pixels, (label,))
+    crop = CropView(3, box, True, True, pixels, (label,))
     return ImageView(key, name, (100, 200), np.full((50, 100, 3), 200, np.uint8), (crop,))
 
 

@@ -35,7 +35,8 @@ MAY_IMPORT = {
         "replay", "storage",
     },
     "inspect": {
-        "errors", "crops", "images", "models", "taps", "teachers", "progress", "replay", "storage",
+        "errors", "crops", "images", "models", "taps", "teachers", "progress", "colour", "replay",
+        "storage",
     },
     "train": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe import images
-from fkdpipe.errors import ReplayError
+from fkdpipe import colour, images
+from fkdpipe.errors import ModelError, ReplayError
 from fkdpipe.inspect.analysis import Predict
 from fkdpipe.inspect.sources import Opened
 from fkdpipe.replay import Replay, Request, View, normalise
@@ -34,6 +34,13 @@ def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray)
     )
 
 
+def factors(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> torch.Tensor | None:
+    """float32 (I * m, 4): recorded colour jitter of those crops, None where none is recorded."""
+    if not opened.boxes.jittered:
+        return None
+    return torch.from_numpy(opened.boxes.jitter(rows_I, crops_m).reshape(-1, 4))
+
+
 def predictor(
     opened: Opened, root: Path, model: Teacher, replayer: Replay, *, batch: int = 64
 ) -> Predict:
@@ -42,7 +49,17 @@ def predictor(
     Args:
         replayer: with one view, the model's.
         batch: crops per forward pass.
+
+    Raises:
+        ModelError: its outputs are not the labels' classes.
     """
+    width = model.classes if model.columns is None else len(model.columns)
+    if width != opened.classes:
+        raise ModelError(
+            f"{model.spec} gives {width} outputs, the labels have {opened.classes} classes; say "
+            "which output is which class with --class-map.",
+            code="classes-differ",
+        )
     device = next(model.module.parameters()).device
     p = model.preprocessing
 
@@ -58,7 +75,8 @@ def predictor(
             for failure in pixels.failures:
                 key = opened.store.images.keys[part[failure.image]]
                 raise ReplayError(f"{key}: {failure.detail}.", code=failure.code)
-            x = normalise(pixels.views[0].to(device), p.mean, p.std)
+            seen = colour.jitter(pixels.views[0].to(device), factors(opened, part, crops_m))
+            x = normalise(seen, p.mean, p.std)
             logits_BC = model.logits(x.contiguous(memory_format=torch.channels_last))
             made.append(torch.softmax(logits_BC, dim=1).cpu().numpy())
         return np.concatenate(made).reshape(len(rows_I), len(crops_m), -1)

@@ -18,7 +18,7 @@ def sheet_page(views: Views, *, title: str, lead: str) -> str:
         f'<p><span class="key-mark" style="background:{sheet.TRUTH}"></span>the image\'s class '
         f'&ensp;<span class="key-mark" style="background:{sheet.OTHER}"></span>other classes '
         '&ensp;<span class="right">✓</span> first choice is the image\'s class '
-        '&ensp;<span class="wrong">✗</span> it is not &ensp;⇄ mirrored</p>'
+        '&ensp;<span class="wrong">✗</span> it is not &ensp;⇄ mirrored &ensp;◐ colours changed</p>'
     )
     cards = "\n".join(_card(view) for view in views.images)
     notes = [f"<p>left out: {escape(why)}</p>" for why in views.left_out]
@@ -39,11 +39,9 @@ def _card(view: ImageView) -> str:
 
 
 def _crop(crop: CropView, colour: str) -> str:
-    height, width = crop.box[2:]
-    words = f"crop {crop.index} &ensp; {width} x {height}{' &ensp; ⇄' if crop.flip else ''}"
     image = picture(sheet.to_png(crop.pixels), f"crop {crop.index}", f"border-color:{colour}")
     labels = "".join(_label(label, named=len(crop.labels) > 1) for label in crop.labels)
-    return f'<div class="crop"><div class="facts">{words}</div>{image}{labels}</div>'
+    return f'<div class="crop"><div class="facts">{sheet.facts_of(crop)}</div>{image}{labels}</div>'
 
 
 def _label(label: LabelView, *, named: bool) -> str:

@@ -57,6 +57,7 @@ def _legend(pen: ImageDraw.ImageDraw, left: float, top: int) -> None:
         ("✓", RIGHT, "first choice is the image's class"),
         ("✗", WRONG, "it is not"),
         ("⇄", SOFT, "mirrored"),
+        ("◐", SOFT, "colours changed"),
     ):
         pen.text((left, top), sign, colour, font=font(13, bold=True))
         pen.text((left + 15, top), words, SOFT, font=font(12))
@@ -93,9 +94,7 @@ def _crop(
     made: Image.Image, pen: ImageDraw.ImageDraw, crop: CropView, left: int, top: int, colour: str
 ) -> None:
     side = crop.pixels.shape[0]
-    height, width = crop.box[2:]
-    words = f"crop {crop.index}   {width} x {height}" + ("   ⇄" if crop.flip else "")
-    pen.text((left, top), words, SOFT, font=font(12))
+    pen.text((left, top), elide(facts_of(crop), side, 12), SOFT, font=font(12))
     made.paste(Image.fromarray(crop.pixels), (left, top + LINE))
     pen.rectangle(
         (left, top + LINE, left + side - 1, top + LINE + side - 1), outline=colour, width=3
@@ -103,6 +102,13 @@ def _crop(
     place = top + LINE + side + 6
     for label in crop.labels:
         place = _label(pen, label, left, place, side, named=len(crop.labels) > 1)
+
+
+def facts_of(crop: CropView) -> str:
+    """Which crop, how large in the image, and what was done to it."""
+    height, width = crop.box[2:]
+    signs = ("⇄" if crop.flip else "") + ("◐" if crop.jitter else "")
+    return f"crop {crop.index}  {width} x {height}  {signs}".rstrip()
 
 
 def _label(

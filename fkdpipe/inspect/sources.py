@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from fkdpipe.errors import StoreError, StoreMismatchError
+from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage import labels, reader
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.reader import CropReader, Finished, Segment, SparseReader, WideReader
+from fkdpipe.storage.schema import Json
 from fkdpipe.storage.store import Store
 
 BLOCK_VALUES = 2**23  # probabilities of a block: 32 MiB as float32
@@ -39,7 +41,9 @@ class Labels:
     ) -> None:
         self.name = name
         self.form: Form = reader.label_form(segments)
-        self.classes = int(segments[0].part.settings["classes"])
+        settings = segments[0].part.settings
+        self.classes = int(settings["classes"])
+        self.teachers: list[Json] = settings.get("teachers", [])
         self._store = store
         self._read: tuple[int, tuple[int, ...], np.ndarray] | None = None
         self._reader: SparseReader | WideReader
@@ -127,7 +131,7 @@ def open_labels(
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise StoreMismatchError(f"sources of different classes cannot be compared: {listed}.")
     classes = opened[0].classes
-    named = len(store.images.class_names) == classes
+    named = len(store.images.class_names) == classes and not _projected(opened[0].teachers)
     return Opened(
         store=store,
         found=found,
@@ -136,6 +140,11 @@ def open_labels(
         truth_N=np.where(named, store.images.class_N, -1).astype(np.int64),
         class_names=store.images.class_names if named else tuple(map(str, range(classes))),
     )
+
+
+def _projected(teachers: Sequence[Json]) -> bool:
+    """Are these scores of a projection head, whose outputs are no classes?"""
+    return any(teacher.get("library") in SELF_SUPERVISED for teacher in teachers)
 
 
 def sample_rows(opened: Opened, images: int) -> np.ndarray:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fkdpipe import images
+from fkdpipe import colour, images
 from fkdpipe.errors import ReplayError
 from fkdpipe.inspect.choose import Chosen
 from fkdpipe.inspect.measures import entropy
-from fkdpipe.inspect.models import request
+from fkdpipe.inspect.models import factors, request
 from fkdpipe.inspect.sources import Labels, Opened
 from fkdpipe.replay import View, open_replay, size_failure
 
@@ -54,12 +54,14 @@ class CropView:
 
     Attributes:
         box: (top, left, height, width) in pixels of the image.
-        pixels: uint8 (side, side, 3), replayed (flipped where `flip`), as a student sees it.
+        jitter: are its colours changed, as recorded?
+        pixels: uint8 (side, side, 3), replayed (flipped, colours changed), as a student sees it.
     """
 
     index: int
     box: tuple[int, int, int, int]
     flip: bool
+    jitter: bool
     pixels: np.ndarray
     labels: tuple[LabelView, ...]
 
@@ -113,7 +115,8 @@ def look(
             if pixels.failures:
                 left_out.append(f"{key}: {pixels.failures[0].detail}")
                 continue
-            views_m3HW = pixels.views[0].numpy()
+            jitter_m4 = factors(opened, np.array([each.row]), np.array(each.crops))
+            views_m3HW = colour.jitter(pixels.views[0], jitter_m4).numpy()
             shown.append(
                 ImageView(
                     key=key,
@@ -125,6 +128,7 @@ def look(
                             index=index,
                             box=tuple(asked.box_Im4[0, place].tolist()),
                             flip=bool(asked.flip_Im[0, place]),
+                            jitter=jitter_m4 is not None,
                             pixels=views_m3HW[place].transpose(1, 2, 0).copy(),
                             labels=tuple(
                                 label_view(opened, source, each.row, index)

@@ -51,7 +51,8 @@ def bytes_per_crop(store: Store, part: Part) -> dict[str, float | None]:
 
 
 def _crop_bits(store: Store, part: Part) -> dict[str, float | None]:
-    if part.settings["law"] != crops.LAW_NAME or not part.fields:
+    law_name = (part.settings.get("law"), part.settings.get("version"))
+    if law_name != (crops.LAW_NAME, crops.LAW_VERSION) or not part.fields:
         return {field.name: None for field in part.fields}
     law = rounds.law_of(part.settings)
     unit = next((unit for unit, marker in store.markers(part) if marker is not None), None)
@@ -62,10 +63,8 @@ def _crop_bits(store: Store, part: Part) -> dict[str, float | None]:
     sizes = store.images.size_N2[rows].astype(np.int64)
     known = (drawn[..., 2] < schema.crop_fields()[0].fill).all(axis=1)  # others failed
     bits = [box_bits(law, size, box) for size, box in zip(sizes[known], drawn[known], strict=True)]
-    return {
-        "box": float(np.mean(bits)) if bits else None,
-        "flip": _binary_entropy(law.flip),
-    }
+    known_bits = {"box": float(np.mean(bits)) if bits else None, "flip": _binary_entropy(law.flip)}
+    return {field.name: known_bits.get(field.name) for field in part.fields}
 
 
 def box_bits(law: crops.CropLaw, size_2: np.ndarray, box_M4: np.ndarray) -> float:
