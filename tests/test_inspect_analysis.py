@@ -29,7 +29,7 @@ def stores(tmp_path_factory, folder, teacher):
     """One store of real pictures with a source for each form, named after it."""
     place = tmp_path_factory.mktemp("inspect") / "store"
     for form in FORMS:
-        make_store(place, folder, [teacher], form=form, source=form.replace(":", "-"), crops=6)
+        make_store(place, folder, [teacher], form=form, source=form.replace(":", "-"), crops=4)
     return open_store(place)
 
 
@@ -97,7 +97,7 @@ def test_a_sources_numbers_are_those_of_plain_loops(stores, form, tmp_path):
     opened = opened_of(stores, tmp_path, form.replace(":", "-"))
     found = run(opened).sources[0]
     crops = dense(opened).astype(np.float64).reshape(-1, 5)
-    truth = np.repeat(opened.truth_N[opened.found.rows], 6)
+    truth = np.repeat(opened.truth_N[opened.found.rows], 4)
     entropies = [-sum(p * math.log(p) for p in crop if p > 0) for crop in crops]
     assert found.entropy == pytest.approx(np.mean(entropies), abs=1e-6)
     assert found.top1 == pytest.approx(np.mean([max(crop) for crop in crops]), abs=1e-6)
@@ -121,7 +121,7 @@ def test_reliability_bands_are_those_of_plain_loops(stores, tmp_path):
     opened = opened_of(stores, tmp_path, "full")
     found = run(opened).sources[0]
     crops = dense(opened).reshape(-1, 5)
-    truth = np.repeat(opened.truth_N[opened.found.rows], 6)
+    truth = np.repeat(opened.truth_N[opened.found.rows], 4)
     gap = 0.0
     for band in found.by_confidence:
         inside = [
@@ -163,7 +163,7 @@ def test_distances_are_cross_entropies_by_class(stores, tmp_path):
     opened = opened_of(stores, tmp_path, "full", "topk-3")
     found = run(opened)
     assert found.kinds == ("one-hot", "hard", "full", "topk-3")
-    truth = np.repeat(opened.truth_N[opened.found.rows], 6)
+    truth = np.repeat(opened.truth_N[opened.found.rows], 4)
     kinds = {
         "one-hot": np.eye(5)[truth],
         "full": dense(opened).reshape(-1, 5),
@@ -226,10 +226,10 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
         device=torch.device(CPU),
     )
     with open_replay("cpu", [models.view_of(model)], threads=1) as replayer:
-        predict = models.predictor(opened, folder / "train", model, replayer, batch=8)
+        predict = models.predictor(opened, folder / "train", model, replayer, batch=16)
         rows, crops_m = opened.found.rows[:11], np.array([2, 3])
         made = predict(rows, crops_m)
-        found = run(opened, models=[("again", predict)])
+        found = analysis.analyse(opened, rows, crops_m, models=[("again", predict)])
     assert np.abs(made - opened.labels[0].take(rows, crops_m)).max() < 2e-3
     assert found.kinds[-1] == "again"
     assert found.distance_AA[3, 2] == pytest.approx(found.distance_AA[2, 2], abs=1e-3)

@@ -87,7 +87,8 @@ def inspect(
         rows = sources.sample_rows(opened, limit)
         chosen = choose.choose(opened, choice, rows, reporter=reporter)
     found = views.look(opened, data, chosen)
-    title = f"{store}: {crop or image or class_name or 'images'}, {ORDER_WORDS[by]}"
+    what = crop or image or (f"class {class_name}" if class_name else "images")
+    title = f"{store}: {what}, {ORDER_WORDS[by]}"
     if out.suffix == ".html":
         lead = f"{opened.store.num_images:,} images, {opened.found.crops_per_image} crops of each."
         terminal.write_file(out, pages.sheet_page(found, title=title, lead=lead).encode())
