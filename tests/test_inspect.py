@@ -274,6 +274,12 @@ def test_an_analysis_page_stands_alone(store, tmp_path):
     assert text.count("data:image/png;base64,") == len(panels)
     assert "http" not in text
     assert all(name in text for name in store.images.class_names)
+    columns, rows = pages.class_distances(found)
+    place = found.class_names.index(rows[2][0])
+    assert columns[1:] == [
+        "full → one-hot", "three → one-hot", "full → three", "three → full",
+    ]  # fmt: skip
+    assert rows[2][3] == pages.number(found.distance_CAA[place, 2, 3])
     data = plots.to_png(plots.together(panels, "all"), dpi=40)
     with Image.open(io.BytesIO(data)) as read:
         assert read.width == 460
@@ -358,6 +364,7 @@ def mistakes(store, folder, tmp_path):
         "kind of file": (2, "FILE.png or FILE.html", [*inspect, "--out", tmp_path / "x.gif"]),
         "no folder to write to": (2, "there is no folder", [*inspect, "--out", nowhere]),
         "no crops": (2, "at least 1", [*inspect, "--crops", "0", *out]),
+        "two choices": (2, "one of --crop", [*inspect, "--image", "a.jpg", "--class", "elm", *out]),
         "two sources": (2, "name two", [*inspect, "--by", "disagreement", *out]),
         "model without data": (2, "needs DATA", ["analyse", store.url, "--model", "test_resnet"]),
     }  # fmt: skip

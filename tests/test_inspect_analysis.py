@@ -189,6 +189,8 @@ def test_distances_are_cross_entropies_by_class(stores, tmp_path):
             for c in range(5):
                 mean = each[truth == c].mean()
                 assert found.distance_CAA[c, a, b] == pytest.approx(mean, rel=1e-4)
+    plain = found.to_json()["distances"]
+    assert plain["classes"]["cedar"][2][3] == pytest.approx(found.distance_CAA[2, 2, 3])
     # Gibbs: no guess is nearer to a label than the label itself.
     assert found.distance_AA[2, 2] <= found.distance_AA[3, 2]
 

@@ -75,8 +75,11 @@ def inspect(
     Example:
       fkdpipe inspect store images --by worst --out worst.html
     """
+    from fkdpipe.errors import UsageError
     from fkdpipe.inspect import choose, pages, sheet, sources, views
 
+    if sum(each is not None for each in (crop, image, class_name)) > 1:
+        raise UsageError("choose by one of --crop, --image and --class.")
     choice = choose.Choice(image, class_name, by, count, crops)
     terminal.check_file(out, KINDS)
     reporter = terminal.reporter()
@@ -246,5 +249,5 @@ def _print_analysis(found: Analysis) -> None:
             terminal.print_table(title, columns, pages.change_rows(source))
     if found.classes:
         rows = pages.class_rows(found, 10)
-        title = f"Least agreement, {len(rows)} of {len(found.classes)} classes"
+        title = f"Least agreement, {len(rows)} of {len(found.classes):,} classes"
         terminal.print_table(title, list(pages.CLASS_COLUMNS), rows)

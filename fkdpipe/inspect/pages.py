@@ -73,6 +73,7 @@ def analysis_page(a: Analysis) -> str:
     if a.classes:
         rows = class_rows(a)
         parts += ["<h2>Classes, least agreement first</h2>", table(CLASS_COLUMNS, rows)]
+        parts += ["<h2>Cross-entropy distances by class</h2>", table(*class_distances(a))]
     lead = f"{a.images:,} images, {a.crops:,} crops, {len(a.class_names):,} classes."
     return page(f"Labels of {a.url}", lead, parts)
 
@@ -129,6 +130,16 @@ def distance_table(a: Analysis) -> tuple[list[str], list[list[str]]]:
         for g in range(2, len(a.kinds))
     ]
     return ["", *a.kinds], rows
+
+
+def class_distances(a: Analysis) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the distances that the plot shows, of every class."""
+    columns = [f"{a.kinds[guess]} → {a.kinds[target]}" for guess, target in plots.pairs(a)]
+    rows = [
+        [name, *(number(distance_AA[pair]) for pair in plots.pairs(a))]
+        for name, distance_AA in a.distances_by_class().items()
+    ]
+    return ["class", *columns], rows
 
 
 def class_rows(a: Analysis, count: int | None = None) -> list[list[str]]:

@@ -251,16 +251,16 @@ def _changes(axes: Axes, a: Analysis) -> None:
         _legend(axes)
 
 
-def _pairs(a: Analysis) -> list[tuple[int, int]]:
+def pairs(a: Analysis) -> list[tuple[int, int]]:
     """(guess, target) worth a line: every soft kind to one-hot, to the others and to itself."""
     count = len(a.kinds)
     soft = range(2, count)
-    pairs = [(g, 0) for g in soft] + [(g, t) for g in soft for t in soft if g != t]
-    return (pairs if count > 3 else [*pairs, (2, 2)])[:PAIRS]
+    found = [(g, 0) for g in soft] + [(g, t) for g in soft for t in soft if g != t]
+    return (found if count > 3 else [*found, (2, 2)])[:PAIRS]
 
 
 def _distances(axes: Axes, a: Analysis) -> None:
-    for (guess, target), colour in zip(_pairs(a), COLOURS, strict=False):
+    for (guess, target), colour in zip(pairs(a), COLOURS, strict=False):
         value = a.distance_CAA[:FIRST_CLASSES, guess, target]
         name = f"{a.kinds[guess]} → {a.kinds[target]}, mean {a.distance_AA[guess, target]:.2f}"
         axes.plot(value, "o-", color=colour, markersize=3, linewidth=1.2, label=name)

@@ -103,6 +103,11 @@ class Analysis:
     distance_AA: np.ndarray
     distance_CAA: np.ndarray
 
+    def distances_by_class(self) -> dict[str, np.ndarray]:
+        """(A, A) of each class that has crops."""
+        named = dict(zip(self.class_names, self.distance_CAA, strict=True))
+        return {c.name: named[c.name] for c in self.classes}
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; null where a number is not defined or infinite."""
         return {
@@ -110,7 +115,11 @@ class Analysis:
             "crops": self.crops,
             "sources": {source.name: _plain(source.__dict__) for source in self.sources},
             "classes": [_plain(c.__dict__) for c in self.classes],
-            "distances": {"kinds": list(self.kinds), "mean": _plain(self.distance_AA.tolist())},
+            "distances": {
+                "kinds": list(self.kinds),
+                "mean": _plain(self.distance_AA.tolist()),
+                "classes": {c: _plain(d.tolist()) for c, d in self.distances_by_class().items()},
+            },
         }
 
 
