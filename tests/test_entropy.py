@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import zarr
 from click.testing import CliRunner
 from test_storage import CROPS, IMAGES, UNIT, flip_bit, make_store
 
@@ -122,6 +123,32 @@ def test_derived_boxes_cost_nothing(tmp_path):
 def test_unfinished_stores_are_measured_by_what_is_committed(tmp_path):
     measured = report.measure(make_store(tmp_path / "store", seal=False), bounds=True)
     assert measured.fields["ids"].bound > 0
+
+
+def test_images_that_failed_are_not_counted(tmp_path):
+    """Fill values of failed rows would be one more class, and boxes of no size."""
+    store = make_store(tmp_path / "store")
+    part = store.part("rounds/0/labels/t")
+    sampled = entropy.ids_bits(zarr.open_array(store=store.url, path=f"{part.path}/ids")[:])
+    assert entropy.bytes_per_crop(store, part)["ids"] == pytest.approx(sampled / 8)
+    for unit in range(store.num_units):
+        rows = store.unit_rows(unit)
+        values = {
+            field.name: store.arrays.decode(
+                f"{part.path}/{field.name}",
+                (rows,),
+                {(key := schema.shard_key(part.path, field, unit, 0)): store.location.read(key)},
+            ).copy()
+            for field in part.fields
+        }
+        values["ids"][:20] = 65_535
+        failed = dict.fromkeys(range(rows.start, rows.start + 20), ("unreadable", ""))
+        writer.commit_unit(store, part, unit, values, failed=failed)
+    kept = zarr.open_array(store=store.url, path=f"{part.path}/ids")[:]
+    kept = kept[kept[:, 0, 0] < 65_535]
+    assert len(kept) == IMAGES - 60
+    found = entropy.bytes_per_crop(store, part)["ids"]
+    assert found == pytest.approx(entropy.ids_bits(kept) / 8)
 
 
 def test_a_damaged_unit_is_not_measured(tmp_path):

@@ -14,7 +14,7 @@ from test_storage import CROPS, IMAGES
 from test_storage import make_store as make_random_store
 
 from fkdpipe import teachers
-from fkdpipe.errors import StoreError, UnsealedStoreError
+from fkdpipe.errors import ModelError, StoreError, UnsealedStoreError
 from fkdpipe.inspect import analysis, measures, models, sources
 from fkdpipe.models import ModelSpec
 from fkdpipe.replay import open_replay
@@ -235,6 +235,21 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
     assert np.abs(made - opened.labels[0].take(rows, crops_m)).max() < 2e-3
     assert found.kinds[-1] == "again"
     assert found.distance_AA[3, 2] == pytest.approx(found.distance_AA[2, 2], abs=1e-3)
+
+
+def test_a_model_of_other_classes_is_refused(stores, tmp_path, folder, teacher):
+    opened = opened_of(make_random_store(tmp_path / "store"), tmp_path)
+    refused = pytest.raises(ModelError, match="5 outputs, the labels have 40 classes")
+    with open_replay("cpu", [models.view_of(teacher)], threads=1) as replayer, refused:
+        models.predictor(opened, folder / "train", teacher, replayer)
+
+
+def test_scores_of_a_projection_head_have_no_ground_truth(stores, tmp_path, monkeypatch):
+    assert (opened_of(stores, tmp_path, "full").truth_N >= 0).all()
+    monkeypatch.setattr(sources, "SELF_SUPERVISED", ("timm",))
+    opened = opened_of(stores, tmp_path, "full")
+    assert (opened.truth_N == -1).all()
+    assert opened.class_names == ("0", "1", "2", "3", "4")
 
 
 def test_unsealed_stores_are_looked_at_only_when_asked(tmp_path):
