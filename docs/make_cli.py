@@ -18,8 +18,10 @@ def render() -> str:
         "Results go to stdout, progress and messages to stderr.",
     ]
     for name, command in cli.commands.items():
-        context = click.Context(command, info_name=f"fkdpipe {name}", terminal_width=90)
-        blocks.append(f"## fkdpipe {name}\n\n```\n{command.get_help(context)}\n```")
+        # A command that ran in this process keeps the help option of that run; a new one does not.
+        unused = click.Command(name, params=command.params, help=command.help)
+        context = click.Context(unused, info_name=f"fkdpipe {name}", terminal_width=90)
+        blocks.append(f"## fkdpipe {name}\n\n```\n{unused.get_help(context)}\n```")
     return "\n\n".join(blocks) + "\n"
 
 

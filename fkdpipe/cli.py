@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import demo, generate, inspect, store, train
+from fkdpipe.commands import demo, generate, inspect, report, store, train
 from fkdpipe.errors import FkdpipeError
 
 
@@ -62,7 +62,9 @@ for command in (
     generate.generate,
     train.train,
     train.evaluate,
-    inspect.report,
+    report.report,
+    inspect.inspect,
+    inspect.analyse,
     store.verify,
     store.thin,
 ):

@@ -55,6 +55,29 @@ def test_the_commands_for_own_images_run_as_written(tmp_path, folder, monkeypatc
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_the_guide_to_inspecting_runs_as_written(tmp_path, folder, teacher, monkeypatch):
+    from click.testing import CliRunner
+    from pipeline import make_store
+
+    from fkdpipe.cli import cli
+
+    (tmp_path / "images").symlink_to(folder)
+    make_store(tmp_path / "store", folder, [teacher])
+    module = timm.create_model("resnet18", num_classes=len(CLASSES))
+    models.write_export(tmp_path / "student.safetensors", module, {"size": [32, 32]})
+    monkeypatch.chdir(tmp_path)
+    commands = "".join(blocks((ROOT / "docs" / "guide-inspect.md").read_text(), "sh")).splitlines()
+    assert len(commands) == 10
+    for line in commands:
+        words = shlex.split(line)
+        assert words[0] == "fkdpipe"
+        done = CliRunner().invoke(cli, words[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+        if "--out" in words:
+            assert Path(words[words.index("--out") + 1]).stat().st_size > 1000
+
+
 def test_the_cli_page_is_generated():
     sys.path.insert(0, str(ROOT / "docs"))
     try:
@@ -66,7 +89,11 @@ def test_the_cli_page_is_generated():
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("format", "methods", "cli"))],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{n}.md" for n in ("format", "methods", "cli", "guide-inspect")),
+    ],
 )
 def test_links_lead_somewhere(page):
     file = ROOT / page

@@ -35,6 +35,10 @@ MAY_IMPORT = {
         "teachers",
         "replay", "storage",
     },
+    "inspect": {
+        "errors", "crops", "images", "models", "taps", "teachers", "progress", "colour", "replay",
+        "storage",
+    },
     "train": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
         "features", "colour",

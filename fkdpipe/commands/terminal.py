@@ -8,9 +8,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
+
+from fkdpipe.errors import FkdpipeError, UsageError
 
 
 def start_logging() -> None:
@@ -33,21 +36,48 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value))
 
 
+def check_file(out: Path, kinds: tuple[str, ...]) -> None:
+    """Refuse a file to write before hours are spent on what goes into it.
+
+    Raises:
+        UsageError: another kind of file, or no such folder.
+    """
+    if out.suffix not in kinds:
+        raise UsageError(f"{out}: write {' or '.join(f'FILE{kind}' for kind in kinds)}.")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}.")
+
+
+def write_file(out: Path, data: bytes) -> None:
+    """Raises FkdpipeError when the file cannot be written."""
+    try:
+        out.write_bytes(data)
+    except OSError as error:
+        raise FkdpipeError(f"{out} cannot be written: {error.strerror}.") from error
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title:
+        click.echo(title)  # rich would break it at the table's width
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console(file=sys.stdout, highlight=False)
+        table.add_row(*map(_printable, row))
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 100
     console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Names of files and classes may hold anything, also what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _Bars:

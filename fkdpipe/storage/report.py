@@ -1,16 +1,18 @@
 """What a store takes on disk, field by field, and what it would take for ImageNet-1K.
 
-Every byte under the store is counted: arrays, lists, markers, manifests.
+Every byte under the store is counted: arrays, lists, markers, manifests. Beside each field stands
+what it is uncompressed, and what an ideal code would need (`entropy`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fkdpipe.errors import StoreError
-from fkdpipe.storage import labels, schema
+from fkdpipe.storage import entropy, labels, schema
+from fkdpipe.storage import plan as planning
 from fkdpipe.storage.labels import parse_form
 from fkdpipe.storage.store import Part, Store
 
@@ -28,13 +30,23 @@ PAPER_TABLE_2 = {
 }
 
 
+# The rows of the table that are not of crops: ReLabel's maps, one of each image.
+PAPER_MAPS = {"ReLabel, whole map": 1e12, "ReLabel, top-5 map": 10e9}
+
+
 @dataclass(frozen=True)
 class FieldSize:
-    """Bytes of one array over all rounds. raw_bytes: before compression."""
+    """Bytes of one array over all rounds.
+
+    Attributes:
+        raw_bytes: before compression.
+        bound: bytes per crop that an ideal code would need (`entropy`), None where not told.
+    """
 
     stored_bytes: int
     raw_bytes: int
     bytes_per_crop: float
+    bound: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -55,6 +67,21 @@ class SourceReport:
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """A row of the paper's Table 2, all for ImageNet-1K x 200 crops, in bytes.
+
+    Attributes:
+        this: this store at that size, when it serves the row's label, else None.
+        planned: a store of nothing more than that label; None for what is not of crops.
+    """
+
+    name: str
+    paper: float
+    this: int | None
+    planned: int | None
+
+
+@dataclass(frozen=True)
 class StorageReport:
     """A measured store.
 
@@ -62,6 +89,7 @@ class StorageReport:
         fields: by name; "images" and "commits" are what is not per crop.
         imagenet: bytes of the same store for 1,281,167 images x 200 crops.
         paper: rows of the paper's Table 2 that this store serves, in bytes.
+        table: every row of it.
         failed: images without labels in some source. rejected: files left out by the scan.
     """
 
@@ -76,6 +104,7 @@ class StorageReport:
     fields: dict[str, FieldSize]
     imagenet: int
     paper: dict[str, float]
+    table: tuple[PaperRow, ...]
     sources: tuple[SourceReport, ...]
     failed: int
     rejected: int
@@ -94,11 +123,13 @@ class StorageReport:
                     "stored_bytes": size.stored_bytes,
                     "raw_bytes": size.raw_bytes,
                     "bytes_per_crop": size.bytes_per_crop,
+                    "entropy_bytes_per_crop": size.bound,
                 }
                 for name, size in self.fields.items()
             },
             "imagenet": self.imagenet,
             "paper": self.paper,
+            "table_2": [asdict(row) for row in self.table],
             "sources": [
                 {"name": s.name, "kind": s.kind, "form": s.form, "units": s.units,
                  "units_done": s.units_done}
@@ -109,11 +140,14 @@ class StorageReport:
         }  # fmt: skip
 
 
-def measure(store: Store) -> StorageReport:
+def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     """Measure a store, finished or not.
 
+    Args:
+        bounds: also read a sample of its values for what an ideal code would need.
+
     Raises:
-        StoreError: no store, or its small files are damaged.
+        StoreError: no store, or its small files (with `bounds`, its first units) are damaged.
     """
     stored: Counter[str] = Counter()
     names = _field_names(store)
@@ -123,8 +157,9 @@ def measure(store: Store) -> StorageReport:
     crops_M = sum(int(part.settings["crops"]) for part in rounds)
     crops = max(store.num_images * crops_M, 1)
     raw = _raw_bytes(store, names)
+    ideal = _bounds(store, names) if bounds else {}
     fields = {
-        name: FieldSize(stored[name], raw.get(name, 0), stored[name] / crops)
+        name: FieldSize(stored[name], raw.get(name, 0), stored[name] / crops, ideal.get(name))
         for name in sorted(stored)
     }
     per_image = ("images", "commits")
@@ -148,6 +183,7 @@ def measure(store: Store) -> StorageReport:
         fields=fields,
         imagenet=round(imagenet),
         paper=_paper_rows(first.form, classes) if first else {},
+        table=paper_table(first.form if first else "", classes, round(imagenet)),
         sources=tuple(sources),
         failed=len(_failed(store)),
         rejected=len(store.images.rejected),
@@ -191,6 +227,20 @@ def _raw_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
             size = schema.bytes_per_image([field], int(part.settings["crops"]))
             raw[names[f"{part.path}/{field.name}"]] += images * size
     return raw
+
+
+def _bounds(store: Store, names: dict[str, str]) -> dict[str, float]:
+    """By reported name, of the first round that tells it: crops are independent draws."""
+    found: dict[str, float] = {}
+    for part in store.parts.values():
+        if part.kind == "images" or all(
+            names[f"{part.path}/{f.name}"] in found for f in part.fields
+        ):
+            continue
+        for field, size in entropy.bytes_per_crop(store, part).items():
+            if size is not None:
+                found.setdefault(names[f"{part.path}/{field}"], size)
+    return found
 
 
 def _sources(store: Store) -> list[SourceReport]:
@@ -238,6 +288,19 @@ def _paper_rows(form_text: str, classes: int) -> dict[str, float]:
             continue
         rows[name] = size
     return rows
+
+
+def paper_table(form_text: str, classes: int, imagenet: int) -> tuple[PaperRow, ...]:
+    """Table 2 beside a store of this form that takes `imagenet` bytes at the paper's size."""
+    served = _paper_rows(form_text, classes) if form_text else {}
+    rows = [PaperRow(name, size, None, None) for name, size in PAPER_MAPS.items()]
+    for name, size in PAPER_TABLE_2.items():
+        form = planning.paper_form(labels.parse_target(name))
+        wanted = planning.Wanted(IMAGENET_IMAGES, IMAGENET_CROPS, 1000, (form,))
+        (planned,) = planning.plan(wanted).stores
+        this = imagenet if name in served else None
+        rows.append(PaperRow(name, size, this, planned.stored_bytes))
+    return tuple(rows)
 
 
 def to_gigabytes(size: float) -> str:

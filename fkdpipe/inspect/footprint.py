@@ -1,0 +1,258 @@
+"""Storage reports and plans as tables, plots and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fkdpipe.inspect.html import figures, page, table
+from fkdpipe.inspect.plots import COLOURS, Panel
+from fkdpipe.storage.plan import Plan
+from fkdpipe.storage.report import StorageReport, to_gigabytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def names_of(reports: Sequence[StorageReport]) -> list[str]:
+    """The last part of each store's path, as much of it as tells them apart."""
+    parts = [PurePosixPath(r.url).parts or (r.url,) for r in reports]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({place})" for place, name in enumerate(names, 1)]
+
+
+def field_table(r: StorageReport) -> Table:
+    """Each field: bytes stored, and per crop stored, uncompressed and as an ideal code."""
+    crops = max(r.images * r.crops_per_image, 1)
+    rows = [
+        [
+            name,
+            f"{size.stored_bytes:,}",
+            f"{size.bytes_per_crop:.3f}",
+            f"{size.raw_bytes / crops:.3f}" if size.raw_bytes else "",
+            "" if size.bound is None else f"{size.bound:.3f}",
+            f"{size.ratio:.2f}" if size.raw_bytes else "",
+        ]
+        for name, size in r.fields.items()
+    ]
+    rows.append(["total", f"{r.stored_bytes:,}", f"{r.bytes_per_crop:.3f}", "", "", ""])
+    columns = ["field", "No. bytes stored", "bytes per crop", "raw", "entropy", "Storage ratio"]
+    return columns, rows
+
+
+def paper_rows(r: StorageReport) -> Table:
+    """The FKD paper's Table 2 beside this store and beside one of just that label."""
+    rows = [
+        [
+            row.name,
+            to_gigabytes(row.paper),
+            "" if row.this is None else to_gigabytes(row.this),
+            "" if row.this is None else f"{row.paper / row.this:.1f}",
+            "" if row.planned is None else to_gigabytes(row.planned),
+        ]
+        for row in r.table
+    ]
+    return ["Table 2", "FKD paper", "this store", "smaller", "planned"], rows
+
+
+def store_table(reports: Sequence[StorageReport]) -> Table:
+    """Several stores, one a row."""
+    rows = [
+        [
+            name,
+            r.form or "no labels",
+            f"{r.images:,}",
+            str(r.crops_per_image),
+            f"{r.classes:,}",
+            to_gigabytes(r.stored_bytes) if r.stored_bytes >= 1e8 else f"{r.stored_bytes:,} B",
+            f"{r.bytes_per_crop:.2f}",
+            to_gigabytes(r.imagenet),
+        ]
+        for name, r in zip(names_of(reports), reports, strict=True)
+    ]
+    columns = ["store", "form", "images", "crops", "classes", "stored", "B/crop", "ImageNet"]
+    return columns, rows
+
+
+def side_by_side(reports: Sequence[StorageReport]) -> Table:
+    """Bytes per crop of each field, one column a store; in brackets what an ideal code needs."""
+    fields = sorted({name for r in reports for name in r.fields})
+    rows = []
+    for field in fields:
+        cells = []
+        for r in reports:
+            size = r.fields.get(field)
+            if size is None:
+                cells.append("")
+            elif size.bound is None:
+                cells.append(f"{size.bytes_per_crop:.2f}")
+            else:
+                cells.append(f"{size.bytes_per_crop:.2f} ({size.bound:.2f})")
+        rows.append([field, *cells])
+    rows.append(["total", *(f"{r.bytes_per_crop:.2f}" for r in reports)])
+    return ["bytes per crop", *names_of(reports)], rows
+
+
+def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
+    """Table 2 with a column for each store at the paper's size."""
+    rows = []
+    for place, row in enumerate(reports[0].table):
+        cells = [r.table[place].this for r in reports]
+        rows.append(
+            [
+                row.name,
+                to_gigabytes(row.paper),
+                *("" if cell is None else to_gigabytes(cell) for cell in cells),
+            ]
+        )
+    return ["Table 2", "FKD paper", *names_of(reports)], rows
+
+
+def plan_table(plan: Plan) -> Table:
+    """Each planned store: bytes, hours of teachers, reading, memory."""
+    columns = ["form", "B/crop", "stored", "cache", "teacher hours", "read MB/s"]
+    rows = []
+    for store in plan.stores:
+        hours, rate = store.teacher_hours, store.read_bytes_per_second
+        rows.append(
+            [
+                store.form,
+                f"{store.bytes_per_crop:,.2f}",
+                to_gigabytes(store.stored_bytes),
+                to_gigabytes(store.cache_bytes),
+                "" if hours is None else f"{hours:,.1f}",
+                "" if rate is None else f"{rate / 1e6:,.1f}",
+            ]
+        )
+    return columns, rows
+
+
+def plan_fields(plan: Plan) -> Table:
+    """Bytes per crop of each array of the planned stores."""
+    names = list(dict.fromkeys(name for store in plan.stores for name in store.fields))
+    rows = [
+        [name, *(f"{s.fields[name]:,.2f}" if name in s.fields else "" for s in plan.stores)]
+        for name in names
+    ]
+    return ["bytes per crop", *(store.form for store in plan.stores)], rows
+
+
+def panels(reports: Sequence[StorageReport]) -> list[Panel]:
+    """Plots of one store or several."""
+    bars = sum(size.raw_bytes > 0 for r in reports for size in r.fields.values())
+    return [
+        Panel(
+            "Bytes per crop by field",
+            "Uncompressed, as stored, and what an ideal code would need (where that can be told).",
+            lambda axes: _fields(axes, reports),
+            wide=True,
+            height=1.2 + 0.6 * bars,
+        ),
+        Panel(
+            "ImageNet-1K x 200 crops",
+            "Table 2 of the FKD paper, and the stores at that size. Logarithmic.",
+            lambda axes: _paper(axes, reports),
+            wide=True,
+            height=1.0 + 0.3 * (len(reports[0].table) + len(reports)),
+        ),
+    ]
+
+
+def _fields(axes: Axes, reports: Sequence[StorageReport]) -> None:
+    bars = []
+    for name, r in zip(names_of(reports), reports, strict=True):
+        crops = max(r.images * r.crops_per_image, 1)
+        for field, size in r.fields.items():
+            if size.raw_bytes:
+                label = field if len(reports) == 1 else f"{name}: {field}"
+                bars.append((label, size.raw_bytes / crops, size.bytes_per_crop, size.bound))
+    where = np.arange(len(bars))
+    for offset, column, name, colour in (
+        (-0.27, 1, "uncompressed", "#b9c9e4"),
+        (0.0, 2, "stored", COLOURS[0]),
+        (0.27, 3, "ideal code", COLOURS[1]),
+    ):
+        values = [bar[column] for bar in bars]
+        known = [k for k, value in enumerate(values) if value is not None]
+        lengths = [float(values[k] or 0.0) for k in known]
+        axes.barh(where[known] + offset, lengths, 0.25, color=colour, label=name)
+        for k, value in zip(known, lengths, strict=True):
+            axes.text(value, float(where[k]) + offset, f" {value:,.2f}", va="center", fontsize=8)
+    axes.set_yticks(where, [bar[0] for bar in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("bytes per crop")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
+    bars = [(row.name, row.paper, "#b9c9e4") for row in reports[0].table]
+    bars += [
+        (f"{name} ({r.form or 'no labels'})", float(r.imagenet), COLOURS[0])
+        for name, r in zip(names_of(reports), reports, strict=True)
+    ]
+    where = np.arange(len(bars))
+    gigabytes = [size / 1e9 for _, size, _ in bars]
+    axes.barh(where, gigabytes, 0.7, color=[colour for *_, colour in bars])
+    for y, (_, size, _), value in zip(where, bars, gigabytes, strict=True):
+        axes.text(value, float(y), f" {to_gigabytes(size)}", va="center", fontsize=8)
+    axes.set_yticks(where, [name for name, *_ in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("gigabytes")
+
+
+def report_page(reports: Sequence[StorageReport]) -> str:
+    """Several stores, or one, as a page."""
+    body = [table(*store_table(reports)), figures(panels(reports))]
+    for name, r in zip(names_of(reports), reports, strict=True):
+        body += [heading(f"{name}: fields"), table(*field_table(r))]
+    body += [heading("ImageNet-1K x 200 crops, beside Table 2 of the FKD paper")]
+    tables = (
+        [paper_rows(r) for r in reports] if len(reports) == 1 else [paper_side_by_side(reports)]
+    )
+    body += [table(*each) for each in tables]
+    body.append(f"<p>{escape(other_classes(reports))}</p>")
+    return page("Storage", ENTROPY_WORDS, body)
+
+
+def plan_page(plan: Plan) -> str:
+    """A plan as a page."""
+    w = plan.wanted
+    lead = f"{w.images:,} images x {w.crops} crops, {w.classes:,} classes. {PLAN_WORDS}"
+    body = [table(*plan_table(plan)), heading("Fields"), table(*plan_fields(plan))]
+    return page("Plan of a store", lead, body)
+
+
+def heading(words: str) -> str:
+
+    return f"<h2>{escape(words)}</h2>"
+
+
+def other_classes(reports: Sequence[StorageReport]) -> str:
+    """A warning where a store's classes are not the paper's, since `full` grows with them."""
+    others = [
+        f"{name} has {r.classes:,}"
+        for name, r in zip(names_of(reports), reports, strict=True)
+        if r.classes not in (0, 1000)
+    ]
+    return f"The paper's table is of 1,000 classes; {', '.join(others)}." if others else ""
+
+
+ENTROPY_WORDS = (
+    "Entropy: bytes per crop of an ideal code. Boxes and flips: their law; ids: an adaptive code "
+    "that knows the image's earlier crops; numbers: how often each value occurs (Miller-Madow)."
+)
+PLAN_WORDS = "Sizes of kept classes are those of simulated labels; a teacher's may differ by 30 %."

@@ -1,0 +1,89 @@
+"""Predictions of models on the recorded crops, for distances between labels and models.
+
+Letters: I images, m crops of each, C classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fkdpipe import colour, images
+from fkdpipe.errors import ModelError, ReplayError
+from fkdpipe.inspect.analysis import Predict
+from fkdpipe.inspect.sources import Opened
+from fkdpipe.replay import Replay, Request, View, normalise
+from fkdpipe.teachers import Teacher
+
+
+def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray) -> Request:
+    """The recorded crops of some images, ready to replay.
+
+    Args:
+        root: of the split that the store was made from.
+    """
+    box_Im4, flip_Im = opened.boxes.take(rows_I, crops_m)
+    listed = opened.store.images
+    return Request(
+        paths=[images.path_of(root, key) for key in listed.keys[rows_I]],
+        size_I2=listed.size_N2[rows_I],
+        box_Im4=box_Im4,
+        flip_Im=flip_Im,
+    )
+
+
+def factors(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> torch.Tensor | None:
+    """float32 (I * m, 4): recorded colour jitter of those crops, None where none is recorded."""
+    if not opened.boxes.jittered:
+        return None
+    return torch.from_numpy(opened.boxes.jitter(rows_I, crops_m).reshape(-1, 4))
+
+
+def predictor(
+    opened: Opened, root: Path, model: Teacher, replayer: Replay, *, batch: int = 64
+) -> Predict:
+    """How `analysis.analyse` asks one model.
+
+    Args:
+        replayer: with one view, the model's.
+        batch: crops per forward pass.
+
+    Raises:
+        ModelError: its outputs are not the labels' classes.
+    """
+    width = model.classes if model.columns is None else len(model.columns)
+    if width != opened.classes:
+        raise ModelError(
+            f"{model.spec} gives {width} outputs, the labels have {opened.classes} classes; say "
+            "which output is which class with --class-map.",
+            code="classes-differ",
+        )
+    device = next(model.module.parameters()).device
+    p = model.preprocessing
+
+    def predict(rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
+        step = max(batch // len(crops_m), 1)
+        parts = [rows_I[first : first + step] for first in range(0, len(rows_I), step)]
+        made = []
+        for part, pixels in zip(
+            parts,
+            replayer.run(request(opened, root, rows, crops_m) for rows in parts),
+            strict=True,
+        ):
+            for failure in pixels.failures:
+                key = opened.store.images.keys[part[failure.image]]
+                raise ReplayError(f"{key}: {failure.detail}.", code=failure.code)
+            seen = colour.jitter(pixels.views[0].to(device), factors(opened, part, crops_m))
+            x = normalise(seen, p.mean, p.std)
+            logits_BC = model.logits(x.contiguous(memory_format=torch.channels_last))
+            made.append(torch.softmax(logits_BC, dim=1).cpu().numpy())
+        return np.concatenate(made).reshape(len(rows_I), len(crops_m), -1)
+
+    return predict
+
+
+def view_of(model: Teacher) -> View:
+    """What the model wants to see of a crop."""
+    return View(model.preprocessing.size, model.preprocessing.interpolation)

@@ -1,0 +1,172 @@
+"""Labels of a store as probabilities, read block by block.
+
+A block is some images of one unit and the crops of one crop group: small enough for any form, and
+read from a wide array in one piece. Letters: I images of a block, m crops of each, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fkdpipe.errors import StoreError, StoreMismatchError
+from fkdpipe.models import SELF_SUPERVISED
+from fkdpipe.progress import Reporter, silent
+from fkdpipe.storage import labels, reader
+from fkdpipe.storage.labels import Form, Target
+from fkdpipe.storage.reader import CropReader, Finished, Segment, SparseReader, WideReader
+from fkdpipe.storage.schema import Json
+from fkdpipe.storage.store import Store
+
+BLOCK_VALUES = 2**23  # probabilities of a block: 32 MiB as float32
+
+
+class Labels:
+    """One source's labels as a student may see them: all probabilities of each crop.
+
+    What `topk` leaves out is spread evenly (marginal smoothing); `hard` gives one-hot rows;
+    `logits` are taken at temperature 1.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        segments: Sequence[Segment],
+        cache_dir: Path,
+        reporter: Reporter = silent,
+    ) -> None:
+        self.name = name
+        self.form: Form = reader.label_form(segments)
+        settings = segments[0].part.settings
+        self.classes = int(settings["classes"])
+        self.teachers: list[Json] = settings.get("teachers", [])
+        self._store = store
+        self._read: tuple[int, tuple[int, ...], np.ndarray] | None = None
+        self._reader: SparseReader | WideReader
+        if self.form.sparse:
+            with reporter.task("labels", store.num_images * len(segments), "images") as advance:
+                self._reader = SparseReader(store, segments, cache_dir, advance)
+        else:
+            field = "log_prob" if self.form.kind == "full" else "logit"
+            self._reader = WideReader(store, segments, field)
+
+    @property
+    def exact(self) -> bool:
+        """Is every probability stored, so that no completion is assumed?"""
+        return not self.form.sparse or self.form.k == self.classes
+
+    def take(self, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
+        """float32 (I, m, C), each row sums to 1. The images are of one unit."""
+        shape = (len(rows_I), len(crops_m), self.classes)
+        if isinstance(self._reader, SparseReader):
+            kind = self.form.kind
+            target = Target("hard") if kind == "hard" else Target("marginal-smoothing", self.form.k)
+            return labels.to_dense(
+                self._reader.take(rows_I, crops_m, target), self.classes
+            ).reshape(shape)
+        unit = int(rows_I[0]) // self._store.unit_size
+        key = (unit, tuple(crops_m.tolist()))
+        if self._read is None or self._read[:2] != key:  # blocks of a unit share what was read
+            self._read = (*key, self._reader.unit(unit, crops_m))
+        scores = self._read[2][rows_I - unit * self._store.unit_size]
+        return labels.softmax(scores.reshape(-1, self.classes)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Labels and crops of a store, ready to be looked at.
+
+    Attributes:
+        labels: of each source, the same crops and classes.
+        truth_N: int64, class of each image among the labels' classes, -1 where it is not known.
+        class_names: of the labels' classes; their numbers where the store has no names for them.
+    """
+
+    store: Store
+    found: Finished
+    boxes: CropReader
+    labels: tuple[Labels, ...]
+    truth_N: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        return self.labels[0].classes
+
+
+def open_labels(
+    store: Store,
+    sources: Sequence[str],
+    cache_dir: Path,
+    *,
+    allow_partial: bool = False,
+    reporter: Reporter = silent,
+) -> Opened:
+    """Open some sources of a store (its only one when none is named).
+
+    Args:
+        allow_partial: look at the finished units of an unsealed store.
+
+    Raises:
+        StoreError: no such source, or no image with labels.
+        StoreMismatchError: sources of different classes.
+        UnsealedStoreError: something is missing, unless `allow_partial`.
+    """
+    names = list(dict.fromkeys(sources)) or [reader.choose_source(store, None)]
+    found = reader.finished(
+        store, [("labels", name, "") for name in names], allow_partial=allow_partial
+    )
+    if not len(found.rows):
+        raise StoreError(f"{store.url} has no image with labels yet.", code="no-labels")
+    opened = tuple(
+        Labels(store, name, segments, cache_dir, reporter)
+        for name, segments in zip(names, found.labels, strict=True)
+    )
+    widths = {labels.name: labels.classes for labels in opened}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise StoreMismatchError(f"sources of different classes cannot be compared: {listed}.")
+    classes = opened[0].classes
+    named = len(store.images.class_names) == classes and not _projected(opened[0].teachers)
+    return Opened(
+        store=store,
+        found=found,
+        boxes=CropReader(store, found.crops, cache_dir),
+        labels=opened,
+        truth_N=np.where(named, store.images.class_N, -1).astype(np.int64),
+        class_names=store.images.class_names if named else tuple(map(str, range(classes))),
+    )
+
+
+def _projected(teachers: Sequence[Json]) -> bool:
+    """Are these scores of a projection head, whose outputs are no classes?"""
+    return any(teacher.get("library") in SELF_SUPERVISED for teacher in teachers)
+
+
+def sample_rows(opened: Opened, images: int) -> np.ndarray:
+    """int64: the first so many images with labels, all for 0.
+
+    The store's order is a random permutation, so its beginning is a fair sample.
+    """
+    return opened.found.rows[:images] if images else opened.found.rows
+
+
+def blocks(
+    opened: Opened, rows_N: np.ndarray, crops_M: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows_I, crops_m) that together are all crops asked for, each once.
+
+    Args:
+        rows_N: ascending. crops_M: ascending.
+    """
+    store, group = opened.store, opened.store.group_size
+    cuts = np.flatnonzero(np.diff(rows_N // store.unit_size)) + 1
+    for unit_rows in np.split(rows_N, cuts):
+        for crops_m in np.split(crops_M, np.flatnonzero(np.diff(crops_M // group)) + 1):
+            step = max(BLOCK_VALUES // (opened.classes * len(crops_m)), 1)
+            for first in range(0, len(unit_rows), step):
+                yield unit_rows[first : first + step], crops_m

@@ -1,0 +1,201 @@
+"""What a store that is not made yet would take: bytes, hours, reading, memory.
+
+Boxes, flips, `full`, `logits` and features do not depend on the teacher. Kept classes and their
+probabilities do: `MEASURED` are stores of simulated labels of a 1,000-class teacher, written by
+`storage.writer` and measured by `storage.report` (1,024 images x 200 crops; median largest
+probability 0.72, top-5 mass 0.87, entropy 1.6 nats, 6.9 first choices an image). A sharper teacher
+takes less, one whose labels vary more between crops takes more; 30 % either way is usual. Of `ids`
+the number of classes matters too (`BY_CLASSES`, measured alike at K = 10); of probabilities it
+hardly does.
+
+Letters: N images, M crops of each, C classes, K kept classes, D feature dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fkdpipe.errors import UsageError
+from fkdpipe.storage import features, labels, schema
+from fkdpipe.storage.features import Code
+from fkdpipe.storage.labels import Form
+
+# Bytes per crop of ids, prob (float16) and stick (one byte, before compression) by K.
+MEASURED = {
+    1: (0.36, 1.51, 0.90),
+    2: (0.82, 3.23, 1.89),
+    3: (1.23, 4.98, 2.87),
+    5: (2.80, 8.53, 4.63),
+    10: (6.50, 17.16, 8.32),
+    20: (13.13, 33.41, 14.81),
+    50: (31.26, 84.54, 31.37),
+    100: (56.25, 166.30, 57.77),
+}
+BY_CLASSES = {100: 0.66, 1000: 1.0, 10_000: 1.7}  # times as many bytes of ids
+BOX_BYTES, FLIP_BYTES, SCALE_BYTES = 4.38, 0.14, 3.6
+IMAGE_BYTES = 25  # of an image in the list, and its share of the records of a unit
+FIXED_BYTES = 30_000  # zarr.json files and their copies in the records
+
+
+@dataclass(frozen=True)
+class Features:
+    """Feature vectors to keep; written `D`, `D:float16` or `D:int8`."""
+
+    dims: int
+    code: Code = "float16"
+
+    def __str__(self) -> str:
+        return f"features {self.dims}:{self.code}"
+
+
+def parse_features(text: str) -> Features:
+    """Raises UsageError saying how they are written."""
+    dims, colon, code = text.partition(":")
+    code = code if colon else "float16"
+    if dims.isdigit() and int(dims) > 0 and code in ("float16", "int8"):
+        return Features(int(dims), code)  # type: ignore[arg-type]
+    raise UsageError(f"{text!r}: write features as D, D:float16 or D:int8 (for example 512:int8).")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A store to plan.
+
+    Attributes:
+        forms: each is planned as a store of its own.
+        features: kept beside the labels in each of them.
+        teacher_throughput: crops/s that all teachers together label, on all machines.
+        train_throughput: crops/s that one node's training consumes.
+        derived_boxes: keep the seed instead of boxes and flips.
+    """
+
+    images: int
+    crops: int
+    classes: int
+    forms: tuple[Form, ...]
+    features: tuple[Features, ...] = ()
+    teacher_throughput: float | None = None
+    train_throughput: float | None = None
+    derived_boxes: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.crops, self.classes) < 1:
+            raise UsageError("a plan needs at least 1 image, 1 crop and 1 class.")
+        for rate in (self.teacher_throughput, self.train_throughput):
+            if rate is not None and rate <= 0:
+                raise UsageError("throughputs are crops per second, above 0.")
+        for form in self.forms:
+            if form.k > self.classes:
+                raise UsageError(f"{form} keeps {form.k} of {self.classes} classes.")
+
+
+@dataclass(frozen=True)
+class PlannedStore:
+    """What one form takes.
+
+    Attributes:
+        fields: bytes per crop of each array.
+        stored_bytes: all arrays, the list of images and the records.
+        cache_bytes: local space that training lays the narrow arrays out in, once per node.
+        streamed_bytes_per_crop: of wide arrays, read from the store for every crop used.
+        teacher_hours: to label every crop; None without a throughput.
+        read_bytes_per_second: from the store while training; None without a throughput.
+    """
+
+    form: str
+    fields: dict[str, float]
+    bytes_per_crop: float
+    stored_bytes: int
+    cache_bytes: int
+    streamed_bytes_per_crop: float
+    teacher_hours: float | None
+    read_bytes_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    wanted: Wanted
+    stores: tuple[PlannedStore, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        w = self.wanted
+        return {
+            "images": w.images,
+            "crops_per_image": w.crops,
+            "classes": w.classes,
+            "features": [str(f).removeprefix("features ") for f in w.features],
+            "teacher_throughput": w.teacher_throughput,
+            "train_throughput": w.train_throughput,
+            "stores": [asdict(store) for store in self.stores],
+        }
+
+
+def plan(wanted: Wanted) -> Plan:
+    """Predict a store for each form (or, without one, of features alone)."""
+    forms: Sequence[Form | None] = wanted.forms or (None,)
+    return Plan(wanted, tuple(_store(wanted, form) for form in forms))
+
+
+def _store(wanted: Wanted, form: Form | None) -> PlannedStore:
+    fields = {} if wanted.derived_boxes else {"box": BOX_BYTES, "flip": FLIP_BYTES}
+    parts = schema.crop_fields()
+    if form is not None:
+        fields |= label_bytes(form, wanted.classes)
+        parts = [*parts, *schema.label_fields(form, wanted.classes)]
+    for each in wanted.features:
+        added = features.fields(each.dims, each.code)
+        parts = [*parts, *added]
+        size = 2.0 * each.dims if each.code == "float16" else each.dims + SCALE_BYTES
+        fields[str(each)] = size
+    per_crop = sum(fields.values())
+    crops = wanted.images * wanted.crops
+    streamed = schema.bytes_per_image([field for field in parts if field.wide], 1)
+    cached = schema.bytes_per_image([field for field in parts if not field.wide], wanted.crops)
+    records = FIXED_BYTES + IMAGE_BYTES * wanted.images
+    stored = per_crop * crops + records
+    hours = wanted.teacher_throughput and crops / wanted.teacher_throughput / 3600
+    return PlannedStore(
+        form=str(form) if form else "features",
+        fields=fields,
+        bytes_per_crop=stored / crops,
+        stored_bytes=round(stored),
+        cache_bytes=cached * wanted.images,
+        streamed_bytes_per_crop=float(streamed),
+        teacher_hours=hours,
+        read_bytes_per_second=wanted.train_throughput and streamed * wanted.train_throughput,
+    )
+
+
+def label_bytes(form: Form, classes: int) -> dict[str, float]:
+    """Bytes per crop of each array of a form."""
+    if form.kind == "full":
+        return {"log_prob": 2.0 * classes}
+    if form.kind == "logits":
+        return {"logit": 2.0 * classes, "logit_max": SCALE_BYTES}
+    ids, prob, stick = (_at(form.k, column) for column in range(3))
+    places = np.log(list(BY_CLASSES))
+    ids *= float(np.interp(np.log(classes), places, list(BY_CLASSES.values())))
+    if form.kind == "hard":
+        return {"ids": ids}
+    return {"ids": ids, "stick": stick} if form.compact else {"ids": ids, "prob": prob}
+
+
+def _at(k: int, column: int) -> float:
+    """Between measured K on a straight line, beyond them along the last one."""
+    places = np.array(list(MEASURED), dtype=np.float64)
+    sizes = np.array([row[column] for row in MEASURED.values()])
+    if k <= places[-1]:
+        return float(np.interp(k, places, sizes))
+    slope = (sizes[-1] - sizes[-2]) / (places[-1] - places[-2])
+    return float(sizes[-1] + slope * (k - places[-1]))
+
+
+def paper_form(target: labels.Target) -> Form:
+    """The poorest form that serves a target of the paper's Table 2."""
+    if target.kind in ("full", "hard"):
+        return labels.parse_form(target.kind)
+    return Form("topk", max(target.k, 1))
