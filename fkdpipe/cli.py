@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import demo, generate, inspect, store, train
+from fkdpipe.commands import demo, generate, inspect, interchange, store, train
 from fkdpipe.errors import FkdpipeError
 
 
@@ -64,6 +64,8 @@ for command in (
     train.evaluate,
     inspect.report,
     store.verify,
+    interchange.import_,
+    interchange.export,
     store.thin,
 ):
     cli.add_command(command)

@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "teachers",
         "replay", "storage",
     },
+    "interchange": {"errors", "crops", "images", "progress", "storage"},
 }  # fmt: skip
 
 
