@@ -77,3 +77,187 @@ def fkd_dense(label: np.ndarray, kind: str, classes: int) -> np.ndarray:
     dense = np.full(classes, (1 - prob.sum()) / (classes - k))
     dense[ids] = prob
     return dense
+
+
+def imagefolder_keys(root: Path) -> list[str]:
+    """The images below a split's root in torchvision's order, as keys."""
+    from torchvision.datasets import ImageFolder
+
+    return [str(Path(path).relative_to(root)) for path, _ in ImageFolder(root).samples]
+
+
+def write_mldr(
+    place: Path,
+    truth: Truth,
+    order: list[str],
+    *,
+    operations: dict[str, list] | None = None,
+    compress: bool = True,
+    seed: int = 0,
+) -> Path:
+    """ml-dr: per image its samples with parameters in a fixed order, K classes in no order.
+
+    Args:
+        operations: further transformation -> its parameter per crop, None where it was skipped.
+    """
+    random = np.random.default_rng(seed)
+    operations = operations or {}
+    mixes = [name for name in ("mixup", "cutmix") if name in operations]
+    names = ["uint8", "random_resized_crop", "random_horizontal_flip", *operations, "to_tensor"]
+    config = {
+        "dataset": "imagenet",
+        "num_classes": 1000,
+        "gpu": None,
+        "teacher": {"timm_ensemble": True, "name": "a,b"},
+        "reinforce": {
+            "topk": 3,
+            "image_augmentation": {name: {"enable": True} for name in names},
+        },
+    }
+    place.mkdir(parents=True)
+    torch.save(config, place / "config.pth.tar")
+    for index, key in enumerate(order):
+        entry, samples = truth[key], []
+        for crop in range(len(entry["flip"])):
+            box = tuple(entry["box"][crop].tolist())
+            flip = bool(entry["flip"][crop])
+            done = {name: values[crop] for name, values in operations.items()}
+            mixed = any(done[name] is not None for name in mixes)
+            single = {"random_resized_crop": box, "random_horizontal_flip": flip}
+            single |= {n: v for n, v in done.items() if n not in mixes}
+            if compress:
+                params: object = [index + 1 if mixed else None] if mixes else []
+                params += [[v, v] if mixed else v for v in single.values()]
+                params += [done[name] for name in mixes]
+            else:
+                params = {n: (v, v) for n, v in single.items()} | {n: done[n] for n in mixes}
+                if mixes:
+                    params["id2"] = index + 1
+            shuffle = random.permutation(len(entry["ids"][crop]))
+            prob = [float(p) for p in entry["prob"][crop][shuffle]]
+            ids = [int(c) for c in entry["ids"][crop][shuffle]]
+            samples.append({"params": params, "prob": (prob, ids)})
+        torch.save((index, samples), place / f"{index}.pth.tar", pickle_protocol=4)
+    return place
+
+
+class SeededRandom:
+    """The `random` module as TinyViT's transforms see it: every number from one PCG64 stream."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = np.random.Generator(np.random.PCG64(seed))
+
+    def random(self) -> float:
+        return self.generator.random()
+
+    def uniform(self, a: float, b: float) -> float:
+        return self.random() * (b - a) + a
+
+    def randint(self, a: int, b: int) -> int:
+        return min(int(self.random() * (b - a + 1)) + a, b)
+
+
+def timm_crop_and_flip(seed: int, height: int, width: int) -> tuple[int, int, int, int, bool]:
+    """timm 0.4's RandomResizedCropAndInterpolation and flip, drawing from a seed."""
+    import math
+
+    random = SeededRandom(seed)
+
+    def box():
+        for _ in range(10):
+            target_area = random.uniform(0.08, 1.0) * (width * height)
+            aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w = int(round(math.sqrt(target_area * aspect)))  # noqa: RUF046
+            h = int(round(math.sqrt(target_area / aspect)))  # noqa: RUF046
+            if w <= width and h <= height:
+                i = random.randint(0, height - h)
+                return i, random.randint(0, width - w), h, w
+        if width / height < 3 / 4:
+            w, h = width, round(width / (3 / 4))
+        elif width / height > 4 / 3:
+            w, h = round(height * (4 / 3)), height
+        else:
+            w, h = width, height
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    return (*box(), random.random() < 0.5)
+
+
+def write_tinyvit(
+    place: Path, truth: Truth, order: list[str], *, names: bool = False, ranks: int = 2
+) -> Path:
+    """TinyViT: an epoch per crop; every process has a shuffled share, one image in two of them.
+
+    Boxes and flips of `truth` are replaced by what the seeds draw; seeds are added.
+    """
+    random = np.random.default_rng(0)
+    crops = len(next(iter(truth.values()))["flip"])
+    for entry in truth.values():
+        H, W = entry["size"]
+        entry["seed"] = random.integers(0, 2**31, crops).astype(np.int32)
+        drawn = [timm_crop_and_flip(int(s), int(H), int(W)) for s in entry["seed"]]
+        entry["box"] = np.array([d[:4] for d in drawn])
+        entry["flip"] = np.array([d[4] for d in drawn])
+    k = len(truth[order[0]]["ids"][0])
+    for crop in range(crops):
+        folder = place / f"logits_top{k}_epoch{crop}"
+        folder.mkdir(parents=True)
+        shares = np.array_split(random.permutation(len(order)), ranks)
+        shares[-1] = np.append(shares[-1], shares[0][0])  # the sampler's padding
+        for rank, share in enumerate(shares):
+            keys, values = [], b""
+            for index in share.tolist():
+                entry = truth[order[index]]
+                keys.append(Path(order[index]).stem if names else str(index))
+                values += np.int32(entry["seed"][crop]).tobytes()
+                values += entry["ids"][crop].astype(np.int16).tobytes()
+                values += entry["prob"][crop].astype(np.float16).tobytes()
+            (folder / f"rank{rank}-keys.txt").write_text("".join(f"{key}\n" for key in keys))
+            (folder / f"rank{rank}-values.bin").write_bytes(values)
+    return place
+
+
+def read_tinyvit(place: Path, key: str, k: int, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """As TinyViT's reader does: seek by the key's line, then seed, classes, probabilities."""
+    folder = place / f"logits_top{k}_epoch{epoch}"
+    line = (folder / "rank0-keys.txt").read_text().splitlines().index(key)
+    size = k * 2 * 2 + 4
+    text = (folder / "rank0-values.bin").read_bytes()[line * size : (line + 1) * size]
+    seed = int(np.frombuffer(text[:4], dtype=np.int32)[0])
+    return (
+        seed,
+        np.frombuffer(text[4 : 4 + 2 * k], np.int16),
+        np.frombuffer(text[4 + 2 * k :], np.float16),
+    )
+
+
+def make_maps(folder, *, cells: tuple[int, int], k: int, classes: int, dtype, seed=0) -> dict:
+    """(2, K, H, W) per image: scores and classes, the best first in every cell."""
+    random = np.random.default_rng(seed)
+    maps = {}
+    for key in folder.keys:
+        ids = random.random((classes, *cells)).argsort(0)[:k]
+        scores = -np.sort(-random.normal(3, 2, (k, *cells)), axis=0)
+        maps[key] = torch.from_numpy(np.stack([scores, ids])).to(dtype)
+    return maps
+
+
+def pool_maps(map_2KHW, box, size, classes: int, *, transposed: bool) -> np.ndarray:
+    """LabelPooling with torchvision: the dense map, RoI-align to one cell, softmax.
+
+    The published code gives (top, left, bottom, right), as fractions, for (x1, y1, x2, y2).
+    """
+    from torchvision.ops import roi_align
+
+    scores, ids = map_2KHW.double()
+    dense = torch.zeros(1, classes, *scores.shape[1:], dtype=torch.float64)
+    dense[0].scatter_(0, ids.long(), scores)
+    (top, left, h, w), (H, W) = (float(v) for v in box), (float(v) for v in size)
+    rows, columns = (top / H, (top + h) / H), (left / W, (left + w) / W)
+    x, y = (rows, columns) if transposed else (columns, rows)
+    across, down = dense.shape[3], dense.shape[2]
+    corners = [x[0] * across, y[0] * down, x[1] * across, y[1] * down]
+    boxes = torch.tensor([[0.0, *corners]], dtype=torch.float64)
+    boxes[:, 1:] -= 0.5
+    pooled = roi_align(dense, boxes, output_size=(1, 1))
+    return torch.softmax(pooled.flatten(), 0).numpy()

@@ -7,16 +7,23 @@ from pathlib import Path
 
 from fkdpipe.errors import UsageError
 from fkdpipe.images import ImageFolder
-from fkdpipe.interchange import fkd
+from fkdpipe.interchange import fkd, mldr, parquet, relabel, tinyvit
 from fkdpipe.interchange.exporting import Exported
 from fkdpipe.interchange.source import ImportSettings, LabelSource
 
 IMPORTS: dict[str, Callable[[Path, ImageFolder, ImportSettings], LabelSource]] = {
     "fkd": fkd.open_labels,
+    "ml-dr": mldr.open_labels,
+    "tinyvit": tinyvit.open_labels,
+    "relabel": relabel.open_relabel,
+    "tokenlabeling": relabel.open_tokenlabeling,
 }
 
 EXPORTS: dict[str, Callable[..., Exported]] = {
     "fkd": fkd.write_labels,
+    "ml-dr": mldr.write_labels,
+    "tinyvit": tinyvit.write_labels,
+    "parquet": parquet.write_labels,
 }
 
 

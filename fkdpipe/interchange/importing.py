@@ -138,14 +138,15 @@ def _open_or_create(
 def _parts(store: Store, source: LabelSource, settings: ImportSettings) -> tuple[Part, Part]:
     """The crops and the labels part, begun or found as they were begun."""
     name = settings.source or _source_name(settings.teacher) or source.format
-    origin = {"format": source.format, "fingerprint": source.fingerprint}
+    origin = {"format": source.format, "fingerprint": source.fingerprint, **source.origin}
+    given = settings.temperature
     fields = [*schema.crop_fields(), *source.fields]
     law = source.law if source.law["law"] == crops.LAW_NAME else {**source.law, "labels": origin}
     crops_part = writer.add_part(store, "rounds/0/crops", "crops", law, fields, source.crops)
     facts: Json = {
         "form": str(source.form),
         "classes": source.classes,
-        "temperature": settings.temperature,
+        "temperature": source.temperature if given is None else given,
         "precision": None,
         "replay": None,
         "teachers": [{"name": settings.teacher or None}],

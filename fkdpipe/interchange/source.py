@@ -99,6 +99,7 @@ class LabelSource:
             several threads.
         fields: further arrays of the crops part.
         notes: what a user should know before the labels are used.
+        temperature: where the format fixes it. origin: what else was decided when opening.
     """
 
     format: str
@@ -111,6 +112,8 @@ class LabelSource:
     read: Callable[[int], ImageLabels]
     fields: tuple[Field, ...] = ()
     notes: tuple[str, ...] = ()
+    temperature: float | None = None
+    origin: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
 
 
