@@ -261,3 +261,25 @@ def pool_maps(map_2KHW, box, size, classes: int, *, transposed: bool) -> np.ndar
     boxes[:, 1:] -= 0.5
     pooled = roi_align(dense, boxes, output_size=(1, 1))
     return torch.softmax(pooled.flatten(), 0).numpy()
+
+
+def write_sre2l(place: Path, truth: Truth, order: list[str], *, batch: int, seed=42, mix=None):
+    """SRe2L: an epoch per crop, batches in the order of a loader with a seeded sampler."""
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    sampler = torch.utils.data.RandomSampler(order, generator=generator)
+    loader = torch.utils.data.DataLoader(range(len(order)), batch_size=batch, sampler=sampler)
+    for epoch in range(len(truth[order[0]]["flip"])):
+        (place / f"epoch_{epoch}").mkdir(parents=True)
+        for number, indices in enumerate(loader):
+            entries = [truth[order[i]] for i in indices.tolist()]
+            sides = [np.tile(entry["size"], 2) for entry in entries]
+            coords = [e["box"][epoch] / side for e, side in zip(entries, sides, strict=True)]
+            state = [
+                torch.from_numpy(np.stack(coords)).float(),
+                torch.tensor([bool(entry["flip"][epoch]) for entry in entries]),
+                *(mix or (None, None, None)),
+                torch.from_numpy(np.stack([entry["logits"][epoch] for entry in entries])),
+            ]
+            torch.save(state, place / f"epoch_{epoch}" / f"batch_{number}.tar")
+    return place

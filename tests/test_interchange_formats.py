@@ -305,3 +305,51 @@ def test_parquet_is_a_table_of_crops(tmp_path, few, truth):  # noqa: F811
         np.testing.assert_allclose(row["prob"], entry["prob"][crop, :2])
         assert (row["image_height"], row["image_width"]) == tuple(entry["size"])
         assert row["class"] == "abc".index(row["key"][0])
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_sre2l_batches_are_put_back_in_the_order_of_images(tmp_path, few, truth, order, dtype):  # noqa: F811
+    random = np.random.default_rng(0)
+    for entry in truth.values():
+        entry["logits"] = random.normal(0, 4, (3, 7)).astype(dtype)
+    place = foreign.write_sre2l(tmp_path / "fkd", truth, order, batch=6)
+    made = bring("sre2l", place, few, tmp_path / "store")
+    assert (made.form, made.crops, made.failed.total()) == ("logits", 3, 0)
+    found = content(made.store, keep=7)
+    for key, entry in truth.items():
+        np.testing.assert_array_equal(found[key]["box"], entry["box"])
+        np.testing.assert_array_equal(found[key]["flip"], entry["flip"])
+        z = entry["logits"].astype(np.float64)
+        prob = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        for crop in range(3):
+            np.testing.assert_allclose(
+                found[key]["prob"][crop], prob[crop][found[key]["ids"][crop]], rtol=0.02
+            )
+    arrays = pipeline.arrays_of(made.store)
+    name = "rounds/0/labels/sre2l"
+    whole = arrays[f"{name}/logit"].astype(np.float32) + arrays[f"{name}/logit_max"][..., None]
+    rows = [truth[str(key)]["logits"] for key in made.store.images.keys]
+    np.testing.assert_allclose(whole, np.stack(rows).astype(np.float32), rtol=2e-3, atol=5e-3)
+
+
+def test_sre2l_files_that_cannot_be_placed_are_refused(tmp_path, few, truth, order):  # noqa: F811
+    for entry in truth.values():
+        entry["logits"] = np.zeros((3, 7), dtype=np.float16)
+    mixed = foreign.write_sre2l(
+        tmp_path / "mixed", truth, order, batch=6, mix=(torch.arange(6), 0.3, [1, 2, 3, 4])
+    )
+    with pytest.raises(LabelsError, match="mixup or cutmix"):
+        bring("sre2l", mixed, few, tmp_path / "store")
+    place = foreign.write_sre2l(tmp_path / "fkd", truth, order, batch=6)
+    fewer = shutil.copytree(few, tmp_path / "fewer")
+    for key in order[:4]:
+        (fewer / "train" / key).unlink()
+    with pytest.raises(LabelsError, match="other images"):
+        bring("sre2l", place, fewer, tmp_path / "store")
+    (place / "epoch_1" / "batch_2.tar").unlink()
+    with pytest.raises(LabelsError, match="1 of them are missing"):
+        bring("sre2l", place, few, tmp_path / "store")
+    made = bring("sre2l", place, few, tmp_path / "store", crops=1)
+    assert made.crops == 1
+    with pytest.raises(LabelsError, match="4 are needed"):
+        bring("sre2l", place, few, tmp_path / "s2", crops=4)

@@ -73,6 +73,19 @@ def test_views_strides_order_and_emptiness_survive():
         np.testing.assert_array_equal(as_array(found), array)
 
 
+def test_mapped_files_give_the_same_without_reading_everything(tmp_path):
+    value = [torch.arange(24.0).reshape(4, 6)[:, ::2], torch.zeros(0), None, 0.5]
+    torch.save(value, tmp_path / "file.tar")
+    found = torchfile.load_mapped(tmp_path / "file.tar")
+    np.testing.assert_array_equal(as_array(found[0]), value[0].numpy())
+    assert as_array(found[1]).shape == (0,)
+    assert found[2:] == [None, 0.5]
+    (tmp_path / "bad.tar").write_bytes((tmp_path / "file.tar").read_bytes()[:300])
+    for name in ("bad.tar", "none.tar"):
+        with pytest.raises(BrokenFileError):
+            torchfile.load_mapped(tmp_path / name)
+
+
 def test_plain_python_values_are_read():
     value = (7, [{"params": [None, (1, 2), True, -3, 2**40], "prob": ([0.5, 1e-9], ["é"])}], {})
     for protocol in (2, 4):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fkdpipe.errors import UsageError
 from fkdpipe.images import ImageFolder
-from fkdpipe.interchange import fkd, mldr, parquet, relabel, tinyvit
+from fkdpipe.interchange import fkd, mldr, parquet, relabel, sre2l, tinyvit
 from fkdpipe.interchange.exporting import Exported
 from fkdpipe.interchange.source import ImportSettings, LabelSource
 
@@ -17,6 +17,7 @@ IMPORTS: dict[str, Callable[[Path, ImageFolder, ImportSettings], LabelSource]] =
     "tinyvit": tinyvit.open_labels,
     "relabel": relabel.open_relabel,
     "tokenlabeling": relabel.open_tokenlabeling,
+    "sre2l": sre2l.open_labels,
 }
 
 EXPORTS: dict[str, Callable[..., Exported]] = {

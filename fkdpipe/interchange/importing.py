@@ -267,10 +267,12 @@ def _label_values(usable: Sequence[ImageLabels], source: LabelSource) -> Values:
         return {}
     form, dtype = source.form, labels.id_dtype(source.classes)
     if form.kind == "logits":
-        scores = np.concatenate([e.logit_MC for e in usable if e.logit_MC is not None])
-        largest = scores.max(axis=1)
-        logit = labels.encode_scores(scores - largest[:, None])
-        return {"logit": logit, "logit_max": largest.astype(np.float32)}
+        largest = [e.logit_MC.max(axis=1).astype(np.float32) for e in usable]  # type: ignore[union-attr]
+        scores = [
+            labels.encode_scores(e.logit_MC.astype(np.float32) - top[:, None])  # type: ignore[union-attr]
+            for e, top in zip(usable, largest, strict=True)
+        ]
+        return {"logit": np.stack(scores), "logit_max": np.stack(largest)}
     ids = np.concatenate([entry.ids_MK for entry in usable if entry.ids_MK is not None])
     if form.kind == "hard":
         return {"ids": ids.astype(dtype)}

@@ -5,6 +5,7 @@ Letters: N images of the folder, M crops of each, K kept classes, C classes.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -73,7 +74,7 @@ class ImageLabels:
         box_M4: int64, (top, left, height, width) in pixels. flip_M: bool.
         ids_MK: int64 classes in any order, the first among equals first; None for logits.
         prob_MK: float32; None for form `hard` and logits.
-        logit_MC: float32 scores before softmax; None for the other forms.
+        logit_MC: float16 or float32 scores before softmax; None for the other forms.
         seed_M: int32, where the crops came from seeds that an export needs again.
         moved: boxes that rounding had put outside the image and that were moved back by a pixel.
     """
@@ -240,3 +241,12 @@ def refuse_short_ids(classes: int, where: str) -> None:
             "classes: larger ids wrapped around when these files were written.",
             code="short-ids",
         )
+
+
+def scratch_table(epochs: int, images: int) -> np.ndarray:
+    """int32 (E, N) of -1, in a temporary file: hundreds of epochs of millions of images take
+    more than memory should."""
+    with tempfile.TemporaryFile() as file:
+        table = np.memmap(file, dtype=np.int32, mode="w+", shape=(epochs, images))
+    table[:] = -1
+    return table

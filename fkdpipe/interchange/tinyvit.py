@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import math
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from fkdpipe.interchange.source import (
     LabelSource,
     imported_law,
     refuse_short_ids,
+    scratch_table,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.progress import Reporter, silent
@@ -172,16 +172,10 @@ def _ranks(epoch: Path) -> list[tuple[Path, Path]]:
 
 
 def _match(epochs: list[Path], k: int, folder: ImageFolder) -> tuple[bool, _Records]:
-    """Which record of each epoch belongs to which image; are keys names?
-
-    The table lies in a temporary file, so that hundreds of epochs take no memory.
-    """
+    """Which record of each epoch belongs to which image; are keys names?"""
     named = _named(epochs[0])
     lookup = _Names(folder) if named else _Indices(folder)
-    with tempfile.TemporaryFile() as file:
-        shape = (len(epochs), len(folder))
-        place_EN = np.memmap(file, dtype=np.int32, mode="w+", shape=shape)
-    place_EN[:] = -1
+    place_EN = scratch_table(len(epochs), len(folder))
     values, starts = [], []
     for number, epoch in enumerate(epochs):
         maps, counts = [], [0]

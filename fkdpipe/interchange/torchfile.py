@@ -14,9 +14,11 @@ import io
 import math
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -49,6 +51,9 @@ _PLAIN = re.compile(
 _COUNTED = {b"X": 4, b"\x8c": 1, b"B": 4, b"C": 1, b"\x8a": 1}  # opcode: bytes of its length
 _GLOBAL = re.compile(rb"c[^\n]{1,100}\n[^\n]{1,100}\n")
 
+Buffer = bytes | np.ndarray
+Member = Callable[[zipfile.ZipFile, zipfile.ZipInfo], Buffer]  # the bytes of a tensor
+
 
 class BrokenFileError(ValueError):
     """A label file that is not used. `code` is a stable word, the message is for people."""
@@ -67,13 +72,43 @@ def loads(data: bytes) -> Any:
     """
     if len(data) > MAX_FILE_BYTES:
         raise BrokenFileError("broken-label", f"{len(data)} bytes is too large for a label file")
+    return _load(io.BytesIO(data), lambda archive, info: archive.read(info))
+
+
+def load_mapped(path: Path) -> Any:
+    """`loads` of a file whose tensors stay on disk until their values are used.
+
+    Their checksums are not compared, since that would read them.
+
+    Raises:
+        BrokenFileError: as `loads`; also when the file cannot be opened.
+    """
+
+    def mapped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+        header = info.header_offset
+        assert archive.fp is not None
+        archive.fp.seek(header + 26)  # lengths of the name and of what else precedes the bytes
+        begin = header + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
+        if not info.file_size:
+            return np.empty(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r", offset=begin, shape=(info.file_size,))
+
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return _load_archive(archive)
-    except BrokenFileError:
+        with open(path, "rb") as file:
+            return _load(file, mapped)
+    except OSError as error:
+        raise BrokenFileError("no-label", f"{path}: {error.strerror or error}") from error
+
+
+def _load(file: IO[bytes], member: Member) -> Any:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _load_archive(archive, member)
+    except (BrokenFileError, FileNotFoundError):
         raise
     except zipfile.BadZipFile as error:
-        old = data[:4] == b"\x80\x02\x8a\x0a"
+        file.seek(0)
+        old = file.read(4) == b"\x80\x02\x8a\x0a"
         what = "torch's format before 1.6; save it again" if old else f"no torch file: {error}"
         raise BrokenFileError("broken-label", what) from error
     except Exception as error:  # a damaged or hostile file can raise whatever the parsers raise
@@ -91,7 +126,7 @@ def as_array(value: Any) -> np.ndarray:
     raise BrokenFileError("broken-label", f"a {type(value).__name__} where an array belongs")
 
 
-def _load_archive(archive: zipfile.ZipFile) -> Any:
+def _load_archive(archive: zipfile.ZipFile, member: Member) -> Any:
     members = {info.filename: info for info in archive.infolist()}
     for info in members.values():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
@@ -104,7 +139,7 @@ def _load_archive(archive: zipfile.ZipFile) -> Any:
         raise BrokenFileError("broken-label", "its numbers are big-endian")
     text = archive.read(pickles[0])
     check_opcodes(text)
-    return _Reader(text, lambda key: archive.read(f"{prefix}data/{key}")).load()
+    return _Reader(text, lambda key: member(archive, members[f"{prefix}data/{key}"])).load()
 
 
 def check_opcodes(text: bytes) -> None:
@@ -206,7 +241,7 @@ class _Array:
 class _Reader(pickle.Unpickler):
     """Runs a pickle whose opcodes were checked; names lead to this module only."""
 
-    def __init__(self, text: bytes, member: Callable[[str], bytes]) -> None:
+    def __init__(self, text: bytes, member: Callable[[str], Buffer]) -> None:
         super().__init__(io.BytesIO(text))
         self._member, self._left = member, MAX_ARRAY_BYTES
         self._names: Mapping[tuple[str, str], object] = {
