@@ -66,7 +66,11 @@ def test_the_cli_page_is_generated():
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("format", "methods", "cli"))],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{n}.md" for n in ("format", "methods", "cli", "guide-interchange")),
+    ],
 )
 def test_links_lead_somewhere(page):
     file = ROOT / page

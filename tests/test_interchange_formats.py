@@ -353,3 +353,37 @@ def test_sre2l_files_that_cannot_be_placed_are_refused(tmp_path, few, truth, ord
     assert made.crops == 1
     with pytest.raises(LabelsError, match="4 are needed"):
         bring("sre2l", place, few, tmp_path / "s2", crops=4)
+
+
+def test_the_guides_commands_run_as_written(tmp_path, few, truth, order, monkeypatch):  # noqa: F811
+    import re
+    import shlex
+
+    from click.testing import CliRunner
+
+    from fkdpipe.cli import cli
+
+    guide = (Path(__file__).parents[1] / "docs" / "guide-interchange.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(few, "images")
+    wide = foreign.make_truth(images.scan(few), crops=4, k=5, classes=1000, half=True)
+    foreign.write_fkd(tmp_path / "soft_labels", wide)
+    foreign.write_mldr(tmp_path / "reinforced_data", truth, order)
+    foreign.write_tinyvit(tmp_path / "logits", truth, order)
+    for name, dtype in (("label_maps", torch.float32), ("token_maps", torch.float16)):
+        maps = foreign.make_maps(images.scan(few), cells=(5, 5), k=5, classes=1000, dtype=dtype)
+        for key, values in maps.items():
+            path = tmp_path / name / f"{key.rsplit('.', 1)[0]}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(values, path)
+    for entry in truth.values():
+        entry["logits"] = np.zeros((3, 7), dtype=np.float16)
+    foreign.write_sre2l(tmp_path / "batch_labels", truth, order, batch=6)
+    blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.S | re.M)
+    lines = [line for block in blocks[1:] + blocks[:1] for line in block.splitlines()]
+    small = "--student test_resnet --size 32 --batch-size 8 --cache cache"
+    for line in lines:
+        line = line.replace("--student resnet18", small).replace("--epochs 100", "--epochs 4")
+        done = CliRunner().invoke(cli, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+    assert len(lines) == 13

@@ -127,16 +127,18 @@ def pool(
     for k in range(len(ids_KHW)):
         dense_HWL[rows, columns, place_KHW.reshape(ids_KHW.shape)[k]] = scores_KHW[k]
     left, top, right, bottom = region_M4.T
-    down = np.stack([_weights(a, b, H) for a, b in zip(top, bottom, strict=True)])
-    across = np.stack([_weights(a, b, W) for a, b in zip(left, right, strict=True)])
-    pooled_ML = np.einsum("mh,mw,hwl->ml", down, across, dense_HWL, optimize=True)
+    down, across = _weights(top, bottom, H), _weights(left, right, W)
+    weights = (down[:, :, None] * across[:, None, :]).reshape(-1, H * W)
+    pooled_ML = weights @ dense_HWL.reshape(H * W, -1)
     others = _some_others(listed, classes, keep)
     ids_L = np.concatenate([listed, others])
     score_ML = np.concatenate([pooled_ML, np.zeros((len(pooled_ML), len(others)))], axis=1)
     largest = np.maximum(score_ML.max(axis=1, keepdims=True), 0 if len(listed) < classes else -1e30)
     total = np.exp(pooled_ML - largest).sum(axis=1, keepdims=True)
     total += (classes - len(listed)) * np.exp(-largest)
-    order = np.argsort(-score_ML, axis=1, kind="stable")[:, :keep]
+    best = np.argpartition(-score_ML, keep - 1, axis=1)[:, :keep]
+    rank = np.argsort(-np.take_along_axis(score_ML, best, 1), axis=1, kind="stable")
+    order = np.take_along_axis(best, rank, 1)
     prob = np.exp(np.take_along_axis(score_ML, order, 1) - largest) / total
     return ids_L[order], prob.astype(np.float32)
 
@@ -147,17 +149,20 @@ def _some_others(listed: np.ndarray, classes: int, count: int) -> np.ndarray:
     return np.setdiff1d(candidates, listed)[:count]
 
 
-def _weights(low: float, high: float, cells: int) -> np.ndarray:
-    """float64 (cells,): what each row of a map weighs in a RoI-align between two fractions."""
-    begin, end = low * cells - 0.5, high * cells - 0.5
-    length = max(end - begin, 1.0)
-    samples = int(np.ceil(length))
-    at = begin + (np.arange(samples) + 0.5) * length / samples
-    at = np.clip(at[(at >= -1) & (at <= cells)], 0, cells - 1)  # samples outside count as 0
-    below = np.minimum(at.astype(np.int64), cells - 1)
-    above = np.minimum(below + 1, cells - 1)
-    weights = np.bincount(below, 1 - (at - below), minlength=cells)
-    return (weights + np.bincount(above, at - below, minlength=cells)) / samples
+def _weights(low_M: np.ndarray, high_M: np.ndarray, cells: int) -> np.ndarray:
+    """float64 (M, cells): what each row of a map weighs in a RoI-align between two fractions.
+
+    A sample weighs a cell by how near it is, 1 - |distance|; samples outside the map count as 0.
+    """
+    begin = low_M * cells - 0.5
+    length = np.maximum(high_M * cells - 0.5 - begin, 1.0)
+    samples = np.ceil(length)
+    number = np.arange(int(samples.max()))
+    at_MS = begin[:, None] + (number + 0.5) * (length / samples)[:, None]
+    inside = (number < samples[:, None]) & (at_MS >= -1) & (at_MS <= cells)
+    at_MS = np.clip(at_MS, 0, cells - 1)
+    near = np.maximum(1 - np.abs(at_MS[:, :, None] - np.arange(cells)), 0)
+    return (near * inside[:, :, None]).sum(axis=1) / samples[:, None]
 
 
 def _fractions(box_M4: np.ndarray, size: np.ndarray, *, transposed: bool) -> np.ndarray:
