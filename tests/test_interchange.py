@@ -18,7 +18,7 @@ from fkdpipe.cli import cli
 from fkdpipe.errors import LabelsError, StoreMismatchError, UsageError
 from fkdpipe.interchange import EXPORTS, IMPORTS, choose, importing
 from fkdpipe.interchange.exporting import Export, ExportSettings
-from fkdpipe.interchange.source import ImportSettings
+from fkdpipe.interchange.source import ImportSettings, to_pixels
 from fkdpipe.storage import verify
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import open_store
@@ -380,6 +380,27 @@ def test_the_commands_say_what_they_did(tmp_path, few):
     wrong = run.invoke(cli, ["import", "excel", str(place), str(few), str(tmp_path / "store")])
     assert wrong.exit_code == 2
     assert "fkd" in wrong.stderr
+    wrong = run.invoke(cli, [*words, "--keep", "3"])
+    assert wrong.exit_code == 2
+    assert "--keep means nothing for fkd; it is for relabel" in wrong.stderr
+
+
+def test_float16_boxes_that_leave_the_image_by_rounding_are_moved_back_and_counted():
+    random = np.random.default_rng(0)
+    H, W = 2448, 3264
+    h, w = random.integers(1, H + 1, 20_000), random.integers(1, W + 1, 20_000)
+    exact = np.stack([H - h, W - w, h, w], axis=1)  # all touch the lower right corner
+    fraction = (exact / [H, W, H, W]).astype(np.float16)
+    box, moved = to_pixels(fraction, (H, W))
+    plain = np.rint(fraction.astype(float) * [H, W, H, W])
+    outside = ((plain[:, 0] + plain[:, 2] > H) | (plain[:, 1] + plain[:, 3] > W)).sum()
+    assert moved == outside > 1000
+    assert (box[:, 0] + box[:, 2] <= H).all()
+    assert (box[:, 1] + box[:, 3] <= W).all()
+    assert np.abs(box - exact).max() <= 3
+    box, moved = to_pixels((exact / [H, W, H, W]).astype(np.float32), (H, W))
+    assert moved == 0
+    np.testing.assert_array_equal(box, exact)
 
 
 def fkd_pixels(path: bytes, fraction: np.ndarray, flip: bool) -> torch.Tensor:

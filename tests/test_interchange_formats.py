@@ -355,6 +355,15 @@ def test_sre2l_files_that_cannot_be_placed_are_refused(tmp_path, few, truth, ord
         bring("sre2l", place, few, tmp_path / "s2", crops=4)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_guides_commands_run_as_written(tmp_path, few, truth, order, monkeypatch):  # noqa: F811
     import re
     import shlex

@@ -52,7 +52,8 @@ def import_(
     from fkdpipe.storage.location import open_location
 
     open_labels = interchange.choose(interchange.IMPORTS, format)
-    given = {key: value for key, value in flags.items() if value not in (None, "")}
+    given = {key: value for key, value in flags.items() if value not in (None, "", False)}
+    interchange.check_settings(format, given)
     settings = ImportSettings(source=source_name or "", **given)
     reporter = terminal.reporter()
     folder = importing.scan(data, reporter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fkdpipe.errors import UsageError
@@ -26,6 +26,32 @@ EXPORTS: dict[str, Callable[..., Exported]] = {
     "tinyvit": tinyvit.write_labels,
     "parquet": parquet.write_labels,
 }
+
+# Settings that only some formats know; the others are for all.
+_ONLY = {
+    "classes": tuple(name for name in IMPORTS if name != "sre2l"),  # which keeps all scores
+    "keep": ("relabel", "tokenlabeling"),
+    "compat_transposed": ("relabel", "tokenlabeling"),
+    "skip_transformed": ("ml-dr",),
+    "assume_plain": ("tinyvit",),
+    "sampler_seed": ("sre2l",),
+}
+
+
+def check_settings(name: str, given: Iterable[str]) -> None:
+    """Refuse settings that mean nothing for a format.
+
+    Args:
+        given: names of the `ImportSettings` a user chose.
+
+    Raises:
+        UsageError: naming the setting and the formats it is for.
+    """
+    for setting in given:
+        if name not in _ONLY.get(setting, (name,)):
+            option = setting.replace("_", "-")
+            known = ", ".join(_ONLY[setting])
+            raise UsageError(f"--{option} means nothing for {name}; it is for {known}.")
 
 
 def choose(table: dict, name: str) -> Callable:
