@@ -48,7 +48,7 @@ class Outputs:
     """What a network gave. Only what was asked for is filled.
 
     Attributes:
-        logits: (B, C). penultimate, pre: (B, D).
+        logits: (B, C); (B, 0) when the rest was read from a store. penultimate, pre: (B, D).
         stages: by number from the end, (B, C, H, W), after the activation, not normed.
         final: (B, C, H, W), the last map after the final norm.
     """
@@ -58,6 +58,20 @@ class Outputs:
     pre: torch.Tensor | None = None
     stages: dict[int, torch.Tensor] = field(default_factory=dict)
     final: torch.Tensor | None = None
+
+    def take(self, rows: slice) -> Outputs:
+        """A part of the batch."""
+
+        def some(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value[rows]
+
+        return Outputs(
+            logits=self.logits[rows],
+            penultimate=some(self.penultimate),
+            pre=some(self.pre),
+            stages={number: value[rows] for number, value in self.stages.items()},
+            final=some(self.final),
+        )
 
 
 class Tapped(nn.Module):
@@ -112,6 +126,11 @@ class Tapped(nn.Module):
             final=to_map(self._activated(final), network) if needs.final else None,
         )
 
+    @property
+    def classifier(self) -> nn.Module:
+        """The layer after the penultimate vector."""
+        return self.network.get_classifier()
+
     def _activated(self, final: torch.Tensor) -> torch.Tensor:
         if self._activation is None or self._after_pooling:
             return final
@@ -136,6 +155,15 @@ class Tapped(nn.Module):
         if isinstance(classifier, nn.Linear):
             return pre, penultimate, classifier(penultimate)
         return pre, penultimate, network.forward_head(self._activated(final))
+
+
+def example(tapped: Tapped, size: tuple[int, int], device: torch.device) -> Outputs:
+    """What a network gives for one black image: its shapes tell a method what to build."""
+    was_training = tapped.training
+    with torch.no_grad():
+        made = tapped.eval()(torch.zeros(1, 3, *size, device=device))
+    tapped.train(was_training)
+    return made
 
 
 def to_map(features: torch.Tensor, network: Any) -> torch.Tensor:

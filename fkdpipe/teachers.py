@@ -89,6 +89,7 @@ def load_teachers(
     precision: Precision = "float32",
     device: torch.device | None = None,
     needs: Needs = Needs(),
+    size: tuple[int, int] | None = None,
 ) -> list[Teacher]:
     """Build, fill and freeze teachers.
 
@@ -97,6 +98,7 @@ def load_teachers(
         weights: relative shares, one per teacher; equal when empty.
         class_maps: none, one for all, or one per teacher (`fkdpipe.images.read_class_map`).
         needs: what is asked of each beside logits.
+        size: of the input (height, width) in pixels; None takes each network's own.
 
     Raises:
         UsageError: numbers of weights or maps that do not fit.
@@ -117,10 +119,12 @@ def load_teachers(
     shares = [float(w) for w in weights] or [1.0] * len(specs)
     teachers = []
     for spec, share, class_map in zip(specs, shares, maps, strict=True):
-        loaded = models.build(spec)
-        columns = match_classes(
-            class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
-        )
+        loaded = models.build(spec, size=size)
+        columns = None
+        if spec.library not in models.SELF_SUPERVISED:  # whose outputs are no classes
+            columns = match_classes(
+                class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
+            )
         digest = models.state_digest(loaded.module)
         module = Tapped(loaded.module, needs).eval().requires_grad_(False)
         module = module.to(device).to(memory_format=torch.channels_last)
@@ -137,6 +141,18 @@ def load_teachers(
             )
         )
     return teachers
+
+
+def numbered_classes(class_names: Sequence[str]) -> dict[str, int]:
+    """A class map for folders that are named by class index, "0" to "999" (ImageNet-V2).
+
+    Raises:
+        UsageError: other names among them.
+    """
+    others = [name for name in class_names if not name.isdigit()]
+    if others:
+        raise UsageError(f"folders named by class index are asked for; found {others[0]!r}.")
+    return {name: int(name) for name in class_names}
 
 
 def match_classes(

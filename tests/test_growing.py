@@ -67,7 +67,7 @@ def test_a_second_teacher_lies_beside_the_first(tmp_path, folder, teacher, check
     for source in ("first", "second"):
         settings = train_settings(target="hard", source=source, epochs=2)
         run = prepare_run(tmp_path / source, folder, store, settings)
-        assert run.feed.data.facts["source"] == source
+        assert run.feed.data.facts["sources"] == [f"labels/{source}"]
     with pytest.raises(FkdpipeError, match="choose one with --source"):
         prepare_run(tmp_path / "none", folder, store, train_settings(target="hard"))
 

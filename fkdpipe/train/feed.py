@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fkdpipe.distributed import Rank
 from fkdpipe.errors import StoreMismatchError, TrainingError, UsageError
 from fkdpipe.replay import Backend, Pixels, Request, View
 from fkdpipe.storage.labels import SparseLabels
-from fkdpipe.train.inputs import LabelBatch, LabelWindow, Scores, TrainingSet
+from fkdpipe.train.inputs import FeatureWindow, LabelBatch, LabelWindow, Scores, TrainingSet
 from fkdpipe.train.order import Order, Piece, Step, Window, share
 from fkdpipe.train.schedule import Pass
 
@@ -35,21 +35,35 @@ class Batch:
 
     Attributes:
         step: number of the optimiser step. passed: the pass it begins in.
-        pixels: uint8 (B, 3, H, W), channels-last, not normalised.
+        m: crops of each image in this batch; 1 when they are spread over batches.
+        views: uint8 (B, 3, H, W), channels-last, not normalised, one for each view of the feed;
+            the student's is first.
+        first_image: place of its first image among the images of the whole step.
         rows_B, crops_B: int64, which row of the list and which of its crops each is.
         class_B: int64, the folder's class.
         labels: of the crops, None for ground truth.
+        features: stored features of the crops, float32 (B, ...), None when none were asked for.
+        jitter_B4: float32 recorded colour factors (`fkdpipe.colour.jitter`), None without any.
         total: crops of the step over all processes.
     """
 
     step: int
     passed: Pass
-    pixels: torch.Tensor
+    m: int
+    views: tuple[torch.Tensor, ...]
+    first_image: int
     rows_B: torch.Tensor
     crops_B: torch.Tensor
     class_B: torch.Tensor
     labels: LabelBatch | None
+    features: torch.Tensor | None
+    jitter_B4: torch.Tensor | None
     total: int
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The student's view."""
+        return self.views[0]
 
 
 class Feed:
@@ -64,15 +78,17 @@ class Feed:
         self,
         data: TrainingSet,
         order: Order,
-        view: View,
+        views: Sequence[View],
         *,
         backend: Backend,
         threads: int,
         device: torch.device,
         rank: Rank,
         prefetch: int = 2,
+        block: int = 1,
     ) -> None:
-        self.data, self.order, self.view = data, order, view
+        self.data, self.order, self.views = data, order, tuple(views)
+        self.block = block  # images of a step that no two processes share out
         self.backend, self.threads, self.device = backend, threads, device
         self.rank, self.prefetch = rank, prefetch
         self.failed: dict[str, str] = {}
@@ -86,7 +102,7 @@ class Feed:
         with (
             replay.open_replay(
                 self.backend,
-                [self.view],
+                self.views,
                 threads=self.threads,
                 prefetch=self.prefetch,
                 device=self.device,
@@ -94,18 +110,21 @@ class Feed:
             _LabelAhead(self.data, self.order) as labels,
         ):
             for pixels in replayer.run(self._requests(start)):
-                yield self._batch(pixels, labels)
+                whole = self._batch(pixels, labels)
+                batches = _spread(whole) if self.order.spread else [whole]
+                yield from (batch for batch in batches if batch.step >= start)
 
     def _requests(self, start: int) -> Iterator[Request]:
         for step in self.order.steps(start):
-            pieces = share(step, self.rank.index, self.rank.world)
+            first, pieces = share(step, self.rank.index, self.rank.world, self.block)
             if not pieces:  # fewer images than processes: one goes along without weight
                 pieces = (Piece(step.pieces[0].window, step.pieces[0].rows[:1]),)
-                yield self._request(step, pieces, idle=True)
+                yield self._request(_Share(step, pieces, 0, idle=True))
             else:
-                yield self._request(step, pieces, idle=False)
+                yield self._request(_Share(step, pieces, first, idle=False))
 
-    def _request(self, step: Step, pieces: tuple[Piece, ...], *, idle: bool) -> Request:
+    def _request(self, ours: _Share) -> Request:
+        pieces = ours.pieces
         rows = np.concatenate([piece.rows for piece in pieces])
         drawn = [self.data.boxes(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
         return Request(
@@ -113,7 +132,7 @@ class Feed:
             size_I2=self.data.size_N2[rows],
             box_Im4=np.concatenate([box for box, _ in drawn]),
             flip_Im=np.concatenate([flip for _, flip in drawn]),
-            tag=_Share(step, pieces, idle),
+            tag=ours,
         )
 
     def _batch(self, pixels: Pixels, labels: _LabelAhead) -> Batch:
@@ -124,24 +143,39 @@ class Feed:
         crops_Im = np.concatenate(
             [np.tile(self.data.crops_of(p.window.passed), (len(p.rows), 1)) for p in pieces]
         )
-        taken = labels.take(pieces)
-        view = pixels.views[0]
+        taken, features = labels.take(pieces)
+        jitter_B4 = self._factors(pieces)
+        views = tuple(pixels.views)
         if pixels.failures:
             source_I = self._replacements(pixels, rows_I)
             source_B = (source_I[:, None] * m + np.arange(m)).ravel()
             rows_I, crops_Im = rows_I[source_I], crops_Im[source_I]
-            view = view[torch.from_numpy(source_B)]
+            views = tuple(view[torch.from_numpy(source_B)] for view in views)
             taken = _select(taken, source_B)
+            features = None if features is None else features[source_B]
+            jitter_B4 = None if jitter_B4 is None else jitter_B4[source_B]
         return Batch(
             step=step.index,
             passed=step.passed,
-            pixels=view,
+            m=m,
+            views=views,
+            first_image=ours.first_image,
             rows_B=torch.from_numpy(np.repeat(rows_I, m)),
             crops_B=torch.from_numpy(crops_Im.ravel()),
             class_B=torch.from_numpy(np.repeat(self.data.class_N[rows_I], m)).long(),
             labels=taken,
+            features=None if features is None else torch.from_numpy(features),
+            jitter_B4=None if jitter_B4 is None else torch.from_numpy(jitter_B4),
             total=0 if ours.idle else step.images * m,
         )
+
+    def _factors(self, pieces: Sequence[Piece]) -> np.ndarray | None:
+        """float32 (B, 4) colour factors."""
+        draw = self.data.jitter
+        if draw is None:
+            return None
+        drawn = [draw(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
+        return np.concatenate(drawn).reshape(-1, 4)
 
     def _replacements(self, pixels: Pixels, rows_I: np.ndarray) -> np.ndarray:
         """For every image of the batch the image whose crops stand in its place."""
@@ -196,17 +230,26 @@ class _Share:
 
     step: Step
     pieces: tuple[Piece, ...]
+    first_image: int
     idle: bool
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """One window's labels and features."""
+
+    labels: LabelWindow | None
+    features: FeatureWindow | None
+
+
 class _LabelAhead:
-    """Label windows in use, and the next one being read in a thread."""
+    """Windows of labels and features in use, and the next one being read in a thread."""
 
     def __init__(self, data: TrainingSet, order: Order) -> None:
-        self._data, self._labels, self._order = data, data.labels, order
-        self._open: dict[tuple[int, int], Future[LabelWindow]] = {}
+        self._data, self._order = data, order
+        self._open: dict[tuple[int, int], Future[_Opened]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="labels")
-        self._windows: dict[int, list[Window]] = {}
+        self._reached = (-1, -1)
 
     def __enter__(self) -> _LabelAhead:
         return self
@@ -214,37 +257,38 @@ class _LabelAhead:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def take(self, pieces: Sequence[Piece]) -> LabelBatch | None:
-        """Labels of a batch's pieces, joined."""
-        if self._labels is None:
-            return None
-        taken = [self._window(piece.window).take(piece.rows) for piece in pieces]
-        first = (pieces[0].window.passed.index, pieces[0].window.index)
-        for key in [key for key in self._open if key < first]:
+    def take(self, pieces: Sequence[Piece]) -> tuple[LabelBatch | None, np.ndarray | None]:
+        """Labels and features of a batch's pieces, joined."""
+        if self._data.labels is None and self._data.features is None:
+            return None, None
+        opened = [self._window(piece.window) for piece in pieces]
+        both = list(zip(opened, pieces, strict=True))
+        labels = [o.labels.take(p.rows) for o, p in both if o.labels is not None]
+        features = [o.features.take(p.rows) for o, p in both if o.features is not None]
+        for key in [key for key in self._open if key < pieces[0].window.key]:
             del self._open[key]
-        return _join(taken)
+        return _join(labels) if labels else None, np.concatenate(features) if features else None
 
-    def _window(self, window: Window) -> LabelWindow:
+    def _window(self, window: Window) -> _Opened:
         future = self._begin(window)
-        following = self._following(window)
-        if following is not None:
-            self._begin(following)
+        if window.key > self._reached:  # its first batch: the next window is read meanwhile
+            self._reached = window.key
+            following = self._order.following(window)
+            if following is not None:
+                self._begin(following)
         return future.result()
 
-    def _begin(self, window: Window) -> Future[LabelWindow]:
-        key = (window.passed.index, window.index)
-        if key not in self._open:
-            assert self._labels is not None
-            crops_m = self._data.crops_of(window.passed)
-            self._open[key] = self._pool.submit(self._labels.open_window, window.units, crops_m)
-        return self._open[key]
+    def _begin(self, window: Window) -> Future[_Opened]:
+        if window.key not in self._open:
+            self._open[window.key] = self._pool.submit(self._read, window)
+        return self._open[window.key]
 
-    def _following(self, window: Window) -> Window | None:
-        index = window.passed.index
-        if index not in self._windows:
-            self._windows = {index: self._order.windows(window.passed)}
-        windows = self._windows[index]
-        return windows[window.index + 1] if window.index + 1 < len(windows) else None
+    def _read(self, window: Window) -> _Opened:
+        data, crops_m = self._data, self._data.crops_of(window.passed)
+        return _Opened(
+            data.labels.open_window(window.units, crops_m) if data.labels else None,
+            data.features.open_window(window.units, crops_m) if data.features else None,
+        )
 
 
 def _join(taken: list[LabelBatch]) -> LabelBatch:
@@ -258,6 +302,30 @@ def _join(taken: list[LabelBatch]) -> LabelBatch:
     )
 
 
+def _spread(whole: Batch) -> Iterator[Batch]:
+    """m batches of one crop of each image: crop k of every image is in batch k.
+
+    Pixels are copied, so that each batch lies in one piece on its way to the device.
+    """
+    for k in range(whole.m):
+        every = slice(k, None, whole.m)
+        yield replace(
+            whole,
+            step=whole.step + k,
+            m=1,
+            views=tuple(
+                v[every].contiguous(memory_format=torch.channels_last) for v in whole.views
+            ),
+            rows_B=whole.rows_B[every],
+            crops_B=whole.crops_B[every],
+            class_B=whole.class_B[every],
+            labels=_select(whole.labels, np.arange(len(whole.rows_B))[every]),
+            features=None if whole.features is None else whole.features[every],
+            jitter_B4=None if whole.jitter_B4 is None else whole.jitter_B4[every],
+            total=whole.total // whole.m,
+        )
+
+
 def _select(labels: LabelBatch | None, rows_B: np.ndarray) -> LabelBatch | None:
     if labels is None:
         return None
@@ -269,10 +337,11 @@ def _select(labels: LabelBatch | None, rows_B: np.ndarray) -> LabelBatch | None:
 _SPARSE_FIELDS = ("ids_BK", "prob_BK", "rest_B")
 
 
-def check_batch(batch_size: int, m: int, world: int) -> None:
-    """Raises UsageError when processes cannot share a step's images evenly."""
-    if batch_size % (m * world):
+def check_batch(batch_size: int, m: int, world: int, block: int = 1) -> None:
+    """Raises UsageError when processes cannot share a step's blocks of images evenly."""
+    if batch_size % (m * world * block):
+        blocks = f" x {block} images mixed with each other" if block > 1 else ""
         raise UsageError(
             f"batch size {batch_size} (crops, over all processes) must be a multiple of "
-            f"{m} crops per image x {world} processes."
+            f"{m} crops per image x {world} processes{blocks}."
         )

@@ -13,19 +13,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.features import Tap
+from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
+from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import SparseLabels, Target
 from fkdpipe.storage.schema import UNIT_IMAGES
 from fkdpipe.storage.store import Store
+from fkdpipe.taps import Outputs
 from fkdpipe.train.schedule import Pass
 
 Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Factors = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,31 @@ class LabelWindow(Protocol):
 
 
 class Labels(Protocol):
-    """Labels of a store, opened window by window so that wide ones can be read ahead."""
+    """Labels of a store, opened window by window so that wide ones can be read ahead.
+
+    classes: their width. scores: they are no classes but scores of a self-supervised teacher.
+    """
 
     classes: int
+    scores: bool
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow: ...
+
+
+class FeatureWindow(Protocol):
+    def take(self, rows_I: np.ndarray) -> np.ndarray:
+        """float32 (B, ...) of the window's crops of some of its rows; B = I * m, image-major."""
+
+
+class Features(Protocol):
+    """Features of a store, opened like labels. settings: of their part in the store."""
+
+    settings: dict[str, Any]
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow: ...
+
+    def example(self, device: torch.device) -> torch.Tensor:
+        """float32 (1, ...) zeros of the shape of one crop's features."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +92,10 @@ class TrainingSet:
         keys, class_N, size_N2: of all rows, in a fixed random order.
         rows: int64, the rows to train on. unit_size: rows per unit.
         boxes: (rows_I, crops_m) -> (box_Im4, flip_Im).
-        labels: None where the folder's classes are the labels.
+        labels: None where the folder's classes are the labels. features: None when not asked for.
         crops_per_image: M; None when crops never end.
         facts: for the run's record: what it was trained on.
+        jitter: (rows_I, crops_m) -> float32 (I, m, 4) colour factors; None without colour jitter.
     """
 
     root: Path
@@ -80,8 +107,10 @@ class TrainingSet:
     unit_size: int
     boxes: Boxes
     labels: Labels | None
+    features: Features | None
     crops_per_image: int | None
     facts: dict[str, Any]
+    jitter: Factors | None = None
 
     def crops_of(self, passed: Pass) -> np.ndarray:
         """int64 (m,): which crops of each image a pass uses: each once before any repeats."""
@@ -107,6 +136,10 @@ def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = sil
         )
         return drawn.box_NM4, drawn.flip_NM
 
+    def factors(rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
+        assert law.jitter is not None
+        return crops.sample_jitter(law.jitter, seed=seed, image_id_N=ids[rows_I], crops_M=crops_m)
+
     return TrainingSet(
         root=folder.root,
         keys=np.array(folder.keys, dtype=object)[order],
@@ -117,8 +150,10 @@ def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = sil
         unit_size=UNIT_IMAGES,
         boxes=boxes,
         labels=None,
+        features=None,
         crops_per_image=None,
         facts={"fingerprint": folder.fingerprint, "images": len(folder)},
+        jitter=None if law.jitter is None else factors,
     )
 
 
@@ -129,11 +164,15 @@ def from_store(
     target: Target,
     source: str | None,
     temperature: float | None,
+    features: Tap | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
     reporter: Reporter = silent,
 ) -> TrainingSet:
     """Recorded crops, with stored labels unless the target is `ground-truth`.
+
+    Args:
+        features: which of the source's features are wanted too.
 
     Raises:
         StoreError: not sealed, no such source, damaged, or made for another folder.
@@ -147,14 +186,16 @@ def from_store(
         raise StoreMismatchError(f"{store.url} was made for other images: {error}") from error
     wanted = []
     if target.kind != "ground-truth":
-        wanted = [("labels", reader.choose_source(store, source), "")]
+        wanted.append(("labels", reader.choose_source(store, source), ""))
+    if features is not None:
+        wanted.append(("features", *_feature_source(store, source, features)))
     found = reader.finished(store, wanted, allow_partial=allow_partial)
     if not len(found.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
     with reporter.task("labels", store.num_images * (len(found.crops) * 2), "images") as advance:
         boxes = reader.CropReader(store, found.crops, cache_dir, advance)
         labels: Labels | None = None
-        if wanted:
+        if target.kind != "ground-truth":
             labels = _open_labels(store, found.labels[0], target, temperature, cache_dir, advance)
     return TrainingSet(
         root=root,
@@ -166,16 +207,31 @@ def from_store(
         unit_size=store.unit_size,
         boxes=boxes.take,
         labels=labels,
+        features=None if features is None else _FeatureStore(store, found.labels[-1]),
         crops_per_image=found.crops_per_image,
         facts={
             "fingerprint": store.facts["fingerprint"],
             "images": len(found.rows),
             "left_out": len(found.failed),
             "crops_per_image": found.crops_per_image,
-            "source": wanted[0][1] if wanted else None,
+            "sources": ["/".join(filter(None, part)) for part in wanted],
             "manifests": [s.manifest.settings for s in found.crops],
         },
+        jitter=boxes.jitter if boxes.jittered else None,
     )
+
+
+def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Tap]:
+    """(source, tap) of the features asked for; transformers' are the same before and after."""
+    other: Tap = "post" if tap == "pre" else "pre"
+    same = [
+        part.source
+        for part in store.parts.values()
+        if part.kind == "features" and part.tap == other and part.settings["pre_is_post"]
+    ]
+    if not store.sources("features", tap) and same:
+        return reader.choose_source(store, source, "features", other), other
+    return reader.choose_source(store, source, "features", tap), tap
 
 
 def _open_labels(
@@ -187,20 +243,22 @@ def _open_labels(
     advance: Callable[[int], None],
 ) -> Labels:
     form = reader.label_form(segments)
-    classes = int(segments[0].part.settings["classes"])
+    settings = segments[0].part.settings
+    classes = int(settings["classes"])
     forms.check_target(form, target, classes)
     divisor = reader.check_temperature(segments, temperature)
     if form.sparse:
         return _SparseStore(reader.SparseReader(store, segments, cache_dir, advance), target)
     name = "log_prob" if form.kind == "full" else "logit"
-    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor)
+    scores = any(teacher["library"] in SELF_SUPERVISED for teacher in settings["teachers"])
+    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor, scores)
 
 
 class _SparseStore:
     """Hydrated labels: a window is nothing but the choice of crops."""
 
     def __init__(self, labels: reader.SparseReader, target: Target) -> None:
-        self.classes = labels.classes
+        self.classes, self.scores = labels.classes, False
         self._labels, self._target = labels, target
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
@@ -220,8 +278,10 @@ class _SparseWindow:
 class _ScoreStore:
     """Streamed scores: a window holds those of its units in memory."""
 
-    def __init__(self, wide: reader.WideReader, classes: int, temperature: float) -> None:
-        self.classes = classes
+    def __init__(
+        self, wide: reader.WideReader, classes: int, temperature: float, scores: bool
+    ) -> None:
+        self.classes, self.scores = classes, scores
         self._wide, self._temperature = wide, temperature
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
@@ -238,3 +298,57 @@ class _ScoreWindow:
     def take(self, rows_I: np.ndarray) -> Scores:
         rows = [self.blocks[r // self.unit_size][r % self.unit_size] for r in rows_I.tolist()]
         return Scores(np.concatenate(rows), self.temperature)
+
+
+def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
+    """Stored features as a teacher's outputs, as the method asked for them; no logits.
+
+    Where a network ends without an activation, one vector is both before and after it.
+    """
+    both = settings["pre_is_post"]
+    tap = settings["tap"]
+    return Outputs(
+        logits=features.new_empty((len(features), 0)),
+        pre=features if both or tap == "pre" else None,
+        penultimate=features if both or tap == "post" else None,
+    )
+
+
+class _FeatureStore:
+    """Streamed features: a window holds those of its units in memory, as they are stored."""
+
+    def __init__(self, store: Store, segments: Sequence[reader.Segment]) -> None:
+        part = segments[0].part
+        self.settings = dict(part.settings)
+        self._fields = {
+            field.name: reader.WideReader(store, segments, field.name) for field in part.fields
+        }
+        self._unit_size = store.unit_size
+
+    def example(self, device: torch.device) -> torch.Tensor:
+        return torch.zeros(1, int(self.settings["dims"]), device=device)
+
+    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow:
+        blocks = {
+            unit: {name: wide.unit(unit, crops_m) for name, wide in self._fields.items()}
+            for unit in units
+        }
+        return _FeatureRows(blocks, self._unit_size, self.settings["code"])
+
+
+@dataclass(frozen=True)
+class _FeatureRows:
+    blocks: dict[int, dict[str, np.ndarray]]
+    unit_size: int
+    code: codes.Code
+
+    def take(self, rows_I: np.ndarray) -> np.ndarray:
+        places = [(self.blocks[r // self.unit_size], r % self.unit_size) for r in rows_I.tolist()]
+        names = places[0][0]
+        return codes.decode(
+            self.code,
+            {
+                name: np.concatenate([block[name][place] for block, place in places])
+                for name in names
+            },
+        )

@@ -9,23 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 
 from fkdpipe import config, images, models, replay
 from fkdpipe.distributed import Rank, default_threads
 from fkdpipe.errors import ImagesError, TrainingError, UsageError
+from fkdpipe.features import Tap
+from fkdpipe.models import Loaded
 from fkdpipe.progress import Reporter, silent
-from fkdpipe.replay import Backend, Request
+from fkdpipe.replay import Backend, Request, View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
-from fkdpipe.teachers import Precision
-from fkdpipe.train import inputs, methods, optim, students
+from fkdpipe.taps import Needs
+from fkdpipe.teachers import Precision, Teacher, load_teachers
+from fkdpipe.train import checkpoint, inputs, methods, optim, parallel, students
 from fkdpipe.train.feed import Feed, check_batch
 from fkdpipe.train.inputs import TrainingSet
-from fkdpipe.train.loop import Run
-from fkdpipe.train.methods.interface import Context
+from fkdpipe.train.learner import build as build_learner
+from fkdpipe.train.methods.interface import MethodNeeds
 from fkdpipe.train.order import Order
 from fkdpipe.train.schedule import passes
 from fkdpipe.train.settings import TrainSettings
+from fkdpipe.train.state import Run
 
 log = logging.getLogger(__name__)
 
@@ -52,38 +57,46 @@ def prepare(
         TrainingError: the run folder holds another run.
         StoreError, ImagesError, ModelError: what they say.
     """
-    _check(settings, store, rank)
-    training = _open(settings, data, store, cache_dir, allow_partial, reporter)
-    if training.crops_per_image is not None and settings.crops_per_image > training.crops_per_image:
-        raise UsageError(
-            f"{settings.crops_per_image} crops per image in a batch, and the store records "
-            f"{training.crops_per_image}."
-        )
-    labels = training.labels
-    classes = len(training.class_names) if labels is None else labels.classes
-    loaded = students.build(settings, classes)
+    needs = methods.needs(settings.method)
+    _check(settings, needs, store, rank)
+    training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
+    loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
-    validation = _validation(data, training, reporter)
-    digest = _record(settings, training, out)
+    teacher = _teacher(settings, needs, training, device)
+    learner = build_learner(settings, needs, loaded, teacher, training, device)
+    # A classifier that is not trained has nothing to be judged by.
+    validation = _validation(data, training, reporter) if needs.classifier else None
+    digest = _record(settings, training, teacher, out, write=rank.main)
     feed = Feed(
         training,
         _order(settings, training),
-        students.view(settings, loaded),
+        _views(settings, loaded, teacher),
         backend=_backend(settings, training, store, device),
         threads=settings.threads or default_threads(),
         device=device,
         rank=rank,
+        block=settings.mixing.block if settings.mixing.on else 1,
     )
-    method = methods.build(settings.method, Context(classes=classes)).to(device)
+    precision = _precision(settings, device)
     return Run(
         settings=settings,
         out=out,
         feed=feed,
         student=loaded,
-        method=method,
-        optimizer=optim.build(loaded.module, method, settings.optimizer),
+        learner=learner,
+        wrapped=parallel.wrap(
+            learner,
+            rank,
+            device,
+            compile_backend=settings.compile,
+            sync_batchnorm=settings.sync_batchnorm,
+        ),
+        teacher=teacher,
+        optimizer=optim.build(learner, settings.optimizer),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "float16"),
+        average=ModelEmaV3(learner.student, decay=settings.ema) if settings.ema else None,
         device=device,
-        precision=_precision(settings, device),
+        precision=precision,
         rank=rank,
         class_names=training.class_names,
         validation=validation,
@@ -92,7 +105,7 @@ def prepare(
     )
 
 
-def _check(settings: TrainSettings, store: Store | None, rank: Rank) -> None:
+def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, rank: Rank) -> None:
     """What can be refused before anything is opened."""
     target = settings.parsed_target
     if store is None and target.kind != "ground-truth":
@@ -100,9 +113,34 @@ def _check(settings: TrainSettings, store: Store | None, rank: Rank) -> None:
             f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
             "Only --target ground-truth trains without one."
         )
-    methods.parse(settings.method)
     models.parse_spec(settings.student)
-    check_batch(settings.batch_size, settings.crops_per_image, rank.world)
+    block = settings.mixing.block if settings.mixing.on else 1
+    check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
+    if settings.mixing.on and not needs.mixing:
+        raise UsageError(
+            f"method {settings.method.get('name', 'fkd')} cannot mix images: what the teacher says "
+            "of a mixed image is no mix of what it says of each."
+        )
+    if settings.mixing.on and needs.teacher is not None and settings.teacher is None:
+        raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
+    name = settings.method.get("name", "fkd")
+    if settings.teacher is not None:
+        models.parse_spec(settings.teacher)
+        if needs.teacher is None and needs.soft is None:
+            raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
+        return
+    if needs.live:
+        raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
+    if needs.teacher is not None and store is None:
+        raise UsageError(
+            f"method {name} needs the teacher's features: a STORE made with --features, or "
+            "--teacher NAME=FILE."
+        )
+    if needs.soft is not None and target.kind == "ground-truth":
+        raise UsageError(
+            f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
+            "ground-truth, or --teacher NAME=FILE."
+        )
 
 
 def _order(settings: TrainSettings, training: TrainingSet) -> Order:
@@ -121,8 +159,49 @@ def _order(settings: TrainSettings, training: TrainingSet) -> Order:
     )
 
 
+def _teacher(
+    settings: TrainSettings, needs: MethodNeeds, training: TrainingSet, device: torch.device
+) -> Teacher | None:
+    if settings.teacher is None:
+        return None
+    class_map = settings.teacher_class_map
+    (teacher,) = load_teachers(
+        [models.parse_spec(settings.teacher)],
+        class_names=training.class_names,
+        class_maps=[images.read_class_map(class_map)] if class_map else [],
+        precision=_precision(settings, device),
+        device=device,
+        needs=needs.teacher or Needs(),
+        size=(settings.teacher_size, settings.teacher_size) if settings.teacher_size else None,
+    )
+    return teacher
+
+
+def _classes(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> int:
+    """Width of the student's classifier; of one that is not trained, the folder's classes or 1."""
+    named = max(1, len(training.class_names))
+    if training.labels is None or needs.scores:
+        return named
+    if training.labels.scores:
+        raise UsageError(
+            f"the stored labels are {training.labels.classes} scores of a self-supervised teacher, "
+            f"not classes; train with --method selfsup."
+        )
+    return training.labels.classes
+
+
+def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> list[View]:
+    """The student's view, and the live teacher's where it is another."""
+    views = [students.view(settings, loaded)]
+    if teacher is not None:
+        p = teacher.preprocessing
+        views.append(View(p.size, p.interpolation))
+    return list(dict.fromkeys(views))
+
+
 def _open(
     settings: TrainSettings,
+    needs: MethodNeeds,
     data: Path,
     store: Store | None,
     cache_dir: Path,
@@ -131,16 +210,31 @@ def _open(
 ) -> TrainingSet:
     if store is None:
         return inputs.from_folder(data, law=settings.crop, seed=settings.seed, reporter=reporter)
-    return inputs.from_store(
+    training = inputs.from_store(
         store,
         data,
         target=settings.parsed_target,
         source=settings.source,
-        temperature=settings.label_temperature,
+        temperature=needs.soft if needs.soft is not None else settings.label_temperature,
+        features=_stored_tap(settings, needs),
         cache_dir=cache_dir,
         allow_partial=allow_partial,
         reporter=reporter,
     )
+    recorded = training.crops_per_image
+    if recorded is not None and settings.crops_per_image > recorded:
+        raise UsageError(
+            f"{settings.crops_per_image} crops per image in a batch, and the store records "
+            f"{recorded}."
+        )
+    return training
+
+
+def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Tap | None:
+    """Which stored features stand in for a teacher that does not run."""
+    if needs.teacher is None or settings.teacher is not None:
+        return None
+    return "pre" if needs.teacher.pre else "post"
 
 
 def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images.ImageFolder | None:
@@ -156,7 +250,14 @@ def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images
     return folder
 
 
-def _record(settings: TrainSettings, training: TrainingSet, out: Path) -> str:
+def _record(
+    settings: TrainSettings,
+    training: TrainingSet,
+    teacher: Teacher | None,
+    out: Path,
+    *,
+    write: bool,
+) -> str:
     """Write settings.json, or compare with the one there; returns the digest of both.
 
     Raises:
@@ -165,9 +266,11 @@ def _record(settings: TrainSettings, training: TrainingSet, out: Path) -> str:
     record: dict[str, Any] = {
         "settings": config.to_table(settings),
         "data": training.facts,
+        "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
     }
-    free = ("threads", "replay", "log_every")  # may differ between two starts of one run
+    # These may differ between two starts of one run.
+    free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
     compared = {
         **record,
         "settings": {k: v for k, v in record["settings"].items() if k not in free},
@@ -179,16 +282,18 @@ def _record(settings: TrainSettings, training: TrainingSet, out: Path) -> str:
         if old.get("digest") != digest:
             fresh = json.loads(json.dumps(record))
             changed = schema.differences(
-                {k: old.get(k, {}) for k in ("settings", "data")},
-                {k: fresh[k] for k in ("settings", "data")},
+                {k: old.get(k) for k in ("settings", "data", "teacher")},
+                {k: fresh[k] for k in ("settings", "data", "teacher")},
             )
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
                 "Name another --out folder, or delete this one.",
                 code="other-run",
             )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"digest": digest, **record}, indent=1) + "\n")
+    if write:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"digest": digest, **record}, indent=1) + "\n"
+        checkpoint.write_atomically(file, lambda partial: partial.write_text(text))
     return digest
 
 

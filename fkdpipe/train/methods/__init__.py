@@ -1,40 +1,66 @@
 """The methods: what a student is asked to imitate, one file each.
 
-A method file has a frozen settings dataclass, and a `build(settings, context)` that returns a
-`Method`. Adding one touches its file, the table below, its test and its row in docs/methods.md.
+A method file has a frozen dataclass `Settings`, `needs(settings)` and `build(settings, context)`.
+Adding one touches its file, the table below, its test and its row in docs/methods.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from fkdpipe import config
 from fkdpipe.errors import UsageError
-from fkdpipe.train.methods import fkd
-from fkdpipe.train.methods.interface import Context, Method
+from fkdpipe.train.methods import fkd, kd, meal, selfsup
+from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
-# name: (settings dataclass, builder)
-METHODS = {
-    "fkd": (fkd.Settings, fkd.build),
+
+class MethodFile(Protocol):
+    """What a method's module offers."""
+
+    @property
+    def Settings(self) -> Any: ...
+    @property
+    def needs(self) -> Any: ...
+    @property
+    def build(self) -> Any: ...
+
+
+METHODS: dict[str, MethodFile] = {
+    "fkd": fkd,
+    "kd": kd,
+    "meal": meal,
+    "selfsup": selfsup,
 }
+
+
+def needs(table: Mapping[str, Any]) -> MethodNeeds:
+    """What the method of a recipe's [method] table asks for.
+
+    Raises:
+        UsageError: unknown method or settings, all listed.
+    """
+    return _file(table).needs(parse(table))
 
 
 def build(table: Mapping[str, Any], context: Context) -> Method:
     """The method of a recipe's [method] table.
 
     Raises:
-        UsageError: unknown method or settings, all listed.
+        UsageError: unknown method or settings, or networks it cannot pair.
     """
-    settings = parse(table)
-    _, builder = METHODS[str(table["name"])]
-    return builder(settings, context)
+    return _file(table).build(parse(table), context)
 
 
 def parse(table: Mapping[str, Any]) -> Any:
     """The settings dataclass of a [method] table, checked."""
+    file = _file(table)
+    rest = {key: value for key, value in table.items() if key != "name"}
+    return config.build(file.Settings, rest, where=f"method {table.get('name', 'fkd')}")
+
+
+def _file(table: Mapping[str, Any]) -> MethodFile:
     name = table.get("name", "fkd")
     if name not in METHODS:
         raise UsageError(f"method must be one of {', '.join(METHODS)}; found {name!r}.")
-    rest = {key: value for key, value in table.items() if key != "name"}
-    return config.build(METHODS[name][0], rest, where=f"method {name}")
+    return METHODS[name]

@@ -3,7 +3,7 @@
 Also how a teacher or a baseline is trained: with target `ground-truth` the label is one-hot.
 
 Reference:
-    Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", section 3.1.
+    Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", equation 1.
 """
 
 from __future__ import annotations
@@ -12,19 +12,39 @@ from dataclasses import dataclass
 
 import torch
 
+from fkdpipe.errors import UsageError
+from fkdpipe.taps import Outputs
 from fkdpipe.train import losses
-from fkdpipe.train.methods.interface import Context, Method, Outputs, Targets
+from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Nothing to set: the target says it all."""
+    """weight: the target's share; the rest, 1 - weight, is the ground truth's cross-entropy."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise UsageError(f"weight must be within 0 and 1; found {self.weight}.")
+
+
+def needs(settings: Settings) -> MethodNeeds:
+    return MethodNeeds()
 
 
 class Fkd(Method):
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.weight = settings.weight
+
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
-        return {"label": losses.soft_cross_entropy(student.logits, targets.prob_BC)}
+        label = losses.soft_cross_entropy(student.logits, targets.prob_BC)
+        if self.weight == 1:
+            return {"label": label}
+        hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
+        return {"label": self.weight * label, "hard": (1 - self.weight) * hard}
 
 
 def build(settings: Settings, context: Context) -> Fkd:
-    return Fkd()
+    return Fkd(settings)

@@ -1,0 +1,68 @@
+"""Student and method as one module, so that DDP and torch.compile see every forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fkdpipe import taps
+from fkdpipe.models import Loaded
+from fkdpipe.taps import Tapped
+from fkdpipe.teachers import Teacher
+from fkdpipe.train import inputs, methods
+from fkdpipe.train.inputs import TrainingSet
+from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
+from fkdpipe.train.settings import TrainSettings
+
+
+class Learner(nn.Module):
+    """Pixels and targets in, logits and named loss terms out.
+
+    The teacher is not in here: nothing that trains this module can train it or leave its eval mode.
+    """
+
+    def __init__(self, student: Tapped, method: Method) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+
+    def forward(
+        self, pixels_B3HW: torch.Tensor, targets: Targets
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs = self.student(pixels_B3HW)
+        return outputs.logits, self.method.loss(outputs, targets)
+
+
+def build(
+    settings: TrainSettings,
+    needs: MethodNeeds,
+    loaded: Loaded,
+    teacher: Teacher | None,
+    training: TrainingSet,
+    device: torch.device,
+) -> Learner:
+    """Student and method, built for each other and for what the teacher's side gives.
+
+    Raises:
+        UsageError, ModelError: networks that the method cannot pair.
+    """
+    student = Tapped(loaded.module, needs.student)
+    if not needs.classifier:  # nothing trains it, and DDP wants to know
+        student.classifier.requires_grad_(False)
+    given = None
+    if teacher is not None:
+        given = taps.example(teacher.module, teacher.preprocessing.size, device)
+    elif training.features is not None:
+        given = inputs.stored_outputs(training.features.example(device), training.features.settings)
+    context = Context(
+        classes=loaded.classes,
+        epochs=settings.epochs,
+        scores=training.labels.classes if training.labels else loaded.classes,
+        student=taps.example(student, loaded.preprocessing.size, device),
+        student_network=loaded.module,
+        teacher=given,
+        teacher_network=teacher.module.network if teacher else None,
+        features=training.features.settings if training.features else None,
+    )
+    torch.manual_seed(settings.seed + 1)  # the helpers' weights
+    return Learner(student, methods.build(settings.method, context)).to(device)
