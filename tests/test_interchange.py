@@ -26,6 +26,15 @@ from fkdpipe.storage.store import open_store
 M = 4
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def bring(format_: str, place: Path, data: Path, store: Path, **settings) -> importing.Imported:
     """`fkdpipe import` with its checks: the store is complete and sound."""
     wanted = ImportSettings(**{"threads": 2, **settings})

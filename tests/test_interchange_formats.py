@@ -10,7 +10,7 @@ import numpy as np
 import pipeline
 import pytest
 import torch
-from test_interchange import agree, bring, content, few, send  # noqa: F401
+from test_interchange import agree, bring, content, few, one_thread, send  # noqa: F401
 
 from fkdpipe import images
 from fkdpipe.errors import LabelsError, UsageError
@@ -304,6 +304,7 @@ def test_parquet_is_a_table_of_crops(tmp_path, few, truth):  # noqa: F811
         assert row["ids"] == entry["ids"][crop, :2].tolist()
         np.testing.assert_allclose(row["prob"], entry["prob"][crop, :2])
         assert (row["image_height"], row["image_width"]) == tuple(entry["size"])
+        assert row["jitter"] is None
         assert row["class"] == "abc".index(row["key"][0])
 
 
@@ -355,15 +356,24 @@ def test_sre2l_files_that_cannot_be_placed_are_refused(tmp_path, few, truth, ord
         bring("sre2l", place, few, tmp_path / "s2", crops=4)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def test_recorded_colour_jitter_goes_where_it_can_be_kept(tmp_path, folder, teacher):
+    import pyarrow.parquet as pq
+
+    from fkdpipe.crops import CropLaw, Jitter
+
+    law = CropLaw(jitter=Jitter(0.4, 0.4, 0.4, 0.1))
+    store = pipeline.make_store(tmp_path / "store", folder, [teacher], crops=2, crop=law)
+    for name in ("fkd", "ml-dr"):
+        with pytest.raises(LabelsError, match="colour jitter"):
+            send(name, store, tmp_path / name)
+    send("parquet", store, tmp_path / "table")
+    rows = pq.read_table(tmp_path / "table" / "labels.parquet").to_pylist()
+    factors = pipeline.arrays_of(store)["rounds/0/crops/jitter"]
+    place = {str(key): row for row, key in enumerate(store.images.keys)}
+    for row in rows:
+        np.testing.assert_array_equal(row["jitter"], factors[place[row["key"]], row["crop"]])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_guides_commands_run_as_written(tmp_path, few, truth, order, monkeypatch):  # noqa: F811
     import re
     import shlex

@@ -54,6 +54,7 @@ class Labelled:
         rows: int64 (I,), places in the store. keys: of the images. size_I2: (height, width).
         box_IM4: uint16. flip_IM: bool.
         ids_IMK: int64, most probable first. prob_IMK: float32; all one for form `hard`.
+        jitter_IM4: float32 colour factors (`fkdpipe.crops.Crops`), None without any.
     """
 
     unit: int
@@ -64,6 +65,7 @@ class Labelled:
     flip_IM: np.ndarray
     ids_IMK: np.ndarray
     prob_IMK: np.ndarray
+    jitter_IM4: np.ndarray | None = None
 
 
 class Export:
@@ -119,17 +121,18 @@ class Export:
             rows = self.found.rows[begin:end]
             local = rows - whole.start
             if len(rows):
-                drawn = [rounds.crops_of(self.store, s.part, unit) for s in self.found.crops]
+                drawn = self._crops(unit, local)
                 ids, prob = self._labels(unit, local)
                 yield Labelled(
                     unit=unit,
                     rows=rows,
                     keys=[str(key) for key in images.keys[rows]],
                     size_I2=images.size_N2[rows],
-                    box_IM4=np.concatenate([c.box_NM4[local] for c in drawn], axis=1),
-                    flip_IM=np.concatenate([c.flip_NM[local] for c in drawn], axis=1),
+                    box_IM4=drawn["box"],
+                    flip_IM=drawn["flip"],
                     ids_IMK=ids,
                     prob_IMK=prob,
+                    jitter_IM4=drawn.get("jitter"),
                 )
             advance(whole.stop - whole.start)
 
@@ -141,6 +144,12 @@ class Export:
             for s in self.found.crops
         ]
         return np.concatenate(parts, axis=1)[local]
+
+    def _crops(self, unit: int, local: np.ndarray) -> dict[str, np.ndarray]:
+        """Fields of some images' crops, rounds joined."""
+        crops = (rounds.crops_of(self.store, s.part, unit) for s in self.found.crops)
+        values = [rounds.values_of(drawn) for drawn in crops]
+        return {k: np.concatenate([v[k][local] for v in values], axis=1) for k in values[0]}
 
     def _labels(self, unit: int, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids_IMK, prob_IMK), most probable first."""
@@ -192,6 +201,21 @@ class Export:
         }
         region = (self.store.unit_rows(unit),)
         return self.store.arrays.decode(f"{part.path}/{name}", region, shards)
+
+
+def refuse_jitter(export: Export, name: str) -> None:
+    """Refuse labels of crops whose colours were changed, where a format has no place for that.
+
+    Raises:
+        LabelsError: the other system would show its student other pixels.
+    """
+    if any("jitter" in segment.part.settings for segment in export.found.crops):
+        raise LabelsError(
+            f"{export.store.url}: its crops have recorded colour jitter, which {name}'s files "
+            "cannot keep: its trainer would show other pixels than these labels belong to. Parquet "
+            "keeps it.",
+            code="transformed",
+        )
 
 
 def empty_folder(out: Path) -> Path:

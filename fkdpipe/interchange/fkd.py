@@ -148,11 +148,13 @@ def write_labels(
     name of its label; names end at the first dot here too, where that is unambiguous.
 
     Raises:
-        LabelsError: `out` is not empty, or there are more classes than float32 counts exactly.
+        LabelsError: `out` is not empty, colours were changed, or there are more classes than
+            float32 counts exactly.
     """
     import torch
 
     export = Export(store, settings)
+    exporting.refuse_jitter(export, "FKD")
     if export.classes > 2**24:
         raise LabelsError("FKD keeps class ids as float32, which is exact up to 2**24 classes.")
     place = exporting.empty_folder(out)

@@ -265,11 +265,12 @@ def write_labels(
     """Write a store's labels as ml-dr's trainer reads them, with their configuration.
 
     Raises:
-        LabelsError: `out` is not empty.
+        LabelsError: `out` is not empty, or colours were changed.
     """
     import torch
 
     export = Export(store, settings)
+    exporting.refuse_jitter(export, "ml-dr")
     place = exporting.empty_folder(out)
     listed = store.images
     index_N = imagefolder.index_of([str(k) for k in listed.keys], (r[0] for r in listed.rejected))

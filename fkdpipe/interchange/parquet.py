@@ -1,7 +1,8 @@
 """A store's labels as one Parquet table: a row per crop, for people who want to look at them.
 
 Columns: key, class (of the folder, -1 without), image_height, image_width, crop, top, left,
-height, width (pixels of the decoded image), flip, ids and prob (lists of K, most probable first).
+height, width (pixels of the decoded image), flip, jitter (brightness, contrast, saturation, hue;
+null without recorded jitter), ids and prob (lists of K, most probable first).
 What is known of the labels' making is JSON under `fkdpipe` in the table's metadata.
 """
 
@@ -49,6 +50,7 @@ def write_labels(
             ("height", pa.uint16()),
             ("width", pa.uint16()),
             ("flip", pa.bool_()),
+            ("jitter", pa.list_(pa.float32(), 4)),
             ("ids", pa.list_(pa.int32(), export.keep)),
             ("prob", pa.list_(pa.float32(), export.keep)),
         ],
@@ -59,14 +61,20 @@ def write_labels(
         pq.ParquetWriter(place / "labels.parquet", schema, compression="zstd") as writer,
     ):
         for unit in export.units(advance):
-            lists = {
-                "ids": pa.array(unit.ids_IMK.astype(np.int32).ravel()),
-                "prob": pa.array(unit.prob_IMK.ravel()),
-            }
-            columns = _columns(store, unit) | {
-                name: pa.FixedSizeListArray.from_arrays(values, export.keep)
-                for name, values in lists.items()
-            }
+            lists = {"ids": unit.ids_IMK.astype(np.int32), "prob": unit.prob_IMK}
+            if unit.jitter_IM4 is not None:
+                lists["jitter"] = unit.jitter_IM4
+            nothing = pa.nulls(unit.flip_IM.size, schema.field("jitter").type)
+            columns = (
+                {"jitter": nothing}
+                | _columns(store, unit)
+                | {
+                    name: pa.FixedSizeListArray.from_arrays(
+                        pa.array(values.ravel()), values.shape[-1]
+                    )
+                    for name, values in lists.items()
+                }
+            )
             writer.write_table(pa.table([columns[n] for n in schema.names], schema=schema))
     return Exported(len(export.found.rows), 1, tuple(export.notes()))
 

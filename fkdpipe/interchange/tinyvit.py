@@ -282,10 +282,11 @@ def write_labels(
     """Write a store's labels as TinyViT's trainer reads them, one epoch per crop.
 
     Raises:
-        LabelsError: the crops did not come from TinyViT's seeds, ids beyond int16, or `out` is not
-            empty.
+        LabelsError: the crops did not come from TinyViT's seeds, colours were changed, ids go
+            beyond int16, or `out` is not empty.
     """
     export = Export(store, settings)
+    exporting.refuse_jitter(export, "TinyViT")
     if not export.seeds:
         raise LabelsError(
             f"{store.url}: TinyViT's files keep the seed that a crop was drawn from, not its box, "
