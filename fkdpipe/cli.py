@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import demo, generate, inspect, report, store, train
+from fkdpipe.commands import demo, generate, inspect, interchange, report, store, train
 from fkdpipe.errors import FkdpipeError
 
 
@@ -66,6 +66,8 @@ for command in (
     inspect.inspect,
     inspect.analyse,
     store.verify,
+    interchange.import_,
+    interchange.export,
     store.thin,
 ):
     cli.add_command(command)

@@ -4,6 +4,7 @@
     ├── UsageError (ValueError)    arguments that cannot be right; exit code 2
     ├── ImagesError                an image folder, or a file in it
     ├── ModelError                 a teacher or a student: name, weights, outputs
+    ├── LabelsError                label files of another system, to import or export
     ├── StoreError                 a store that cannot be used as asked
     │   ├── StoreMismatchError     the store was made with other settings, or for other data
     │   ├── UnsealedStoreError     generation has not finished
@@ -41,6 +42,10 @@ class ImagesError(FkdpipeError):
 
 class ModelError(FkdpipeError):
     """A model name, its weights or its outputs do not fit."""
+
+
+class LabelsError(FkdpipeError):
+    """Label files of another system cannot be imported, or a store not exported to its format."""
 
 
 class StoreError(FkdpipeError):

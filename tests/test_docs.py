@@ -92,7 +92,10 @@ def test_the_cli_page_is_generated():
     [
         "README.md",
         "CONTRIBUTING.md",
-        *(f"docs/{n}.md" for n in ("format", "methods", "cli", "guide-inspect")),
+        *(
+            f"docs/{n}.md"
+            for n in ("format", "methods", "cli", "guide-inspect", "guide-interchange")
+        ),
     ],
 )
 def test_links_lead_somewhere(page):

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "teachers",
         "replay", "storage",
     },
+    "interchange": {"errors", "crops", "images", "progress", "storage"},
 }  # fmt: skip
 
 

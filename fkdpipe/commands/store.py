@@ -115,7 +115,7 @@ def _against_data(
         class_names=store.images.class_names,
         weights=teacher_weight,
         class_maps=[images.read_class_map(file) for file in class_map],
-        precision=parts[0].settings["precision"],
+        precision=parts[0].settings["precision"] or "float32",  # unknown of imports
         device=where,
         needs=Needs(pre="pre" in taps, penultimate="post" in taps),
     )

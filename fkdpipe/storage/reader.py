@@ -282,12 +282,18 @@ def check_temperature(segments: Sequence[Segment], asked: float | None) -> float
         StoreMismatchError: the stored form fixes the temperature.
     """
     settings = segments[0].part.settings
-    stored = float(settings["temperature"])
     form = labels.parse_form(settings["form"])
     if form.kind == "logits":
         return 1.0 if asked is None else asked
-    if asked is None or asked == stored:
+    if asked is None or asked == settings["temperature"]:
         return 1.0
+    if settings["temperature"] is None:
+        raise StoreMismatchError(
+            f"these labels were imported and their temperature is unknown, so they cannot be "
+            f"turned to {asked:g}. Leave it out to take them as they are.",
+            code="temperature",
+        )
+    stored = float(settings["temperature"])
     if form.kind == "full" and len(settings["teachers"]) == 1:
         return asked / stored
     raise StoreMismatchError(

@@ -16,6 +16,8 @@ from fkdpipe.storage.location import Location
 from fkdpipe.storage.reader import Segment
 from fkdpipe.storage.store import Store
 
+Failed = dict[int, tuple[str, str]]
+
 
 @dataclass(frozen=True)
 class Thinning:
@@ -94,7 +96,8 @@ def thin(
             drawn = _crops(store, found.crops, unit, count)
             values = {} if wanted.derived_boxes else rounds.values_of(drawn)
             facts = {"crops_crc32c": rounds.checksum(drawn)}
-            writer.commit_unit(made, crops_part, unit, values, made=facts)
+            without = _crops_failed(found.crops, failed)
+            writer.commit_unit(made, crops_part, unit, values, failed=without, made=facts)
             kept = source_labels.unit(unit, count, failed)
             facts = found.labels[0][0].manifest.made.get(unit, {})
             writer.commit_unit(made, labels_part, unit, kept, failed=failed, made=facts)
@@ -137,6 +140,13 @@ def _crops(store: Store, segments: Sequence[Segment], unit: int, count: int) -> 
     values = [rounds.values_of(part) for part in parts]
     joined = {k: np.concatenate([v[k] for v in values], axis=1)[:, :count] for k in values[0]}
     return Crops(joined["box"], joined["flip"], joined.get("jitter"))
+
+
+def _crops_failed(segments: Sequence[Segment], failed: Failed) -> Failed:
+    """Of the failed images of a unit, those that an import brought no crops for."""
+    return {
+        row: why for row, why in failed.items() if any(row in s.manifest.failed for s in segments)
+    }
 
 
 class _Labels:

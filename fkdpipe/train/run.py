@@ -321,7 +321,7 @@ def _backend(
     made = {
         part.settings["replay"]
         for part in (store.parts.values() if store else [])
-        if part.kind == "labels"
+        if part.kind == "labels" and part.settings["replay"]  # unknown of imported labels
     }
     if made and backend not in made:
         log.warning(

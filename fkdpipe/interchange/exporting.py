@@ -1,0 +1,230 @@
+"""A store -> label files of another system: read unit by unit, most probable class first.
+
+Letters: I images of a unit that have labels, M crops of each over all rounds, K kept classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fkdpipe.errors import LabelsError, UsageError
+from fkdpipe.interchange.source import SEED_FIELD
+from fkdpipe.progress import Advance
+from fkdpipe.storage import labels, reader, rounds
+from fkdpipe.storage.labels import Form
+from fkdpipe.storage.reader import Finished, Segment, WideReader
+from fkdpipe.storage.store import Part, Store
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to write.
+
+    source: which labels; None takes the only ones. keep: K, classes of each label; None takes
+    all that are stored, and needs a number where the store keeps every class.
+    """
+
+    source: str | None = None
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise UsageError(f"keep must be at least 1; found {self.keep}.")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did. notes: what the format cannot hold, and what was left out."""
+
+    images: int
+    files: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The labelled images of a unit.
+
+    Attributes:
+        rows: int64 (I,), places in the store. keys: of the images. size_I2: (height, width).
+        box_IM4: uint16. flip_IM: bool.
+        ids_IMK: int64, most probable first. prob_IMK: float32; all one for form `hard`.
+        jitter_IM4: float32 colour factors (`fkdpipe.crops.Crops`), None without any.
+    """
+
+    unit: int
+    rows: np.ndarray
+    keys: Sequence[str]
+    size_I2: np.ndarray
+    box_IM4: np.ndarray
+    flip_IM: np.ndarray
+    ids_IMK: np.ndarray
+    prob_IMK: np.ndarray
+    jitter_IM4: np.ndarray | None = None
+
+
+class Export:
+    """A store's labels of one source, opened for an export.
+
+    Attributes:
+        form: as stored. classes: C. keep: K that is written. crops: M.
+        settings: of the labels part.
+
+    Raises:
+        UsageError: K is more than the store keeps, or must be given.
+        UnsealedStoreError, StoreError: the store is not complete, or has no such source.
+    """
+
+    def __init__(self, store: Store, wanted: ExportSettings) -> None:
+        self.store = store
+        self.source = reader.choose_source(store, wanted.source)
+        self.found: Finished = reader.finished(store, [("labels", self.source, "")])
+        self.segments = self.found.labels[0]
+        self.settings = self.segments[0].part.settings
+        self.form: Form = labels.parse_form(self.settings["form"])
+        self.classes = int(self.settings["classes"])
+        self.crops = self.found.crops_per_image
+        if not self.form.sparse and wanted.keep is None:
+            raise UsageError(f"the store keeps all {self.classes} classes: say --keep K.")
+        most = self.form.k if self.form.sparse else self.classes
+        self.keep = most if wanted.keep is None else wanted.keep
+        if self.keep > most:
+            raise UsageError(f"--keep {self.keep}: the store keeps {most} classes of each label.")
+
+    @cached_property
+    def seeds(self) -> bool:
+        """Are the crops those of recorded seeds?"""
+        return all(SEED_FIELD in segment.part.fields for segment in self.found.crops)
+
+    def notes(self) -> list[str]:
+        """What every export has to say."""
+        said = []
+        failed = self.found.failed
+        if failed:
+            keys = [str(self.store.images.keys[row]) for row in sorted(failed)[:3]]
+            said.append(f"{len(failed):,} images have no labels: {', '.join(keys)}, ...")
+        if self.form.sparse and self.keep < self.form.k:
+            said.append(f"{self.keep} of the {self.form.k} stored classes are written")
+        return said
+
+    def units(self, advance: Advance = lambda count: None) -> Iterator[Labelled]:
+        """Unit after unit; one is in memory at a time."""
+        images = self.store.images
+        for unit in range(self.store.num_units):
+            whole = self.store.unit_rows(unit)
+            begin, end = np.searchsorted(self.found.rows, [whole.start, whole.stop])
+            rows = self.found.rows[begin:end]
+            local = rows - whole.start
+            if len(rows):
+                drawn = self._crops(unit, local)
+                ids, prob = self._labels(unit, local)
+                yield Labelled(
+                    unit=unit,
+                    rows=rows,
+                    keys=[str(key) for key in images.keys[rows]],
+                    size_I2=images.size_N2[rows],
+                    box_IM4=drawn["box"],
+                    flip_IM=drawn["flip"],
+                    ids_IMK=ids,
+                    prob_IMK=prob,
+                    jitter_IM4=drawn.get("jitter"),
+                )
+            advance(whole.stop - whole.start)
+
+    def seeds_of(self, labelled: Labelled) -> np.ndarray:
+        """int32 (I, M): the seeds that the crops came from."""
+        local = labelled.rows - self.store.unit_rows(labelled.unit).start
+        parts = [
+            self._narrow(s.part, s.manifest.files, SEED_FIELD.name, labelled.unit)
+            for s in self.found.crops
+        ]
+        return np.concatenate(parts, axis=1)[local]
+
+    def _crops(self, unit: int, local: np.ndarray) -> dict[str, np.ndarray]:
+        """Fields of some images' crops, rounds joined."""
+        crops = (rounds.crops_of(self.store, s.part, unit) for s in self.found.crops)
+        values = [rounds.values_of(drawn) for drawn in crops]
+        return {k: np.concatenate([v[k][local] for v in values], axis=1) for k in values[0]}
+
+    def _labels(self, unit: int, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids_IMK, prob_IMK), most probable first."""
+        if self.form.sparse:
+            parts = [self._sparse(segment, unit, local) for segment in self.segments]
+        else:
+            parts = list(self._scored(unit, local))
+        ids, prob = (np.concatenate(values, axis=1) for values in zip(*parts, strict=True))
+        return ids, prob
+
+    def _sparse(
+        self, segment: Segment, unit: int, local: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        files = segment.manifest.files
+        ids = self._narrow(segment.part, files, "ids", unit)[local]
+        shape = (*ids.shape[:2], self.keep)
+        ids = ids.reshape(-1, self.form.k).astype(np.int64)
+        if self.form.kind == "hard":
+            return ids.reshape(shape), np.ones(shape, dtype=np.float32)
+        name = "stick" if self.form.compact else "prob"
+        stored = self._narrow(segment.part, files, name, unit)[local].reshape(-1, self.form.k)
+        prob = labels.decode_probabilities(self.form, stored)
+        rank = prob.copy()
+        rank[:, 0] = np.inf  # the teacher's first choice, even where rounding made it tie
+        order = np.argsort(-rank, axis=1, kind="stable")[:, : self.keep]
+        ids, prob = (np.take_along_axis(values, order, 1) for values in (ids, prob))
+        return ids.reshape(shape), prob.reshape(shape)
+
+    def _scored(self, unit: int, local: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """From all scores, a crop group at a time."""
+        logits = self.form.kind == "logits"
+        temperature = float(self.settings["temperature"] or 1.0) if logits else 1.0
+        wide = WideReader(self.store, self.segments, "logit" if logits else "log_prob")
+        for first in range(0, self.crops, self.store.group_size):
+            crops_m = np.arange(first, min(first + self.store.group_size, self.crops))
+            scores = wide.unit(unit, crops_m)[local]
+            shape = (len(local), len(crops_m), self.keep)
+            prob = labels.softmax(scores.reshape(-1, self.classes), temperature)
+            ids, kept = labels.top_k(prob, self.keep)
+            yield ids.reshape(shape), kept.reshape(shape)
+
+    def _narrow(self, part: Part, files: dict, name: str, unit: int) -> np.ndarray:
+        """(images of the unit, M of the round, ...) of a narrow field, checksums compared."""
+        prefix = f"{part.path}/{name}/c/{unit}/"
+        shards = {
+            key: self.store.read_checked(key, files, unit)
+            for key in files
+            if key.startswith(prefix)
+        }
+        region = (self.store.unit_rows(unit),)
+        return self.store.arrays.decode(f"{part.path}/{name}", region, shards)
+
+
+def refuse_jitter(export: Export, name: str) -> None:
+    """Refuse labels of crops whose colours were changed, where a format has no place for that.
+
+    Raises:
+        LabelsError: the other system would show its student other pixels.
+    """
+    if any("jitter" in segment.part.settings for segment in export.found.crops):
+        raise LabelsError(
+            f"{export.store.url}: its crops have recorded colour jitter, which {name}'s files "
+            "cannot keep: its trainer would show other pixels than these labels belong to. Parquet "
+            "keeps it.",
+            code="transformed",
+        )
+
+
+def empty_folder(out: Path) -> Path:
+    """A new folder for label files.
+
+    Raises:
+        LabelsError: something is there.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LabelsError(f"{out} is not empty. Name a new folder.", code="not-empty")
+    out.mkdir(parents=True, exist_ok=True)
+    return out

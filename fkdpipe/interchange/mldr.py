@@ -1,0 +1,325 @@
+"""Apple's ml-dr ("Reinforce Data, Multiply Impact"): one torch file per image, `<index>.pth.tar`.
+
+The index is the image's place in torchvision's ImageFolder. A file holds (index, samples), each
+sample {"params": ..., "prob": (probabilities, classes)} with K classes in no order; params list
+what each random transformation did, in a fixed order. `config.pth.tar` names the
+transformations. Boxes are pixels of the decoded image. Samples that were also changed by
+RandAugment, erasing, mixup or cutmix have labels of pixels that crop and flip do not give: they
+are refused, or left out when asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fkdpipe.errors import LabelsError, UsageError
+from fkdpipe.images import ImageFolder
+from fkdpipe.interchange import exporting, imagefolder, torchfile
+from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
+from fkdpipe.interchange.source import ImageLabels, ImportSettings, LabelSource, imported_law
+from fkdpipe.interchange.torchfile import BrokenFileError
+from fkdpipe.progress import Reporter, silent
+from fkdpipe.storage.labels import Form
+from fkdpipe.storage.schema import Json
+from fkdpipe.storage.store import Store
+
+SAMPLE = 32
+# With recorded parameters, in the order they are applied; the last two mix two images.
+_RECORDED = ("resize", "random_crop", "random_resized_crop", "random_horizontal_flip",
+             "rand_augment", "random_erase", "mixup", "cutmix")  # fmt: skip
+_MIXING = ("mixup", "cutmix")
+_RESIZING = ("resize", "center_crop", "random_crop")
+
+Sample = tuple[Any, Any, list[str]]  # box, flip, what else was done to the pixels
+
+
+def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
+    """ml-dr's files, in `place` or in `place/reinforced_data`.
+
+    Raises:
+        LabelsError: no configuration, another number of images, or labels of other pixels.
+        UsageError: `skip_transformed` without `crops`.
+    """
+    inside = place / "reinforced_data"
+    root = inside if (inside / "config.pth.tar").is_file() else place
+    config = _config(root)
+    used = _transformations(config, root)
+    index_N = imagefolder.index_of(folder.keys, (r.key for r in folder.rejected))
+    _check_count(root, int(index_N.max()) + 1)
+    probe, fingerprint = _probe(root, index_N, used, settings)
+    crops = settings.crops or len(probe)
+    k = len(probe[0][1])
+    classes = settings.classes or config.get("num_classes")
+    crop = config["reinforce"]["image_augmentation"]["random_resized_crop"]
+    law = imported_law("ml-dr", crops)
+
+    def read(position: int) -> ImageLabels:
+        index = int(index_N[position])
+        samples = _samples(_read(root, index), index, used)
+        if not settings.skip_transformed and any(done for (_, _, done), _ in samples):
+            raise BrokenFileError("transformed", "changed by more than crop and flip")
+        plain = [sample for sample in samples if not sample[0][2]]
+        return _labels(plain[:crops], k)
+
+    return LabelSource(
+        format="ml-dr",
+        form=Form("topk", k),
+        classes=classes if type(classes) is int else len(folder.class_names),
+        classes_known=type(classes) is int,
+        crops=crops,
+        law={
+            **law,
+            "scale": list(crop.get("scale", (0.08, 1.0))),
+            "ratio": list(crop.get("ratio", (3 / 4, 4 / 3))),
+        },
+        fingerprint=fingerprint,
+        read=read,
+        temperature=1.0,  # its generator knows no other
+        provenance={"ml-dr": {"teacher": config.get("teacher"), "reinforce": config["reinforce"]}},
+    )
+
+
+def _read(root: Path, index: int) -> bytes:
+    if index < 0:
+        raise BrokenFileError("no-label", "torchvision's ImageFolder does not list this file")
+    try:
+        return (root / f"{index}.pth.tar").read_bytes()
+    except OSError as error:
+        raise BrokenFileError("no-label", f"{index}.pth.tar: {error.strerror}") from error
+
+
+def _config(root: Path) -> Json:
+    """The configuration of a reinforced data set.
+
+    Raises:
+        LabelsError: it is missing or of another shape.
+    """
+    file = root / "config.pth.tar"
+    try:
+        config = torchfile.loads(file.read_bytes())
+        config["reinforce"]["image_augmentation"].items()
+    except FileNotFoundError:
+        raise LabelsError(
+            f"{root} has no config.pth.tar, which says what was done to the images. Files written "
+            "by joblib (.jb) cannot be read safely.",
+            code="no-labels",
+        ) from None
+    except (BrokenFileError, KeyError, TypeError, AttributeError) as error:
+        raise LabelsError(f"{file} cannot be read: {error}.", code="broken-labels") from error
+    return config
+
+
+def _transformations(config: Json, root: Path) -> list[str]:
+    """Those of `_RECORDED` that were used, in their order.
+
+    Raises:
+        LabelsError: the boxes are not those of random crops of the decoded image.
+    """
+    named = config["reinforce"]["image_augmentation"]
+    used = {name for name, value in named.items() if (value or {}).get("enable", True)}
+    resizing = sorted(used & set(_RESIZING))
+    if resizing or "random_resized_crop" not in used:
+        raise LabelsError(
+            f"{root}: its images were prepared with {', '.join(resizing) or 'no random crop'}, so "
+            "its boxes are not those of the images as they are.",
+            code="transformed",
+        )
+    return [name for name in _RECORDED if name in used]
+
+
+def _check_count(root: Path, images: int) -> None:
+    """Files are named by position, so a missing image would shift every label after it.
+
+    Raises:
+        LabelsError: the largest index is not that of the folder's last image.
+    """
+    largest = -1
+    with os.scandir(root) as entries:
+        for entry in entries:
+            number = re.fullmatch(r"(\d{1,9})\.pth\.tar", entry.name)
+            largest = max(largest, int(number[1]) if number else -1)
+    if largest + 1 != images:
+        raise LabelsError(
+            f"{root} holds labels for {largest + 1:,} images, and torchvision's ImageFolder lists "
+            f"{images:,}. ml-dr names labels by position: with one image more or less, labels go "
+            "to the wrong images. Use the folder they were made for.",
+            code="wrong-folder",
+        )
+
+
+def _samples(data: bytes, index: int, used: list[str]) -> list[tuple[Sample, tuple]]:
+    """Each sample of a file: what was done, and its (probabilities, classes)."""
+    found = torchfile.loads(data)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], list):
+        raise BrokenFileError("broken-label", "not a pair of index and samples")
+    if found[0] != index:
+        raise BrokenFileError("wrong-index", f"it says it belongs to image {found[0]}, not {index}")
+    try:
+        return [(_applied(s["params"], used), tuple(s["prob"])) for s in found[1]]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise BrokenFileError("broken-label", f"a sample of another shape ({error})") from error
+
+
+def _applied(params: Any, used: list[str]) -> Sample:
+    """What was done to a sample: compressed parameters are a list, others a dict."""
+    if isinstance(params, dict):
+        first = {n: params[n] if n in _MIXING else params[n][0] for n in used}
+    else:
+        mixes = any(name in _MIXING for name in used)
+        values, partner = (params[1:], params[0]) if mixes else (params, None)
+        both = partner is not None
+        first = {
+            name: value[0] if both and name not in _MIXING else value
+            for name, value in zip(used, values, strict=True)
+        }
+    erased = first.get("random_erase")
+    if erased is not None and erased[0] == -1:  # no place was found, so nothing was erased
+        first["random_erase"] = None
+    done = [n for n in ("rand_augment", "random_erase", *_MIXING) if first.get(n) is not None]
+    return first["random_resized_crop"], first.get("random_horizontal_flip", False), done
+
+
+def _labels(samples: list[tuple[Sample, tuple]], k: int) -> ImageLabels:
+    box, flip, ids, prob = [], [], [], []
+    for (area, mirrored, _), label in samples:
+        if len(label) != 2 or any(len(part) != k for part in label):
+            raise BrokenFileError("broken-label", f"a label that has not {k} classes")
+        box.append(_numbers(area, int, 4))
+        flip.append(bool(mirrored))
+        prob.append(_numbers(label[0], (int, float), k))
+        ids.append(_numbers(label[1], int, k))
+    M = len(samples)
+    return ImageLabels(
+        np.array(box, dtype=np.int64).reshape(M, 4),
+        np.array(flip, dtype=bool),
+        np.array(ids, dtype=np.int64).reshape(M, k),
+        np.array(prob, dtype=np.float32).reshape(M, k),
+    )
+
+
+def _numbers(values: Any, kind: Any, count: int) -> list:
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise BrokenFileError("broken-label", f"not {count} numbers")
+    if not all(isinstance(v, kind) and abs(v) < 2**31 for v in values):
+        raise BrokenFileError("broken-label", "something that is no number")
+    return list(values)
+
+
+def _probe(
+    root: Path, index_N: np.ndarray, used: list[str], settings: ImportSettings
+) -> tuple[list[tuple], str]:
+    """Labels of the first file that can be read, and a digest of a few files.
+
+    Raises:
+        LabelsError: none can be read, or samples were changed beyond crop and flip.
+        UsageError: some were, they are to be left out, and how many to take is not said.
+    """
+    digest, done, fewest, total = hashlib.sha256(), Counter[str](), None, 0
+    first: list[tuple] = []
+    reasons: list[str] = []
+    steps = np.linspace(0, len(index_N) - 1, min(SAMPLE, len(index_N))).astype(np.int64)
+    for index in index_N[np.unique(steps)].tolist():
+        try:
+            data = _read(root, index)
+            samples = _samples(data, index, used)
+        except BrokenFileError as error:
+            reasons.append(f"{index}.pth.tar: {error}")
+            continue
+        digest.update(data)
+        first = first or [label for _, label in samples]
+        plain = sum(not changes for (_, _, changes), _ in samples)
+        fewest = plain if fewest is None else min(fewest, plain)
+        total += len(samples)
+        done.update(name for (_, _, changes), _ in samples for name in changes)
+    if not first or not first[0]:
+        raise LabelsError(
+            f"{root}: no label file could be read; for example {', '.join(reasons[:1])}.",
+            code="broken-labels",
+        )
+    if done and not settings.skip_transformed:
+        what = ", ".join(f"{name} ({count})" for name, count in done.most_common())
+        raise LabelsError(
+            f"{root}: of {total} samples looked at, some were also changed by {what}. Their labels "
+            "belong to pixels that crop and flip alone do not give. --skip-transformed imports the "
+            f"others: at least {fewest} per image of those looked at.",
+            code="transformed",
+        )
+    if done and settings.crops is None:
+        raise UsageError(
+            f"say how many samples to take of each image: --crops M. Of those looked at, every "
+            f"image has at least {fewest} made with crop and flip alone."
+        )
+    return first, digest.hexdigest()
+
+
+def write_labels(
+    store: Store, out: Path, settings: ExportSettings, *, reporter: Reporter = silent
+) -> Exported:
+    """Write a store's labels as ml-dr's trainer reads them, with their configuration.
+
+    Raises:
+        LabelsError: `out` is not empty, or colours were changed.
+    """
+    import torch
+
+    export = Export(store, settings)
+    exporting.refuse_jitter(export, "ml-dr")
+    place = exporting.empty_folder(out)
+    listed = store.images
+    index_N = imagefolder.index_of([str(k) for k in listed.keys], (r[0] for r in listed.rejected))
+    torch.save(_export_config(export), place / "config.pth.tar")
+    files = 1
+    with reporter.task("export", store.num_images, "images") as advance:
+        for unit in export.units(advance):
+            for i, index in enumerate(index_N[unit.rows].tolist()):
+                if index >= 0:
+                    # protocol 2, not ml-dr's 4: from torch 2.6 on, only 2 loads by default
+                    torch.save((index, _export_samples(unit, i)), place / f"{index}.pth.tar")
+                    files += 1
+    notes = [
+        *export.notes(),
+        "ml-dr names labels by position in torchvision's ImageFolder: train on exactly this folder",
+    ]
+    missing = store.num_images - (files - 1)
+    if missing:
+        notes.append(f"{missing:,} images have no file; ml-dr's loader stops at the first of them")
+    return Exported(len(export.found.rows), files, tuple(notes))
+
+
+def _export_samples(unit: Labelled, i: int) -> list[Json]:
+    """Plain Python numbers: its reader takes nothing else."""
+    columns = (unit.box_IM4, unit.flip_IM, unit.prob_IMK, unit.ids_IMK)
+    rows = zip(*(column[i].tolist() for column in columns), strict=True)
+    return [{"params": [tuple(box), flip], "prob": (p, ids)} for box, flip, p, ids in rows]
+
+
+def _export_config(export: Export) -> Json:
+    """What ml-dr's trainer looks up, and what else is known."""
+    law = export.found.crops[0].part.settings
+    crop = {name: law[name] for name in ("scale", "ratio") if law[name] is not None}
+    flip = 0.5 if law["flip"] is None else law["flip"]
+    return {
+        "num_classes": export.classes,
+        "teacher": {"name": ",".join(str(t.get("name")) for t in export.settings["teachers"])},
+        "reinforce": {
+            "num_samples": export.crops,
+            "topk": export.keep,
+            "compress": True,
+            "joblib": False,
+            "gzip": False,
+            "image_augmentation": {
+                "uint8": {"enable": True},
+                "random_resized_crop": {"enable": True, "size": 224, **crop},
+                "random_horizontal_flip": {"enable": True, "p": flip},
+                "to_tensor": {"enable": True},
+                "normalize": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+            },
+        },
+    }

@@ -1,0 +1,252 @@
+"""What every format hands over: label files of another system, opened, and read image by image.
+
+Letters: N images of the folder, M crops of each, K kept classes, C classes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fkdpipe.crops import boxes_outside
+from fkdpipe.errors import LabelsError, UsageError
+from fkdpipe.interchange.torchfile import BrokenFileError
+from fkdpipe.storage import schema
+from fkdpipe.storage.labels import Form
+from fkdpipe.storage.schema import Field, Json
+
+SUM_TOLERANCE = 2.0**-9  # float16 probabilities of a confident teacher sum to a little above 1
+SEED_FIELD = Field("seed", "int32", (), "bitshuffle", 0)
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What the files do not say, and what is to be made of them.
+
+    classes: C of the teacher; None takes the folder's.
+    temperature: of the teacher's softmax; None is recorded as unknown.
+    teacher: its name; "" is recorded as unknown.
+    crops: the first M crops of every image; None takes all. Label maps need it.
+    source: name of the labels within the store; "" takes the teacher's, or the format's.
+    seed: of the order of images in the store, and of crops drawn for label maps.
+    keep: K classes kept of a pooled label map.
+    compat_transposed: pool label maps with rows and columns exchanged, as published.
+    skip_transformed: leave out crops whose pixels were changed further than crop and flip.
+    assume_plain: the user's word that the labels were made with crop and flip alone.
+    sampler_seed: of the sampler that ordered batch files.
+    threads: readers of label files.
+    """
+
+    classes: int | None = None
+    temperature: float | None = None
+    teacher: str = ""
+    crops: int | None = None
+    source: str = ""
+    seed: int = 0
+    keep: int = 5
+    compat_transposed: bool = False
+    skip_transformed: bool = False
+    assume_plain: bool = False
+    sampler_seed: int = 42
+    threads: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "crops", "keep", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1; found {value}.")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise UsageError(f"temperature must be positive; found {self.temperature}.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
+        if self.source:
+            schema.check_source_name(self.source)
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """Labels of one image's crops.
+
+    Attributes:
+        box_M4: int64, (top, left, height, width) in pixels. flip_M: bool.
+        ids_MK: int64 classes in any order, the first among equals first; None for logits.
+        prob_MK: float32; None for form `hard` and logits.
+        logit_MC: float16 or float32 scores before softmax; None for the other forms.
+        seed_M: int32, where the crops came from seeds that an export needs again.
+        moved: boxes that rounding had put outside the image and that were moved back by a pixel.
+    """
+
+    box_M4: np.ndarray
+    flip_M: np.ndarray
+    ids_MK: np.ndarray | None = None
+    prob_MK: np.ndarray | None = None
+    logit_MC: np.ndarray | None = None
+    seed_M: np.ndarray | None = None
+    moved: int = 0
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """Label files of another system, opened.
+
+    Attributes:
+        format: its name. form, classes, crops: C and M of what they hold.
+        classes_known: the user gave C; else it is the folder's.
+        law: settings of the crops part. fingerprint: hex, of what was looked at when opening.
+        read: position in the image folder to its labels; raises BrokenFileError. Called from
+            several threads.
+        fields: further arrays of the crops part.
+        notes: what a user should know before the labels are used.
+        temperature: where the format fixes it. origin: what else was decided when opening.
+    """
+
+    format: str
+    form: Form
+    classes: int
+    classes_known: bool
+    crops: int
+    law: Json
+    fingerprint: str
+    read: Callable[[int], ImageLabels]
+    fields: tuple[Field, ...] = ()
+    notes: tuple[str, ...] = ()
+    temperature: float | None = None
+    origin: Mapping[str, object] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+
+def imported_law(format_: str, crops: int) -> Json:
+    """Settings of a crops part whose boxes came from elsewhere; None is unknown."""
+    return {
+        "law": f"imported:{format_}",
+        "version": 1,
+        "scale": None,
+        "ratio": None,
+        "flip": None,
+        "seed": None,
+        "boxes": "stored",
+        "first": 0,
+        "crops": crops,
+    }
+
+
+def to_pixels(fraction_M4: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, int]:
+    """Boxes in pixels from (top/H, left/W, height/H, width/W), and how many were moved.
+
+    float32 fractions give back the exact pixels. float16 ones are off by up to size / 2048, so a
+    box that touched the border may come out beyond it; it is moved back by at most that much.
+
+    Args:
+        size: (height, width) of the decoded image.
+
+    Raises:
+        BrokenFileError: numbers that are no fractions.
+    """
+    if fraction_M4.ndim != 2 or fraction_M4.shape[1] != 4 or fraction_M4.dtype.kind != "f":
+        raise BrokenFileError("broken-label", f"boxes of shape {fraction_M4.shape}")
+    if not np.isfinite(fraction_M4).all() or np.abs(fraction_M4).max(initial=0) > 2:
+        raise BrokenFileError("broken-label", "boxes that are no fractions of the image")
+    H, W = int(size[0]), int(size[1])
+    box = np.rint(fraction_M4.astype(np.float64) * [H, W, H, W]).astype(np.int64)
+    if fraction_M4.dtype != np.float16:
+        return box, 0
+    over = box[:, :2] + box[:, 2:] - [H, W]
+    slack = np.ceil(np.array([H, W]) * 2.0**-11).astype(np.int64)
+    shift = np.where((over > 0) & (over <= slack) & (over <= box[:, :2]), over, 0)
+    box[:, :2] -= shift
+    return box, int(shift.any(axis=1).sum())
+
+
+def check(found: ImageLabels, source: LabelSource, size: Sequence[int]) -> ImageLabels:
+    """The labels, cut to the M crops that are wanted.
+
+    Raises:
+        BrokenFileError: too few crops, a box outside the image, classes or probabilities that
+            cannot be.
+    """
+    M = source.crops
+    if len(found.box_M4) < M or len(found.flip_M) < M:
+        detail = f"{len(found.box_M4)} crops, {M} are imported"
+        raise BrokenFileError("too-few-crops", detail)
+    box_M4 = found.box_M4[:M]
+    if (box_M4 < 0).any() or boxes_outside(box_M4[None], np.array([size])).any():
+        raise BrokenFileError(
+            "box-outside", f"a box leaves the image of {size[1]}x{size[0]} pixels"
+        )
+    if found.logit_MC is not None:
+        logit = found.logit_MC[:M]
+        if logit.shape != (M, source.classes) or not np.isfinite(logit).all():
+            raise BrokenFileError("broken-label", f"scores of shape {logit.shape}, or not finite")
+        return ImageLabels(box_M4, found.flip_M[:M], logit_MC=logit)
+    assert found.ids_MK is not None
+    ids = found.ids_MK[:M]
+    if ids.shape != (M, source.form.k):
+        raise BrokenFileError("broken-label", f"{ids.shape} classes, not {(M, source.form.k)}")
+    if ids.min() < 0 or ids.max() >= source.classes:
+        worst = int(ids.max()) if ids.max() >= source.classes else int(ids.min())
+        raise BrokenFileError("class-range", f"class {worst} of {source.classes}")
+    if source.form.k > 1 and (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+        raise BrokenFileError("broken-label", "a class named twice in one label")
+    prob = None if found.prob_MK is None else found.prob_MK[:M]
+    if prob is not None:
+        if prob.shape != ids.shape or not np.isfinite(prob).all() or prob.min() < 0:
+            raise BrokenFileError("broken-label", "probabilities that cannot be")
+        if prob.sum(axis=1).max() > 1 + SUM_TOLERANCE:
+            raise BrokenFileError("broken-label", "probabilities that sum to more than 1")
+    seeds = None if found.seed_M is None else found.seed_M[:M]
+    return ImageLabels(box_M4, found.flip_M[:M], ids, prob, None, seeds, found.moved)
+
+
+def whole_numbers(values: np.ndarray, what: str) -> np.ndarray:
+    """int64 of numbers that are whole, whatever type they are stored in.
+
+    Raises:
+        BrokenFileError: they are not.
+    """
+    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise BrokenFileError("broken-label", f"{what} of type {values.dtype}")
+    whole = values.astype(np.int64)
+    if (whole != values).any():
+        raise BrokenFileError("broken-label", f"{what} that are not whole numbers")
+    return whole
+
+
+def refuse_half_ids(dtype: np.dtype, classes: int, where: str) -> None:
+    """Refuse class ids in float16 beyond 2,048: from there on float16 knows only every second one.
+
+    Raises:
+        LabelsError: the ids were rounded when the file was written and cannot be restored.
+    """
+    if dtype == np.float16 and classes > 2048:
+        raise LabelsError(
+            f"{where} keeps class ids as float16, which is exact only up to 2,048, and there are "
+            f"{classes:,} classes: ids were rounded when these files were written. Generate them "
+            "again in float32.",
+            code="half-ids",
+        )
+
+
+def refuse_short_ids(classes: int, where: str) -> None:
+    """Refuse int16 class ids beyond 32,767.
+
+    Raises:
+        LabelsError: ids wrapped around when the file was written.
+    """
+    if classes > 32_768:
+        raise LabelsError(
+            f"{where} keeps class ids as int16, which ends at 32,767, and there are {classes:,} "
+            "classes: larger ids wrapped around when these files were written.",
+            code="short-ids",
+        )
+
+
+def scratch_table(epochs: int, images: int) -> np.ndarray:
+    """int32 (E, N) of -1, in a temporary file: hundreds of epochs of millions of images take
+    more than memory should."""
+    with tempfile.TemporaryFile() as file:
+        table = np.memmap(file, dtype=np.int32, mode="w+", shape=(epochs, images))
+    table[:] = -1
+    return table

@@ -1,0 +1,501 @@
+"""Labels of other systems become stores, and stores become their labels again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import foreign
+import numpy as np
+import pipeline
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fkdpipe import images
+from fkdpipe.cli import cli
+from fkdpipe.errors import LabelsError, StoreMismatchError, UsageError
+from fkdpipe.interchange import EXPORTS, IMPORTS, choose, importing
+from fkdpipe.interchange.exporting import Export, ExportSettings
+from fkdpipe.interchange.source import ImportSettings, to_pixels
+from fkdpipe.storage import verify
+from fkdpipe.storage.location import open_location
+from fkdpipe.storage.store import open_store
+
+M = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def bring(format_: str, place: Path, data: Path, store: Path, **settings) -> importing.Imported:
+    """`fkdpipe import` with its checks: the store is complete and sound."""
+    wanted = ImportSettings(**{"threads": 2, **settings})
+    folder = importing.scan(data)
+    labels = choose(IMPORTS, format_)(place, folder, wanted)
+    made = importing.import_labels(labels, folder, open_location(store), wanted)
+    assert verify.verify(open_store(store), full=True) == []
+    return made
+
+
+def send(format_: str, store, out: Path, **settings):
+    return choose(EXPORTS, format_)(store, out, ExportSettings(**settings))
+
+
+def content(store, **settings) -> foreign.Truth:
+    """What a store holds, as `foreign.make_truth` describes it."""
+    export = Export(store, ExportSettings(**settings))
+    truth = {}
+    for unit in export.units():
+        for i, key in enumerate(unit.keys):
+            truth[key] = {
+                "box": unit.box_IM4[i].astype(int),
+                "flip": unit.flip_IM[i],
+                "ids": unit.ids_IMK[i],
+                "prob": unit.prob_IMK[i],
+                "size": unit.size_I2[i].astype(int),
+            }
+    return truth
+
+
+def agree(found: foreign.Truth, expected: foreign.Truth, *, k=None, tolerance=2.0**-11) -> None:
+    """Boxes, flips and classes equal; probabilities within the precision of float16."""
+    assert found.keys() == expected.keys()
+    for key, entry in expected.items():
+        np.testing.assert_array_equal(found[key]["box"], entry["box"], err_msg=key)
+        np.testing.assert_array_equal(found[key]["flip"], entry["flip"], err_msg=key)
+        a, b = (dict(zip_rows(e, k)) for e in (found[key], entry))
+        for crop in b:
+            assert a[crop].keys() == b[crop].keys(), key
+            for c, p in b[crop].items():
+                assert abs(a[crop][c] - p) <= tolerance * p + 2.0**-24, key
+
+
+def zip_rows(entry: dict, k: int | None):
+    """crop -> {class: probability}; the order within a label says nothing more."""
+    for crop, (ids, prob) in enumerate(zip(entry["ids"], entry["prob"], strict=True)):
+        yield crop, dict(zip(ids[:k].tolist(), prob[:k].tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, cut) -> Path:
+    """Three classes, names with dots and spaces, images of unequal sides."""
+    root = tmp_path_factory.mktemp("few")
+    for c, name in enumerate(("a", "b", "c")):
+        (root / "train" / name).mkdir(parents=True)
+        for k in range(6):
+            cut(10 * c + k, 40 + 3 * k, 90 - 5 * k).save(root / "train" / name / f"i{k}.jpg")
+    cut(77, 40, 90).save(root / "train" / "a" / "x.y.v2.jpg")
+    cut(78, 90, 41).save(root / "train" / "b" / "ein Bär.jpg")
+    return root
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numpy", "tensors"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("label", "k", "form"),
+    [
+        ("marginal", 5, "topk:5"),
+        ("marginal", 10, "topk:10"),
+        ("smoothing", 1, "topk:1"),
+        ("hard", 1, "hard"),
+    ],
+)
+def test_fkd_files_come_in_as_they_are(tmp_path, few, label, k, form, dtype, tensors):
+    truth = foreign.make_truth(images.scan(few), crops=M, k=k, classes=1000, half=True)
+    if label == "hard":
+        for entry in truth.values():
+            entry["prob"] = np.ones_like(entry["prob"])
+    place = foreign.write_fkd(tmp_path / "l", truth, label=label, dtype=dtype, tensors=tensors)
+    made = bring("fkd", place, few, tmp_path / "store", classes=1000)
+    assert (made.form, made.crops, made.failed.total()) == (form, M, 0)
+    agree(content(made.store), truth)
+
+
+@pytest.mark.parametrize("classes", [3000, 40_000, 70_000])
+def test_class_ids_beyond_what_float16_and_int16_hold_survive(tmp_path, few, classes):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=5, classes=classes)
+    largest = max(entry["ids"].max() for entry in truth.values())
+    assert largest > classes * 0.9
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    made = bring("fkd", place, few, tmp_path / "store", classes=classes)
+    agree(content(made.store), truth)
+    again = send("fkd", made.store, tmp_path / "out")
+    assert again.files == len(truth)
+    back = bring("fkd", tmp_path / "out", few, tmp_path / "back", classes=classes)
+    agree(content(back.store), truth)
+
+
+def test_half_precision_class_ids_are_refused_with_many_classes(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=5, classes=1000)
+    place = foreign.write_fkd(tmp_path / "labels", truth, dtype=np.float16)
+    with pytest.raises(LabelsError, match="2,048"):
+        bring("fkd", place, few, tmp_path / "store", classes=3000)
+
+
+@pytest.mark.parametrize("prefix", ["", "imagenet/train", "a/b/c/train", "train"])
+def test_any_folder_depth_is_found(tmp_path, few, prefix):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=5, classes=1000)
+    place = foreign.write_fkd(tmp_path / "labels", truth, prefix=prefix)
+    agree(content(bring("fkd", place, few, tmp_path / "store", classes=1000).store), truth)
+
+
+def test_two_label_sets_under_one_folder_ask_which(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=5, classes=1000)
+    for name in ("first", "second"):
+        place = foreign.write_fkd(tmp_path / "labels", truth, prefix=name)
+    with pytest.raises(LabelsError, match=r"first.*second"):
+        bring("fkd", place, few, tmp_path / "store", classes=1000)
+
+
+def test_names_with_dots_find_their_labels(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    made = bring("fkd", place, few, tmp_path / "store")
+    agree(content(made.store), truth)
+    out = send("fkd", made.store, tmp_path / "out")
+    assert any("first dot" in note for note in out.notes)
+    for key in truth:  # the trainer finds every label where it looks for it
+        path = tmp_path / "out" / (foreign.fkd_loader_key(f"/data/train/{key}") + ".tar")
+        assert path.is_file()
+    agree(content(bring("fkd", tmp_path / "out", few, tmp_path / "again").store), truth)
+
+
+def test_images_that_share_a_name_are_told_apart_or_left_out(tmp_path, few, cut):
+    few = shutil.copytree(few, tmp_path / "few")
+    cut(5, 50, 60).save(few / "train" / "a" / "i0.png")
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    made = bring("fkd", place, few, tmp_path / "store")
+    assert made.failed == {"ambiguous-label": 2}
+    whole = tmp_path / "whole"
+    for key, entry in truth.items():
+        (whole / key).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(foreign.fkd_state(entry, label="marginal"), whole / f"{key}.tar")
+    agree(content(bring("fkd", whole, few, tmp_path / "s2").store), truth)
+
+
+def test_missing_broken_and_extra_files_are_listed(tmp_path, few, caplog):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    truth["b/i1.jpg"]["box"][1] = [30, 0, 40, 10]  # beyond the lower border
+    truth["b/i2.jpg"]["prob"][0] = [0.9, 0.3, 0.1]
+    truth["b/i3.jpg"]["prob"][1, 2] = np.nan
+    truth["b/i4.jpg"]["ids"][1] = [2, 2, 0]
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    labels = place / "train"
+    (labels / "a" / "i0.tar").unlink()
+    data = (labels / "a" / "i1.tar").read_bytes()
+    (labels / "a" / "i1.tar").write_bytes(data[: len(data) // 2])
+    (labels / "a" / "unknown.tar").write_bytes(data)
+    (labels / "z").mkdir()
+    (labels / "z" / "far.tar").write_bytes(data)
+    with caplog.at_level("WARNING", logger="fkdpipe"):
+        made = bring("fkd", place, few, tmp_path / "store")
+    assert made.failed == {"no-label": 1, "broken-label": 4, "box-outside": 1}
+    assert "a/unknown.tar" in caplog.text
+    assert "z/far.tar" in caplog.text
+    assert "a/i0.jpg: no-label" in " ".join(made.examples)
+    store = open_store(tmp_path / "store")
+    codes = {
+        str(store.images.keys[row]): code
+        for part in ("rounds/0/crops", "rounds/0/labels/fkd")
+        for row, (code, _) in store.sealed(store.part(part)).failed.items()
+    }
+    assert codes["b/i1.jpg"] == "box-outside"
+    assert len(codes) == 6
+    sound = {key: entry for key, entry in truth.items() if key not in codes}
+    agree(content(store), sound)
+    thinned = tmp_path / "thin"
+    made = CliRunner().invoke(cli, ["thin", str(tmp_path / "store"), str(thinned), "--crops", "1"])
+    assert made.exit_code == 0, made.output
+    assert verify.verify(open_store(thinned), full=True) == []
+
+
+def test_a_hostile_file_is_left_out_and_nothing_runs(tmp_path, few):
+    class Runs:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    torch.save([Runs()], place / "train" / "a" / "i0.tar")
+    made = bring("fkd", place, few, tmp_path / "store")
+    assert made.failed == {"unsafe-label": 1}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_wrong_folder_is_refused(tmp_path, few, folder):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    with pytest.raises(LabelsError, match="no label file"):
+        bring("fkd", place, folder, tmp_path / "store")
+    for c in ("b", "c"):
+        shutil.rmtree(place / "train" / c)
+    with pytest.raises(LabelsError, match="have no label file below"):
+        bring("fkd", place, few, tmp_path / "store")
+    with pytest.raises(LabelsError, match="no such folder"):
+        bring("fkd", tmp_path / "nowhere", few, tmp_path / "store")
+
+
+def test_resized_images_are_noticed_by_their_float16_free_boxes(tmp_path, few):
+    """Fractions hide a resized copy; pixel boxes that leave the image do not."""
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    for entry in truth.values():
+        entry["size"] = entry["size"] // 2
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    with pytest.raises(LabelsError, match="box-outside"):
+        bring("fkd", place, few, tmp_path / "store")
+
+
+def test_more_classes_than_folders_ask_for_their_number(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    truth["c/i5.jpg"]["ids"][1, 2] = 1234
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    with pytest.raises(LabelsError, match=r"c/i5.jpg names class 1234 of 3.*--classes"):
+        bring("fkd", place, few, tmp_path / "store")
+
+
+def test_crops_take_the_first_and_unequal_numbers_are_told(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=4, k=3, classes=3)
+    for name in ("flip", "box", "ids", "prob"):
+        truth["a/i2.jpg"][name] = truth["a/i2.jpg"][name][:3]
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    assert bring("fkd", place, few, tmp_path / "all").failed == {"other-crops": 1}
+    made = bring("fkd", place, few, tmp_path / "three", crops=3)
+    assert not made.failed
+    for entry in truth.values():
+        for name in ("flip", "box", "ids", "prob"):
+            entry[name] = entry[name][:3]
+    agree(content(made.store), truth)
+
+
+def test_an_import_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch):
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_IMAGES", 4)
+    monkeypatch.setattr("fkdpipe.storage.schema.CHUNK_IMAGES", 2)
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    whole = bring("fkd", place, few, tmp_path / "whole")
+    assert (whole.made, whole.kept) == (5, 0)
+    seen = []
+
+    def killed(unit, *args):
+        seen.append(unit.number)
+        if unit.number == 3:
+            raise KeyboardInterrupt
+        return commit(unit, *args)
+
+    commit = importing._Unit.commit
+    monkeypatch.setattr(importing._Unit, "commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bring("fkd", place, few, tmp_path / "store")
+    monkeypatch.setattr(importing._Unit, "commit", commit)
+    made = bring("fkd", place, few, tmp_path / "store")
+    assert (made.made, made.kept) == (2, 3)
+    a, b = (pipeline.arrays_of(s.store) for s in (whole, made))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_other_labels_do_not_slip_into_a_store(tmp_path, few):
+    folder = images.scan(few)
+    first = foreign.make_truth(folder, crops=2, k=3, classes=3)
+    other = foreign.make_truth(folder, crops=2, k=3, classes=3, seed=1)
+    place = foreign.write_fkd(tmp_path / "labels", first)
+    bring("fkd", place, few, tmp_path / "store")
+    elsewhere = foreign.write_fkd(tmp_path / "other", other)
+    with pytest.raises(StoreMismatchError, match="other settings"):
+        bring("fkd", elsewhere, few, tmp_path / "store", source="second")
+
+
+def test_unknown_facts_are_recorded_as_unknown_and_known_ones_kept(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    store = bring("fkd", place, few, tmp_path / "store").store
+    settings = store.part("rounds/0/labels/fkd").settings
+    assert settings["temperature"] is None
+    assert settings["replay"] is None
+    assert settings["teachers"] == [{"name": None}]
+    assert store.rounds()[0].settings["law"] == "imported:fkd"
+    store = bring("fkd", place, few, tmp_path / "s2", temperature=2.0, teacher="timm/big:x").store
+    settings = store.part("rounds/0/labels/timm-big-x").settings
+    assert settings["temperature"] == 2.0
+    assert settings["teachers"] == [{"name": "timm/big:x"}]
+
+
+def test_fkd_reads_what_is_exported_to_it(tmp_path, few):
+    """As its trainer does: torch.load, fractions of the image, dense labels by its rule."""
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    store = bring("fkd", place, few, tmp_path / "store").store
+    made = send("fkd", store, tmp_path / "out", keep=2)
+    assert made.files == len(truth)
+    assert any("K = 5 and 10" in note for note in made.notes)
+    assert any("temperature" in note for note in made.notes)
+    for key, entry in truth.items():
+        name = foreign.fkd_loader_key(f"/data/imagenet/train/{key}")
+        coords, flip, label = torch.load(tmp_path / "out" / f"{name}.tar", weights_only=True)
+        H, W = entry["size"]
+        pixels = np.rint(coords.numpy().astype(float) * [H, W, H, W]).astype(int)
+        np.testing.assert_array_equal(pixels, entry["box"])
+        np.testing.assert_array_equal(flip.numpy(), entry["flip"])
+        assert label.dtype == torch.float32
+        np.testing.assert_array_equal(label[:, 0].numpy(), entry["ids"][:, :2])
+        dense = foreign.fkd_dense(label[0].numpy(), "marginal_smoothing", 3)
+        assert abs(dense.sum() - 1) < 1e-6
+    with pytest.raises(LabelsError, match="not empty"):
+        send("fkd", store, tmp_path / "out")
+    with pytest.raises(UsageError, match="keeps 3 classes"):
+        send("fkd", store, tmp_path / "new", keep=4)
+
+
+@pytest.mark.parametrize("form", ["full", "logits", "topk:3:compact", "hard"])
+def test_every_form_of_ours_can_be_written_and_comes_back(tmp_path, folder, teacher, form):
+    store = pipeline.make_store(tmp_path / "store", folder, [teacher], form=form, crops=5)
+    keep = None if form in ("hard", "topk:3:compact") else 5
+    made = send("fkd", store, tmp_path / "out", keep=keep)
+    assert made.files == len(store.images) - len(made_failures(store))
+    assert any("deeper" in note or "other folders" in note for note in made.notes)
+    back = bring("fkd", tmp_path / "out", folder, tmp_path / "back")
+    agree(content(back.store), content(store, keep=keep), tolerance=2.0**-10)
+
+
+def made_failures(store) -> set[int]:
+    return {r for _, m in store.markers(store.part("rounds/0/labels/t")) for r in m.failed}
+
+
+def test_the_commands_say_what_they_did(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    (place / "train" / "a" / "i0.tar").unlink()
+    run = CliRunner()
+    words = ["import", "fkd", str(place), str(few), str(tmp_path / "store")]
+    made = run.invoke(cli, [*words, "--json"])
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    assert (found["images"], found["failed"]) == (len(truth), {"no-label": 1})
+    again = run.invoke(cli, words)
+    assert "0 units made, 1 kept" in again.stdout
+    made = run.invoke(cli, ["export", "fkd", str(tmp_path / "store"), str(tmp_path / "out")])
+    assert made.exit_code == 0, made.output
+    assert f"in {len(truth) - 1} files" in made.stdout
+    assert "note: " in made.stdout
+    wrong = run.invoke(cli, ["import", "excel", str(place), str(few), str(tmp_path / "store")])
+    assert wrong.exit_code == 2
+    assert "fkd" in wrong.stderr
+    wrong = run.invoke(cli, [*words, "--keep", "3"])
+    assert wrong.exit_code == 2
+    assert "--keep means nothing for fkd; it is for relabel" in wrong.stderr
+
+
+def test_float16_boxes_that_leave_the_image_by_rounding_are_moved_back_and_counted():
+    random = np.random.default_rng(0)
+    H, W = 2448, 3264
+    h, w = random.integers(1, H + 1, 20_000), random.integers(1, W + 1, 20_000)
+    exact = np.stack([H - h, W - w, h, w], axis=1)  # all touch the lower right corner
+    fraction = (exact / [H, W, H, W]).astype(np.float16)
+    box, moved = to_pixels(fraction, (H, W))
+    plain = np.rint(fraction.astype(float) * [H, W, H, W])
+    outside = ((plain[:, 0] + plain[:, 2] > H) | (plain[:, 1] + plain[:, 3] > W)).sum()
+    assert moved == outside > 1000
+    assert (box[:, 0] + box[:, 2] <= H).all()
+    assert (box[:, 1] + box[:, 3] <= W).all()
+    assert np.abs(box - exact).max() <= 3
+    box, moved = to_pixels((exact / [H, W, H, W]).astype(np.float32), (H, W))
+    assert moved == 0
+    np.testing.assert_array_equal(box, exact)
+
+
+def fkd_pixels(path: bytes, fraction: np.ndarray, flip: bool) -> torch.Tensor:
+    """FKD's loader: fractions of the decoded image to a crop, resized and flipped.
+
+    Its Pillow resize is replaced by the kernel of our cpu replay (torch's antialias resize), so
+    that losses can be compared to the last bit that matters.
+    """
+    from PIL import Image
+    from torchvision.transforms.v2 import functional
+
+    with Image.open(path) as image:
+        whole = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+    H, W = whole.shape[1:]
+    top, left, h, w = np.rint(fraction.astype(float) * [H, W, H, W]).astype(int).tolist()
+    crop = whole[:, top : top + h, left : left + w]
+    resized = functional.resize(crop, [32, 32], antialias=True)
+    return resized.flip(-1) if flip else resized
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("marginal_smoothing", "marginal-smoothing:3"), ("marginal_renorm", "marginal-renorm:3")],
+)
+def test_an_import_trains_to_the_loss_of_the_files_themselves(tmp_path, folder, kind, target):
+    """One fixed student over the same crops: our feed, and FKD's loader and label rule."""
+    from fkdpipe.replay import normalise
+    from fkdpipe.train import targets
+    from fkdpipe.train.losses import soft_cross_entropy
+
+    scanned = images.scan(folder)
+    truth = foreign.make_truth(scanned, crops=M, k=3, classes=5)
+    place = tmp_path / "labels"
+    for key, entry in truth.items():
+        (place / key).parent.mkdir(parents=True, exist_ok=True)
+        state = [torch.from_numpy(a) for a in foreign.fkd_state(entry, label="marginal")]
+        torch.save(state, place / f"{key}.tar")
+    store = bring("fkd", place, folder, tmp_path / "store").store
+    settings = pipeline.train_settings(target=target, crops_per_image=M, batch_size=4 * M, epochs=M)
+    run = pipeline.prepare_run(tmp_path / "run", folder, store, settings)
+    student = run.student.module.eval()
+    ours, theirs = [], []
+    with torch.no_grad():
+        for batch in run.feed.run():
+            dense = targets.dense(
+                batch.labels, settings.parsed_target, 5, batch.class_B, pipeline.CPU
+            )
+            mean, std = run.student.preprocessing.mean, run.student.preprocessing.std
+            ours += soft_cross_entropy(student(normalise(batch.pixels, mean, std)), dense).tolist()
+            pixels, labels = [], []
+            for row, crop in zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True):
+                key = str(run.feed.data.keys[row])
+                fraction, flip, label = torch.load(place / f"{key}.tar", weights_only=True)
+                path = images.path_of(scanned.root, key)
+                pixels.append(fkd_pixels(path, fraction[crop].numpy(), bool(flip[crop])))
+                labels.append(foreign.fkd_dense(label[crop].numpy(), kind, 5))
+            logits = student(normalise(torch.stack(pixels), mean, std))
+            soft = torch.from_numpy(np.stack(labels))
+            theirs += (-(soft * torch.log_softmax(logits.double(), 1)).sum(1)).tolist()
+    assert len(ours) == len(truth) * M
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)  # float16 probabilities
+    assert abs(np.mean(ours) - np.mean(theirs)) < 2e-4
+
+
+def test_an_import_trains_and_serves_targets_like_any_store(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    (place / "train" / "a" / "i0.tar").unlink()
+    store = bring("fkd", place, few, tmp_path / "store").store
+    done = pipeline.train(tmp_path / "run", few, store, batch_size=8, epochs=2)
+    assert done.steps > 0
+    with pytest.raises(StoreMismatchError, match="temperature is unknown"):
+        pipeline.train(tmp_path / "r2", few, store, batch_size=8, label_temperature=2.0)
+
+
+def test_another_teacher_labels_imported_crops(tmp_path, folder, teacher):
+    """The boxes of an import are as good as ours: `generate` adds labels of its own to them."""
+    truth = foreign.make_truth(images.scan(folder), crops=2, k=3, classes=5)
+    place = tmp_path / "labels"
+    for key, entry in truth.items():
+        (place / key).parent.mkdir(parents=True, exist_ok=True)
+        if key != "ash/0.jpg":
+            torch.save(foreign.fkd_state(entry, label="marginal"), place / f"{key}.tar")
+    bring("fkd", place, folder, tmp_path / "store")
+    store = pipeline.make_store(tmp_path / "store", folder, [teacher], crops=None, source="ours")
+    assert verify.verify(store, full=True) == []
+    export = Export(store, ExportSettings(source="ours"))
+    keys = [key for unit in export.units() for key in unit.keys]
+    assert sorted(keys) == sorted(set(truth) - {"ash/0.jpg"})
