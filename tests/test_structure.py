@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "progress": ERRORS,
     "models": ERRORS,
     "taps": ERRORS,
+    "tails": ERRORS,
     "features": ERRORS,
     "teachers": ERRORS | {"models", "taps"},
     "replay": ERRORS | {"crops"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
         "replay", "storage",
     },
     "train": {
-        "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
+        "errors", "crops", "images", "config", "distributed", "progress", "models", "tails", "taps",
         "features",
         "teachers",
         "replay", "storage",
