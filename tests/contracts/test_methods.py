@@ -67,12 +67,21 @@ def test_every_method_has_an_entry():
     assert set(CASES) == set(METHODS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny networks: threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def store(tmp_path_factory, folder, teacher):
     return make_store(tmp_path_factory.mktemp("s") / "store", folder, [teacher])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """family -> NAME=FILE of a tiny teacher."""
     place = tmp_path_factory.mktemp("teachers")
@@ -255,29 +264,27 @@ def test_compiled_steps_train_alike(tmp_path, folder, store, settings, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_two_processes_train(tmp_path, folder, store, settings, name):
-    """Their gradients meet: helpers included, both end at the same weights."""
-    wanted = settings(name, threads=1, batch_size=24)
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(config.to_table(wanted)))
-    code = SCRIPT.format(recipe=str(recipe), folder=str(folder), store=store.url, out=str(tmp_path))
+def test_two_processes_train_every_method(tmp_path, folder, store, settings):
+    """Their gradients meet: both end at the same weights, helpers included. One start for all."""
+    recipes = {name: config.to_table(settings(name, threads=1, batch_size=24)) for name in METHODS}
+    (tmp_path / "recipes.json").write_text(json.dumps(recipes))
     script = tmp_path / "two.py"
-    script.write_text(code)
+    script.write_text(TWO)
     line = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(script),
+        str(script), str(folder), store.url, str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(line, env={**os.environ, **PYTHON}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    assert same(ours, theirs)
-    assert len(losses(tmp_path / "run")) > 0
+    for name in METHODS:
+        ours, theirs = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert same(ours, theirs), name
+        assert len(losses(tmp_path / name)) > 0
 
 
 PYTHON = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-SCRIPT = """
-import json
+TWO = """
+import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -286,14 +293,15 @@ from fkdpipe.storage.store import open_store
 from fkdpipe.train import loop, parallel, run
 from fkdpipe.train.settings import TrainSettings
 
-table = {{k: v for k, v in json.loads(Path({recipe!r}).read_text()).items() if v is not None}}
+data, store, out = Path(sys.argv[1]), open_store(sys.argv[2]), Path(sys.argv[3])
 cpu, rank = torch.device("cpu"), distributed.current()
 with parallel.group(rank, cpu):
-    made = run.prepare(
-        config.build(TrainSettings, table), Path({folder!r}), Path({out!r}) / "run",
-        store=open_store({store!r}), cache_dir=Path({out!r}) / "cache", device=cpu, rank=rank,
-    )
-    loop.train(made)
-    trained = {{k: p.detach() for k, p in made.learner.named_parameters()}}
-    save_file(trained, Path({out!r}) / f"{{rank.index}}.safetensors")
+    for name, table in json.loads((out / "recipes.json").read_text()).items():
+        made = run.prepare(
+            config.build(TrainSettings, table), data, out / name,
+            store=store, cache_dir=out / "cache", device=cpu, rank=rank,
+        )
+        loop.train(made)
+        trained = {k: p.detach().contiguous() for k, p in made.learner.named_parameters()}
+        save_file(trained, out / f"{name}-{rank.index}.safetensors")
 """
