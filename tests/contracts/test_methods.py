@@ -254,6 +254,8 @@ def losses(out: Path) -> list[float]:
     return [x["last_loss"] for x in metrics.read(out / "metrics.jsonl") if x["kind"] == "train"]
 
 
+# DPK's mask ratio ends a graph, and the compiler's look at the next one's inputs warns.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_steps_train_alike(tmp_path, folder, store, settings, name):
