@@ -39,4 +39,6 @@ def targets(teacher: Outputs, *, epoch: int = 0) -> Targets:
 
 def context(student: Outputs, teacher: Outputs, *, epochs: int = 10, **networks) -> Context:
     networks = {"student_network": torch.nn.Identity(), **networks}
-    return Context(classes=CLASSES, epochs=epochs, student=student, teacher=teacher, **networks)
+    return Context(
+        classes=CLASSES, scores=CLASSES, epochs=epochs, student=student, teacher=teacher, **networks
+    )

@@ -69,7 +69,7 @@ def prepare(
     digest = _record(settings, training, teacher, out, write=rank.main)
     feed = Feed(
         training,
-        _order(settings, training),
+        _order(settings, needs, training),
         _views(settings, loaded, teacher),
         backend=_backend(settings, training, store, device),
         threads=settings.threads or default_threads(),
@@ -143,7 +143,7 @@ def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, ran
         )
 
 
-def _order(settings: TrainSettings, training: TrainingSet) -> Order:
+def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> Order:
     return Order(
         training.rows,
         unit_size=training.unit_size,
@@ -156,6 +156,7 @@ def _order(settings: TrainSettings, training: TrainingSet) -> Order:
         ),
         batch_size=settings.batch_size,
         seed=settings.seed,
+        spread=needs.independent,
     )
 
 

@@ -38,11 +38,14 @@ class Case:
 
     settings: of the method. teacher: family of the live teacher, None where stored labels are
     enough. still: settings without randomness, so that numbers can be compared between two calls.
+    form: of the stored labels. target: what is made of them.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     still: dict[str, Any] = field(default_factory=dict)
+    form: str = "topk:3"
+    target: str = "marginal-smoothing:3"
 
 
 _DPK_STAGE = {
@@ -59,7 +62,9 @@ CASES = {
         "resnet",
         {"ratio": "fixed", "fixed_ratio": 0.75, "mask": "grid"},
     ),
+    "meal": Case({"shrink": 1}),
     "scalekd": Case({}, "swin"),
+    "selfsup": Case({"hidden": 16}, form="logits", target="full"),
 }
 
 
@@ -77,8 +82,19 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, folder, teacher):
-    return make_store(tmp_path_factory.mktemp("s") / "store", folder, [teacher])
+def stores(tmp_path_factory, folder, teacher):
+    """By form."""
+    place = tmp_path_factory.mktemp("stores")
+    forms = sorted({case.form for case in CASES.values()})
+    return {
+        form: make_store(place / form.replace(":", "-"), folder, [teacher], form=form)
+        for form in forms
+    }
+
+
+@pytest.fixture
+def store(stores, name):
+    return stores[CASES[name].form]
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +122,15 @@ def settings(weights):
     def make(name: str, *, still: bool = False, **changes):
         case = CASES[name]
         method = {"name": name, **case.settings, **(case.still if still else {})}
-        needs = table.needs(method)
         return train_settings(
             method=method,
             teacher=weights(case.teacher) if case.teacher else None,
-            target="marginal-smoothing:3" if not case.teacher else "ground-truth",
+            target="ground-truth" if case.teacher else case.target,
             label_temperature=None,
             **{
                 "size": 64,
                 "epochs": 1,
-                "crops_per_image": 1 if needs.independent else 2,
+                "crops_per_image": 2,
                 "optimizer": OptimizerSettings("sgd", lr=1e-3),
                 **changes,
             },
@@ -266,7 +281,7 @@ def test_compiled_steps_train_alike(tmp_path, folder, store, settings, name):
 
 
 @pytest.mark.slow
-def test_two_processes_train_every_method(tmp_path, folder, store, settings):
+def test_two_processes_train_every_method(tmp_path, folder, stores, settings):
     """Their gradients meet: both end at the same weights, helpers included. One start for all."""
     recipes = {name: config.to_table(settings(name, threads=1, batch_size=24)) for name in METHODS}
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
@@ -274,7 +289,7 @@ def test_two_processes_train_every_method(tmp_path, folder, store, settings):
     script.write_text(TWO)
     line = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(script), str(folder), store.url, str(tmp_path),
+        str(script), str(folder), str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(line, env={**os.environ, **PYTHON}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -295,13 +310,13 @@ from fkdpipe.storage.store import open_store
 from fkdpipe.train import loop, parallel, run
 from fkdpipe.train.settings import TrainSettings
 
-data, store, out = Path(sys.argv[1]), open_store(sys.argv[2]), Path(sys.argv[3])
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
 cpu, rank = torch.device("cpu"), distributed.current()
 with parallel.group(rank, cpu):
-    for name, table in json.loads((out / "recipes.json").read_text()).items():
+    for name, (store, table) in json.loads((out / "recipes.json").read_text()).items():
         made = run.prepare(
             config.build(TrainSettings, table), data, out / name,
-            store=store, cache_dir=out / "cache", device=cpu, rank=rank,
+            store=open_store(store), cache_dir=out / "cache", device=cpu, rank=rank,
         )
         loop.train(made)
         trained = {k: p.detach().contiguous() for k, p in made.learner.named_parameters()}
