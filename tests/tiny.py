@@ -18,7 +18,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "swinv2": ("swinv2_tiny_window8_256", SWIN, 64),
     "vit": ("vit_tiny_patch16_224", PLAIN, 64),
     "beit": ("beit_base_patch16_224", PLAIN, 64),
-    "mixer": ("mixer_s16_224", {"num_blocks": 4, "embed_dim": 48}, 64),
+    "mixer": ("mixer_s16_224", {}, 64),
     "convnext": ("test_convnext", {}, 64),
 }
 SIZED = ("swin", "swinv2", "vit", "beit", "mixer")  # built for one input size
