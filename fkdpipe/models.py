@@ -175,7 +175,8 @@ def _self_supervised(spec: ModelSpec, size: tuple[int, int] | None) -> Loaded:
     assert spec.weights is not None
     state = read_weights(spec.weights)
     kind = cast('Literal["moco", "swav"]', spec.library)
-    module = selfsupervised.build(kind, spec.name, state, where=str(spec))
+    module, state = selfsupervised.build(kind, spec.name, state, where=str(spec))
+    load_state(module, state, where=str(spec))
     preprocessing = _preprocessing(spec, module.backbone)
     if size is not None:
         preprocessing = replace(preprocessing, size=size)

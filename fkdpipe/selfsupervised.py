@@ -49,8 +49,10 @@ class Projected(nn.Module):
         return embedding if self.prototypes is None else self.prototypes(embedding)
 
 
-def build(kind: Kind, name: str, state: dict[str, torch.Tensor], *, where: str) -> Projected:
-    """A teacher from the state dict of a published checkpoint, its widths read from the file.
+def build(
+    kind: Kind, name: str, state: dict[str, torch.Tensor], *, where: str
+) -> tuple[Projected, dict[str, torch.Tensor]]:
+    """A teacher as wide as a published checkpoint says, not filled yet, and its state by our names.
 
     Args:
         name: timm's name of the backbone; its parameters are named as torchvision's.
@@ -73,11 +75,8 @@ def build(kind: Kind, name: str, state: dict[str, torch.Tensor], *, where: str) 
     norm = [nn.BatchNorm1d(hidden)] if kind == "swav" else []
     head = nn.Sequential(nn.Linear(inner, hidden), *norm, nn.ReLU(), nn.Linear(hidden, embedding))
     prototypes = state["prototypes.weight"].shape[0] if "prototypes.weight" in state else None
-    module = Projected(timm.create_model(name, num_classes=0), head, embedding, prototypes)
-    from fkdpipe.models import load_state
-
-    load_state(module, state, where=where)
-    return module
+    backbone = timm.create_model(name, num_classes=0)
+    return Projected(backbone, head, embedding, prototypes), state
 
 
 def _renamed(kind: Kind, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -114,14 +114,26 @@ def _all_labels(store, target, tmp_path) -> np.ndarray:
     return flat.reshape(store.num_images, -1, len(CLASSES))
 
 
+def feed_of(run, *, rank: Rank = Rank(), order: Order | None = None) -> Feed:
+    """The feed that a process of a run has, or one of another order."""
+    feed = run.feed
+    return Feed(
+        feed.data,
+        order or feed.order,
+        feed.views,
+        backend=feed.backend,
+        threads=2,
+        device=CPU,
+        rank=rank,
+    )
+
+
 def test_two_processes_split_each_step_of_one(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", folder, [teacher])
     settings = train_settings(batch_size=16)
-    alone = list(prepare_run(tmp_path / "a", folder, store, settings).feed.run())
-    shares = [
-        list(prepare_run(tmp_path / f"b{k}", folder, store, settings, rank=Rank(k, 2)).feed.run())
-        for k in range(2)
-    ]
+    run = prepare_run(tmp_path / "a", folder, store, settings)
+    alone = list(run.feed.run())
+    shares = [list(feed_of(run, rank=Rank(k, 2)).run()) for k in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1])
     for whole, first, second in zip(alone, *shares, strict=True):
         assert torch.equal(whole.pixels, torch.cat([first.pixels, second.pixels]))
@@ -133,10 +145,8 @@ def test_a_process_without_a_share_goes_along_without_weight(tmp_path, folder, t
     store = make_store(tmp_path / "store", folder, [teacher])
     count = store.num_images  # 51: 12 steps of 4 images a pass, and 3 left for 4 processes
     settings = train_settings(epochs=1, crops_per_image=1, batch_size=4)
-    last = [
-        list(prepare_run(tmp_path / f"r{k}", folder, store, settings, rank=Rank(k, 4)).feed.run())
-        for k in range(4)
-    ]
+    run = prepare_run(tmp_path / "run", folder, store, settings)
+    last = [list(feed_of(run, rank=Rank(k, 4)).run()) for k in range(4)]
     assert count % 4 == 3
     assert sorted(batches[-1].total for batches in last) == [0, 3, 3, 3]
     assert all(len(batches[-1].rows_B) == 1 for batches in last)
@@ -287,17 +297,16 @@ def test_images_without_labels_are_left_out(tmp_path, folder, teacher, capfd):
 
 def spread_feed(run, *, rank: Rank = Rank(), m=2, batch=16, epochs=4) -> Feed:
     """The feed of a run, its crops spread over batches."""
-    feed = run.feed
     order = Order(
-        feed.data.rows,
-        unit_size=feed.data.unit_size,
+        run.feed.data.rows,
+        unit_size=run.feed.data.unit_size,
         window=8,
         passes=passes(epochs, m),
         batch_size=batch,
         seed=0,
         spread=True,
     )
-    return Feed(feed.data, order, feed.views, backend="cpu", threads=2, device=CPU, rank=rank)
+    return feed_of(run, rank=rank, order=order)
 
 
 @pytest.mark.parametrize("form", ["topk:3", "full"])

@@ -54,6 +54,7 @@ def train(run: Run) -> Result:
             checkpoint is written then.
     """
     resume(run)
+    run.wrapped = parallel.wrap(run.learner, run.settings, run.rank, run.device)
     metrics = _metrics(run)
     meter = Meter(run.device)
     total = len(run.feed)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import UsageError
 from fkdpipe.train.learner import Learner
+from fkdpipe.train.settings import TrainSettings
 
 # Processes meet while one of them may still be copying labels to its node's cache.
 TIMEOUT = timedelta(hours=2)
@@ -37,24 +38,19 @@ def group(rank: Rank, device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def wrap(
-    learner: Learner,
-    rank: Rank,
-    device: torch.device,
-    *,
-    compile_backend: str | None,
-    sync_batchnorm: bool,
-) -> nn.Module:
-    """What is called in a step: the learner, in DDP with several processes, compiled if asked.
+def check(settings: TrainSettings, device: torch.device) -> None:
+    """Raises UsageError where torch.compile or synchronised batch norm cannot work."""
+    if settings.sync_batchnorm and device.type != "cuda":
+        raise UsageError(
+            "sync_batchnorm works on GPUs only; on the CPU each process has its own statistics."
+        )
+    if settings.compile is not None:
+        _check_compiler(settings.compile, device)
 
-    Raises:
-        UsageError: torch.compile or synchronised batch norm cannot work here.
-    """
-    if sync_batchnorm:
-        if device.type != "cuda":
-            raise UsageError(
-                "sync_batchnorm works on GPUs only; on the CPU each process has its own statistics."
-            )
+
+def wrap(learner: Learner, settings: TrainSettings, rank: Rank, device: torch.device) -> nn.Module:
+    """What is called in a step: the learner, in DDP with several processes, compiled if asked."""
+    if settings.sync_batchnorm:
         learner.student.network = nn.SyncBatchNorm.convert_sync_batchnorm(learner.student.network)
     wrapped: nn.Module = learner
     if rank.world > 1:
@@ -63,9 +59,8 @@ def wrap(
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-    if compile_backend is not None:
-        _check_compiler(compile_backend, device)
-        wrapped.compile(backend=compile_backend)
+    if settings.compile is not None:
+        wrapped.compile(backend=settings.compile)
     return wrapped
 
 

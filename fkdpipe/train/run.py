@@ -58,7 +58,7 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
-    _check(settings, needs, store, rank)
+    _check(settings, needs, store, rank, device)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
@@ -84,13 +84,7 @@ def prepare(
         feed=feed,
         student=loaded,
         learner=learner,
-        wrapped=parallel.wrap(
-            learner,
-            rank,
-            device,
-            compile_backend=settings.compile,
-            sync_batchnorm=settings.sync_batchnorm,
-        ),
+        wrapped=learner,
         teacher=teacher,
         optimizer=optim.build(learner, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "float16"),
@@ -105,7 +99,13 @@ def prepare(
     )
 
 
-def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, rank: Rank) -> None:
+def _check(
+    settings: TrainSettings,
+    needs: MethodNeeds,
+    store: Store | None,
+    rank: Rank,
+    device: torch.device,
+) -> None:
     """What can be refused before anything is opened."""
     target = settings.parsed_target
     if store is None and target.kind != "ground-truth":
@@ -114,6 +114,7 @@ def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, ran
             "Only --target ground-truth trains without one."
         )
     models.parse_spec(settings.student)
+    parallel.check(settings, device)
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
     if settings.mixing.on and not needs.mixing:

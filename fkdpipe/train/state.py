@@ -35,9 +35,9 @@ CHECKPOINTS = "checkpoints"
 class Run:
     """Everything a running training holds.
 
-    wrapped is the learner as it is called: in DDP, compiled. average is the moving average of the
-    student. step counts optimiser steps that are done. digest names settings and data; a
-    checkpoint of another digest is refused.
+    wrapped is the learner as it is called: in DDP, compiled, once it trains. average is the moving
+    average of the student. step counts optimiser steps that are done. digest names settings and
+    data; a checkpoint of another digest is refused.
     """
 
     settings: TrainSettings
