@@ -252,6 +252,9 @@ def test_a_stopped_run_ends_with_the_very_same_weights_and_exports_the_student_a
         "test_resnet", num_classes=len(CLASSES), checkpoint_path=str(result.student)
     )
     assert load_file(result.student).keys() == student.state_dict().keys()
+    counted = json.loads((tmp_path / "run" / "settings.json").read_text())["parameters"]
+    assert counted["student"] == sum(p.numel() for p in student.parameters())
+    assert counted["helpers"] == sum(p.numel() for p in again.method.parameters())
 
 
 @pytest.mark.parametrize("name", METHODS)
