@@ -27,13 +27,18 @@ _WITHOUT_ACTIVATION = (
 )  # fmt: skip
 
 
+# ScaleKD takes blocks 3, 6, 9 and 12 of a transformer of twelve for its stages.
+PLAIN_STAGES = 4
+
+
 @dataclass(frozen=True)
 class Needs:
     """What is asked of a network.
 
     Attributes:
         penultimate: after the last activation. pre: before it.
-        stages: stage maps counted from the end: 1 is the last stage.
+        stages: stage maps counted from the end: 1 is the last stage. Plain transformers and
+            mixers have none: a quarter of their blocks counts as one.
         final: the last map after the final norm.
     """
 
@@ -94,13 +99,7 @@ class Tapped(nn.Module):
         asked = needs.penultimate or needs.pre or needs.stages or needs.final
         if asked and not hasattr(network, "forward_intermediates"):
             raise ModelError(f"{type(network).__name__} is no timm network; it has no taps.")
-        if needs.stages:
-            self._stage_count = len(network.feature_info)
-            if max(needs.stages) > self._stage_count:
-                raise ModelError(
-                    f"{type(network).__name__} has {self._stage_count} stages; stage "
-                    f"{max(needs.stages)} from the end is asked for."
-                )
+        self._indices = [_stage_index(network, k) for k in sorted(needs.stages, reverse=True)]
 
     def forward(self, pixels_B3HW: torch.Tensor) -> Outputs:
         needs = self.needs
@@ -110,7 +109,7 @@ class Tapped(nn.Module):
         maps: dict[int, torch.Tensor] = {}
         if needs.stages:
             final, found = network.forward_intermediates(
-                pixels_B3HW, indices=[-k for k in needs.stages], norm=False, output_fmt="NCHW"
+                pixels_B3HW, indices=self._indices, norm=False, output_fmt="NCHW"
             )
             maps = dict(zip(sorted(needs.stages, reverse=True), found, strict=True))
         else:
@@ -155,6 +154,21 @@ class Tapped(nn.Module):
         if isinstance(classifier, nn.Linear):
             return pre, penultimate, classifier(penultimate)
         return pre, penultimate, network.forward_head(self._activated(final))
+
+
+def _stage_index(network: Any, k: int) -> int:
+    """Where stage k from the end is among the network's features, counted from the end."""
+    reductions = [info["reduction"] for info in network.feature_info]
+    stages = len(reductions)
+    even = len(set(reductions)) == 1 and stages >= PLAIN_STAGES
+    if even:
+        stages = PLAIN_STAGES
+    if not 1 <= k <= stages:
+        raise ModelError(
+            f"{type(network).__name__} has {stages} stages; stage {k} from the end is asked for.",
+            code="no-stage",
+        )
+    return -1 - (k - 1) * len(reductions) // PLAIN_STAGES if even else -k
 
 
 def example(tapped: Tapped, size: tuple[int, int], device: torch.device) -> Outputs:

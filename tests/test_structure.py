@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "selfsupervised": ERRORS,
     "models": ERRORS | {"selfsupervised"},
     "taps": ERRORS,
+    "tails": ERRORS,
     "features": ERRORS,
     "teachers": ERRORS | {"models", "taps"},
     "replay": ERRORS | {"crops"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
         "storage",
     },
     "train": {
-        "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
+        "errors", "crops", "images", "config", "distributed", "progress", "models", "tails", "taps",
         "features", "colour",
         "teachers",
         "replay", "storage",

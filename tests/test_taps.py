@@ -111,6 +111,26 @@ def test_the_final_map_is_normed_and_stages_are_not():
     assert torch.allclose(normed, expected, atol=1e-4)
 
 
+# 0-based blocks that close the stages 4, 3, 2, 1 from the end, of 6, 8 and 12 blocks
+@pytest.mark.parametrize(
+    ("name", "closing"),
+    [
+        ("test_vit", (1, 2, 4, 5)),
+        ("mixer_s16_224", (1, 3, 5, 7)),
+        ("deit_tiny_patch16_224", (2, 5, 8, 11)),
+    ],
+)
+def test_a_quarter_of_a_plain_networks_blocks_is_a_stage(name, closing):
+    model = network(name)
+    side = model.pretrained_cfg["input_size"][1]
+    x = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        blocks = model.forward_intermediates(x, intermediates_only=True)
+        made = Tapped(model, Needs(stages=(1, 2, 3, 4)))(x)
+    for k, block in zip((4, 3, 2, 1), closing, strict=True):
+        assert torch.equal(made.stages[k], blocks[block])
+
+
 def test_gradients_reach_the_network_through_every_tap():
     for tap in ("penultimate", "pre"):
         model = network("resnet18")

@@ -66,3 +66,11 @@ def build(
     )
     torch.manual_seed(settings.seed + 1)  # the helpers' weights
     return Learner(student, methods.build(settings.method, context)).to(device)
+
+
+def parameters(learner: Learner) -> dict[str, int]:
+    """How many there are in the student, which is exported, and in the method's helpers."""
+    return {
+        "student": sum(p.numel() for p in learner.student.parameters()),
+        "helpers": sum(p.numel() for p in learner.method.parameters()),
+    }

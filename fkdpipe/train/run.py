@@ -26,6 +26,7 @@ from fkdpipe.train import checkpoint, inputs, methods, optim, parallel, students
 from fkdpipe.train.feed import Feed, check_batch
 from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.learner import build as build_learner
+from fkdpipe.train.learner import parameters
 from fkdpipe.train.methods.interface import MethodNeeds
 from fkdpipe.train.order import Order
 from fkdpipe.train.schedule import passes
@@ -66,10 +67,12 @@ def prepare(
     learner = build_learner(settings, needs, loaded, teacher, training, device)
     # A classifier that is not trained has nothing to be judged by.
     validation = _validation(data, training, reporter) if needs.classifier else None
-    digest = _record(settings, training, teacher, out, write=rank.main)
+    counted = parameters(learner)
+    log.info("%d parameters in the student, %d in helpers", counted["student"], counted["helpers"])
+    digest = _record(settings, training, teacher, counted, out, write=rank.main)
     feed = Feed(
         training,
-        _order(settings, training),
+        _order(settings, needs, training),
         _views(settings, loaded, teacher),
         backend=_backend(settings, training, store, device),
         threads=settings.threads or default_threads(),
@@ -144,7 +147,7 @@ def _check(
         )
 
 
-def _order(settings: TrainSettings, training: TrainingSet) -> Order:
+def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> Order:
     return Order(
         training.rows,
         unit_size=training.unit_size,
@@ -157,6 +160,7 @@ def _order(settings: TrainSettings, training: TrainingSet) -> Order:
         ),
         batch_size=settings.batch_size,
         seed=settings.seed,
+        spread=needs.independent,
     )
 
 
@@ -255,6 +259,7 @@ def _record(
     settings: TrainSettings,
     training: TrainingSet,
     teacher: Teacher | None,
+    counted: dict[str, int],
     out: Path,
     *,
     write: bool,
@@ -269,6 +274,7 @@ def _record(
         "data": training.facts,
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
+        "parameters": counted,
     }
     # These may differ between two starts of one run.
     free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fkdpipe import config
 from fkdpipe.errors import UsageError
-from fkdpipe.train.methods import fkd, kd, meal, selfsup
+from fkdpipe.train.methods import dpk, fitnet, fkd, kd, meal, scalekd, selfsup
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
 
@@ -27,9 +27,12 @@ class MethodFile(Protocol):
 
 
 METHODS: dict[str, MethodFile] = {
+    "dpk": dpk,
+    "fitnet": fitnet,
     "fkd": fkd,
     "kd": kd,
     "meal": meal,
+    "scalekd": scalekd,
     "selfsup": selfsup,
 }
 

@@ -1,0 +1,98 @@
+"""FitNet: the student's maps, through a 1 x 1 convolution, imitate the teacher's.
+
+The feature baseline (FD) of ScaleKD, and of DPK's table 8. For token maps the 1 x 1 convolution is
+a linear layer on each token.
+
+References:
+    Romero et al., "FitNets: Hints for Thin Deep Nets", equation 3.
+    Fan et al., "ScaleKD", table 1: FD on the last stage, and on the last two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fkdpipe.taps import Needs, Outputs
+from fkdpipe.train.methods import parts
+from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Weights of the terms, and which maps.
+
+    feature_weight: of the maps' squared error, a mean over tokens and channels.
+    stages: counted from the end; 1 is the last map, after the teacher's final norm.
+    """
+
+    feature_weight: float = 1.0
+    kd_weight: float = 0.0
+    hard_weight: float = 1.0
+    temperature: float = 1.0
+    stages: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        parts.check_weights(self, "feature_weight", "kd_weight", "hard_weight")
+        parts.check_positive(self, "temperature")
+        parts.check_stages(self.stages)
+
+
+def needs(settings: Settings) -> MethodNeeds:
+    inner = tuple(stage for stage in settings.stages if stage > 1)
+    taps = Needs(stages=inner, final=1 in settings.stages)
+    return MethodNeeds(
+        student=taps,
+        teacher=taps,
+        soft=settings.temperature if settings.kd_weight else None,
+        live=True,
+        classifier=bool(settings.hard_weight or settings.kd_weight),
+    )
+
+
+class FitNet(Method):
+    """One projector a stage, C_s -> C_t."""
+
+    def __init__(self, settings: Settings, student: Outputs, teacher: Outputs) -> None:
+        super().__init__()
+        self.settings = settings
+        self.projectors = nn.ModuleDict(
+            {
+                str(stage): nn.Conv2d(
+                    _map(student, stage).shape[1], _map(teacher, stage).shape[1], 1
+                )
+                for stage in settings.stages
+            }
+        )
+
+    def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
+        s = self.settings
+        assert targets.teacher is not None
+        terms = parts.logit_terms(
+            student,
+            targets,
+            hard_weight=s.hard_weight,
+            kd_weight=s.kd_weight,
+            temperature=s.temperature,
+        )
+        for stage in s.stages:
+            wanted = _map(targets.teacher, stage)
+            made = self.projectors[str(stage)](_map(student, stage))
+            made = parts.on_grid(made, parts.grid_of(wanted))
+            error = (made.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+            terms[f"feature_{stage}"] = s.feature_weight * error
+        return terms
+
+
+def build(settings: Settings, context: Context) -> FitNet:
+    return FitNet(settings, context.student, parts.teacher_side(context.teacher, "fitnet"))
+
+
+def _map(outputs: Outputs, stage: int) -> torch.Tensor:
+    """The last map is taken after the final norm, earlier ones as they are."""
+    if stage > 1:
+        return outputs.stages[stage]
+    assert outputs.final is not None
+    return outputs.final

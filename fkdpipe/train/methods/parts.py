@@ -1,0 +1,80 @@
+"""What several methods share: the terms on logits, checks, maps on one grid.
+
+Letters: B batch, C channels, H, W map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fkdpipe.errors import ModelError, UsageError
+from fkdpipe.taps import Outputs
+from fkdpipe.train import losses
+from fkdpipe.train.methods.interface import Targets
+
+
+def logit_terms(
+    student: Outputs,
+    targets: Targets,
+    *,
+    hard_weight: float,
+    kd_weight: float,
+    temperature: float,
+) -> dict[str, torch.Tensor]:
+    """Cross-entropy with the ground truth and KD's divergence times T^2, each (B,), weighted."""
+    terms = {}
+    if hard_weight:
+        hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
+        terms["hard"] = hard_weight * hard
+    if kd_weight:
+        soft = losses.kl_divergence(student.logits / temperature, targets.soft(temperature))
+        terms["kd"] = kd_weight * soft * temperature**2
+    return terms
+
+
+def check_weights(settings: object, *names: str) -> None:
+    """Raises UsageError when one of the named settings is negative."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < 0:
+            raise UsageError(f"{name} must not be negative; found {value}.")
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Raises UsageError when one of the named settings is zero or less."""
+    for name in names:
+        value = getattr(settings, name)
+        if value <= 0:
+            raise UsageError(f"{name} must be positive; found {value}.")
+
+
+def check_stages(stages: tuple[int, ...]) -> None:
+    """Raises UsageError unless stages, counted from the end, are at least one and all different."""
+    if not stages or len(set(stages)) != len(stages) or min(stages) < 1:
+        raise UsageError(
+            f"stages are counted from the end, 1 is the last, each once; found {list(stages)}."
+        )
+
+
+def on_grid(map_BCHW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A map averaged, or repeated, to another grid (height, width)."""
+    if map_BCHW.shape[2:] == grid:
+        return map_BCHW
+    return nn.functional.adaptive_avg_pool2d(map_BCHW, grid)
+
+
+def grid_of(map_BCHW: torch.Tensor) -> tuple[int, int]:
+    """(H, W)."""
+    return int(map_BCHW.shape[2]), int(map_BCHW.shape[3])
+
+
+def teacher_side(outputs: Outputs | None, method: str) -> Outputs:
+    """The teacher's example outputs.
+
+    Raises:
+        ModelError: none were made.
+    """
+    if outputs is None:
+        raise ModelError(f"method {method} needs the teacher's maps: --teacher NAME=FILE.")
+    return outputs
