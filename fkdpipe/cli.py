@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import demo, generate, inspect, store, train
+from fkdpipe.commands import basis, demo, generate, inspect, store, train
 from fkdpipe.errors import FkdpipeError
 
 
@@ -59,6 +59,7 @@ def cli() -> None:
 
 for command in (
     demo.demo,
+    basis.fit_basis,
     generate.generate,
     train.train,
     train.evaluate,

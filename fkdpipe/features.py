@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -142,7 +143,7 @@ def fit(
 
 
 def save_basis(file: Path, basis: Basis) -> None:
-    """As safetensors, facts in the header."""
+    """As safetensors, facts in the header; complete or absent."""
     arrays = {
         "mean": basis.mean_D,
         "components": basis.components_DK,
@@ -150,9 +151,10 @@ def save_basis(file: Path, basis: Basis) -> None:
         "channel_std": basis.channel_std_D,
     }
     header = json.dumps({"count": basis.count, "facts": basis.facts}, sort_keys=True)
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in arrays.items()}, file, metadata={_METADATA: header}
-    )
+    partial = file.with_name(f"{file.name}.partial")
+    values = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+    save_file(values, partial, metadata={_METADATA: header})
+    os.replace(partial, file)
 
 
 def load_basis(file: Path) -> Basis:
