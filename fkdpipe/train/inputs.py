@@ -110,14 +110,21 @@ class TrainingSet:
         return crops_m if self.crops_per_image is None else crops_m % self.crops_per_image
 
 
-def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = silent) -> TrainingSet:
-    """Fresh random crops of a labelled folder.
+def from_folder(
+    data: Path,
+    *,
+    law: CropLaw,
+    seed: int,
+    need_classes: bool = True,
+    reporter: Reporter = silent,
+) -> TrainingSet:
+    """Fresh random crops of a folder, flat only where no classes are needed.
 
     Raises:
         ImagesError: no usable images.
     """
     with reporter.task("scan", 0, "files") as advance:
-        folder = images.scan(data, on_image=advance)
+        folder = images.scan(data, need_classes=need_classes, on_image=advance)
     ids = crops.image_ids(folder.keys)
     order = crops.random_order(seed, ids)
     ids, sizes = ids[order], folder.size_N2[order]

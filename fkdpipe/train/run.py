@@ -70,7 +70,7 @@ def prepare(
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
     learner = _learner(settings, needs, loaded, teacher, training, device)
-    validation = _validation(data, training, reporter)
+    validation = _validation(data, training, reporter) if needs.classifier else None
     digest = _record(settings, training, teacher, out)
     feed = Feed(
         training,
@@ -187,9 +187,16 @@ def _learner(
         teacher=given,
         teacher_network=teacher.module.network if teacher else None,
         features=training.features.settings if training.features else None,
+        teacher_facts=_teacher_facts(teacher, training),
     )
     torch.manual_seed(settings.seed + 1)  # the helpers' weights
     return Learner(student, methods.build(settings.method, context)).to(device)
+
+
+def _teacher_facts(teacher: Teacher | None, training: TrainingSet) -> dict[str, Any] | None:
+    if teacher is not None:
+        return teacher.facts()
+    return training.features.settings["teachers"][0] if training.features else None
 
 
 def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> list[View]:
@@ -211,7 +218,13 @@ def _open(
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
-        return inputs.from_folder(data, law=settings.crop, seed=settings.seed, reporter=reporter)
+        return inputs.from_folder(
+            data,
+            law=settings.crop,
+            seed=settings.seed,
+            need_classes=needs.classifier,
+            reporter=reporter,
+        )
     return inputs.from_store(
         store,
         data,

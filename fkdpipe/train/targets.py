@@ -20,7 +20,10 @@ def dense(
     Args:
         labels: None for ground truth, which is one-hot.
         class_B: int64, the folder's classes.
+        classes: C; 0 for a flat folder.
     """
+    if not classes:
+        return torch.zeros(len(class_B), 0, device=device)
     if labels is None:
         return torch.nn.functional.one_hot(class_B.to(device), classes).float()
     if isinstance(labels, SparseLabels):

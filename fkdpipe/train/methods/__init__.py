@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fkdpipe import config
 from fkdpipe.errors import UsageError
-from fkdpipe.train.methods import fkd, kd
+from fkdpipe.train.methods import fkd, kd, kdep, srd
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
 
@@ -29,6 +29,8 @@ class MethodFile(Protocol):
 METHODS: dict[str, MethodFile] = {
     "fkd": fkd,
     "kd": kd,
+    "kdep": kdep,
+    "srd": srd,
 }
 
 
