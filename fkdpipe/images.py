@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote_to_bytes
@@ -65,6 +65,16 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, rows: np.ndarray) -> ImageFolder:
+        """Some of the images, in the order of `rows`."""
+        return replace(
+            self,
+            keys=tuple(self.keys[row] for row in rows.tolist()),
+            class_N=self.class_N[rows],
+            size_N2=self.size_N2[rows],
+            bytes_N=self.bytes_N[rows],
+        )
 
     @property
     def empty_classes(self) -> tuple[str, ...]:

@@ -59,6 +59,20 @@ class Outputs:
     stages: dict[int, torch.Tensor] = field(default_factory=dict)
     final: torch.Tensor | None = None
 
+    def take(self, rows: slice) -> Outputs:
+        """A part of the batch."""
+
+        def some(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value[rows]
+
+        return Outputs(
+            logits=self.logits[rows],
+            penultimate=some(self.penultimate),
+            pre=some(self.pre),
+            stages={number: value[rows] for number, value in self.stages.items()},
+            final=some(self.final),
+        )
+
 
 class Tapped(nn.Module):
     """A network with taps. `network` keeps its own state dict: it is what gets exported.

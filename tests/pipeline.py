@@ -16,8 +16,8 @@ from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.teachers import Teacher
 from fkdpipe.train import loop, run
-from fkdpipe.train.loop import Run
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
+from fkdpipe.train.state import Run
 
 CPU = torch.device("cpu")
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from fkdpipe import images, models
 from fkdpipe.errors import TrainingError, UsageError
+from fkdpipe.replay import normalise
 from fkdpipe.train import checkpoint, loop, metrics
 from fkdpipe.train.evaluate import batches, evaluate
 from fkdpipe.train.settings import OptimizerSettings
@@ -69,11 +70,11 @@ def test_a_stopped_run_ends_with_the_very_same_weights(
     run = prepare_run(tmp_path / "run", folder, store, train_settings(**settings))
     plain = loop.step
 
-    def stop(run, batch, meter):
+    def stop(run, batch):
         if run.step == stop_at:
             loop.save(run)
             raise KeyboardInterrupt
-        return plain(run, batch, meter)
+        return plain(run, batch)
 
     monkeypatch.setattr(loop, "step", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -133,7 +134,7 @@ def agree(run, folder, store, tmp_path) -> float:
     p = run.student.preprocessing
     for batch in target.feed.run():
         with torch.no_grad():
-            logits = run.module(loop.normalise(batch.pixels, p.mean, p.std)).logits
+            logits = run.module(normalise(batch.pixels, p.mean, p.std)).logits
         hits += int((logits.argmax(1).numpy() == batch.labels.ids_BK[:, 0]).sum())
         total += len(batch.rows_B)
     return hits / total

@@ -22,6 +22,8 @@ from fkdpipe.commands import options, terminal
 @click.option("--size", type=int, help="Side of the input in pixels.  [default: the model's]")
 @click.option("--seed", type=int, help="Of weights, order and crops.  [default: 0]")
 @click.option("--source", help="Which labels of the store, when it has several.")
+@click.option("--method", help="fkd, kd, ...; docs/methods.md has them all.  [default: fkd]")
+@click.option("--teacher", metavar="NAME[=FILE]", help="Runs beside the student, for some methods.")
 @click.option("--precision", help="auto, float32, bfloat16 or float16.  [default: auto]")
 @click.option("--replay", help="auto, cpu or dali.  [default: auto]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The run folder.")
@@ -43,7 +45,8 @@ def train(
     """Train a student on the images in DATA and the labels in STORE.
 
     Without STORE, on fresh random crops and the folder's own classes (--target ground-truth).
-    Started again with the same --out, it goes on from its last checkpoint.
+    Started again with the same --out, it goes on from its last checkpoint. For several GPUs:
+    torchrun --nproc-per-node N -m fkdpipe train ... with the same arguments.
 
     \b
     Example:
@@ -53,25 +56,31 @@ def train(
     from fkdpipe.train.settings import TrainSettings
 
     flags["optimizer.lr"] = flags.pop("lr")
+    flags["method.name"] = flags.pop("method")
     settings = options.resolve(TrainSettings, recipe, assignments, flags)
     from fkdpipe import distributed
+    from fkdpipe.progress import silent
     from fkdpipe.storage.store import open_store
-    from fkdpipe.train import loop
+    from fkdpipe.train import loop, parallel
     from fkdpipe.train.run import prepare
 
     rank = distributed.current()
-    run = prepare(
-        settings,
-        data,
-        out,
-        store=open_store(store) if store else None,
-        cache_dir=options.cache_dir(cache),
-        allow_partial=allow_partial,
-        device=options.choose_device(device, rank.local),
-        rank=rank,
-        reporter=terminal.reporter(),
-    )
-    result = loop.train(run)
+    where = options.choose_device(device, rank.local)
+    with parallel.group(rank, where):
+        run = prepare(
+            settings,
+            data,
+            out,
+            store=open_store(store) if store else None,
+            cache_dir=options.cache_dir(cache),
+            allow_partial=allow_partial,
+            device=where,
+            rank=rank,
+            reporter=terminal.reporter() if rank.main else silent,
+        )
+        result = loop.train(run)
+    if not rank.main:
+        return
     accuracy = "" if result.top1 is None else f", top-1 {result.top1:.2f} %"
     click.echo(f"{result.steps} steps, {result.epochs} epochs{accuracy}; student: {result.student}")
 

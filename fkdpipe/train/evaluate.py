@@ -44,12 +44,14 @@ def evaluate(
     precision: Precision = "float32",
     batch: int = 128,
     threads: int = 2,
+    allow_none: bool = False,
     reporter: Reporter = silent,
 ) -> Accuracy:
     """Accuracy of a classifier on the images of a folder.
 
     Args:
         columns: int64, which outputs are the folder's classes; None for all in order.
+        allow_none: no readable image is no error, for one process's share of a folder.
 
     Raises:
         ImagesError: no image can be read.
@@ -72,6 +74,8 @@ def evaluate(
             seen += len(class_B)
             advance(len(class_B))
     module.train(was_training)
+    if not seen and allow_none:
+        return Accuracy(0.0, 0.0, 0, len(folder))
     if not seen:
         raise ImagesError(f"{folder.root}: no image could be read.", code="no-images")
     return Accuracy(100 * top1 / seen, 100 * top5 / seen, seen, len(folder) - seen)

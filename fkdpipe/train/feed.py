@@ -57,6 +57,11 @@ class Batch:
     total: int
 
     @property
+    def m(self) -> int:
+        """Crops of each image in this batch."""
+        return self.passed.m
+
+    @property
     def pixels(self) -> torch.Tensor:
         """The student's view."""
         return self.views[0]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from fkdpipe import taps
+from fkdpipe.models import Loaded
 from fkdpipe.taps import Tapped
-from fkdpipe.train.methods.interface import Method, Targets
+from fkdpipe.teachers import Teacher
+from fkdpipe.train import inputs, methods
+from fkdpipe.train.inputs import TrainingSet
+from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
+from fkdpipe.train.settings import TrainSettings
 
 
 class Learner(nn.Module):
@@ -25,3 +33,44 @@ class Learner(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         outputs = self.student(pixels_B3HW)
         return outputs.logits, self.method.loss(outputs, targets)
+
+
+def build(
+    settings: TrainSettings,
+    needs: MethodNeeds,
+    loaded: Loaded,
+    teacher: Teacher | None,
+    training: TrainingSet,
+    device: torch.device,
+) -> Learner:
+    """Student and method, built for each other and for what the teacher's side gives.
+
+    Raises:
+        UsageError, ModelError: networks that the method cannot pair.
+    """
+    student = Tapped(loaded.module, needs.student)
+    if not needs.classifier:  # nothing trains it, and DDP wants to know
+        student.classifier.requires_grad_(False)
+    given = None
+    if teacher is not None:
+        given = taps.example(teacher.module, teacher.preprocessing.size, device)
+    elif training.features is not None:
+        given = inputs.stored_outputs(training.features.example(device), training.features.settings)
+    context = Context(
+        classes=loaded.classes,
+        epochs=settings.epochs,
+        student=taps.example(student, loaded.preprocessing.size, device),
+        student_network=loaded.module,
+        teacher=given,
+        teacher_network=teacher.module.network if teacher else None,
+        features=training.features.settings if training.features else None,
+        teacher_facts=_teacher_facts(teacher, training),
+    )
+    torch.manual_seed(settings.seed + 1)  # the helpers' weights
+    return Learner(student, methods.build(settings.method, context)).to(device)
+
+
+def _teacher_facts(teacher: Teacher | None, training: TrainingSet) -> dict[str, Any] | None:
+    if teacher is not None:
+        return teacher.facts()
+    return training.features.settings["teachers"][0] if training.features else None

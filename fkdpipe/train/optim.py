@@ -1,31 +1,88 @@
-"""Optimisers by timm's names."""
+"""Optimisers by timm's names, over the student and a method's helpers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 from fkdpipe.errors import UsageError
+from fkdpipe.train.learner import Learner
 from fkdpipe.train.settings import OptimizerSettings
 
 
-def build(learner: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """One optimiser over the student and the method's helpers.
+def build(learner: Learner, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """One optimiser; each of its groups may scale the rate by `lr_scale`.
 
     Raises:
-        UsageError: timm knows no such optimiser.
+        UsageError: timm knows no such optimiser, or it has no such setting.
     """
     name = settings.name.lower()
     if name not in list_optimizers():
         raise UsageError(f"timm has no optimiser {settings.name!r}; it has sgd, adamw, lamb, ...")
-    momentum = get_optimizer_info(name).has_momentum
-    extra = {"momentum": settings.momentum} if momentum else {}
-    return create_optimizer_v2(
-        learner,
-        opt=name,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        filter_bias_and_bn=False,
-        **extra,
+    info = get_optimizer_info(name)
+    extra: dict[str, Any] = {"momentum": settings.momentum} if info.has_momentum else {}
+    if settings.betas is not None:
+        if not info.has_betas:
+            raise UsageError(f"optimiser {name} has no betas.")
+        extra["betas"] = tuple(settings.betas)
+    if settings.eps is not None:
+        extra["eps"] = settings.eps
+    try:
+        return create_optimizer_v2(
+            _groups(learner, settings),
+            opt=name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            **extra,
+        )
+    except TypeError as error:
+        raise UsageError(f"optimiser {name}: {error}.") from error
+
+
+def _groups(learner: Learner, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    student, decay = learner.student.network, settings.weight_decay
+    groups: list[dict[str, Any]]
+    if settings.layer_decay is not None:
+        spared = _spared(student)
+        groups = param_groups_layer_decay(
+            student,
+            decay,
+            no_weight_decay_list=() if settings.decay_all else spared,
+            weight_decay_exclude_1d=not settings.decay_all,
+            layer_decay=settings.layer_decay,
+        )
+        for group in groups:
+            group.pop("param_names", None)
+    else:
+        groups = _by_decay(student, settings)
+    helpers = _by_decay(learner.method, settings)
+    if settings.helper_lr is not None:
+        for group in helpers:
+            group["lr_scale"] = settings.helper_lr / settings.lr
+    return groups + helpers
+
+
+def _by_decay(module: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        return []
+    if settings.decay_all:
+        return [{"params": trained, "weight_decay": settings.weight_decay}]
+    groups = param_groups_weight_decay(
+        module, settings.weight_decay, no_weight_decay_list=_spared(module)
     )
+    return [group for group in groups if group["params"]]
+
+
+def _spared(module: nn.Module) -> set[str]:
+    """Parameters that a network itself wants undecayed: position embeddings, class tokens."""
+    return set(getattr(module, "no_weight_decay", set)())

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 
-from fkdpipe import config, images, models, replay, taps
+from fkdpipe import config, images, models, replay
 from fkdpipe.distributed import Rank, default_threads
 from fkdpipe.errors import ImagesError, TrainingError, UsageError
 from fkdpipe.features import Tap
@@ -19,17 +20,17 @@ from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, Request, View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
-from fkdpipe.taps import Needs, Tapped
+from fkdpipe.taps import Needs
 from fkdpipe.teachers import Precision, Teacher, load_teachers
-from fkdpipe.train import inputs, methods, optim, students
+from fkdpipe.train import checkpoint, inputs, methods, optim, parallel, students
 from fkdpipe.train.feed import Feed, check_batch
 from fkdpipe.train.inputs import TrainingSet
-from fkdpipe.train.learner import Learner
-from fkdpipe.train.loop import Run
-from fkdpipe.train.methods.interface import Context, MethodNeeds
+from fkdpipe.train.learner import build as build_learner
+from fkdpipe.train.methods.interface import MethodNeeds
 from fkdpipe.train.order import Order
 from fkdpipe.train.schedule import passes
 from fkdpipe.train.settings import TrainSettings
+from fkdpipe.train.state import Run
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +60,15 @@ def prepare(
     needs = methods.needs(settings.method)
     _check(settings, needs, store, rank)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
-    if training.crops_per_image is not None and settings.crops_per_image > training.crops_per_image:
-        raise UsageError(
-            f"{settings.crops_per_image} crops per image in a batch, and the store records "
-            f"{training.crops_per_image}."
-        )
     labels = training.labels
-    classes = len(training.class_names) if labels is None else labels.classes
+    # Unlabelled images have no classes; the head of a student that learns features is not used.
+    classes = labels.classes if labels is not None else max(1, len(training.class_names))
     loaded = students.build(settings, classes)
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
-    learner = _learner(settings, needs, loaded, teacher, training, device)
+    learner = build_learner(settings, needs, loaded, teacher, training, device)
     validation = _validation(data, training, reporter) if needs.classifier else None
-    digest = _record(settings, training, teacher, out)
+    digest = _record(settings, training, teacher, out, write=rank.main)
     feed = Feed(
         training,
         _order(settings, training),
@@ -80,17 +77,28 @@ def prepare(
         threads=settings.threads or default_threads(),
         device=device,
         rank=rank,
+        block=settings.mixing.block if settings.mixing.on else 1,
     )
+    precision = _precision(settings, device)
     return Run(
         settings=settings,
         out=out,
         feed=feed,
         student=loaded,
         learner=learner,
+        wrapped=parallel.wrap(
+            learner,
+            rank,
+            device,
+            compile_backend=settings.compile,
+            sync_batchnorm=settings.sync_batchnorm,
+        ),
         teacher=teacher,
         optimizer=optim.build(learner, settings.optimizer),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "float16"),
+        average=ModelEmaV3(learner.student, decay=settings.ema) if settings.ema else None,
         device=device,
-        precision=_precision(settings, device),
+        precision=precision,
         rank=rank,
         class_names=training.class_names,
         validation=validation,
@@ -108,7 +116,15 @@ def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, ran
             "Only --target ground-truth trains without one."
         )
     models.parse_spec(settings.student)
-    check_batch(settings.batch_size, settings.crops_per_image, rank.world)
+    block = settings.mixing.block if settings.mixing.on else 1
+    check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
+    if settings.mixing.on and not needs.mixing:
+        raise UsageError(
+            f"method {settings.method.get('name', 'fkd')} cannot mix images: what the teacher says "
+            "of a mixed image is no mix of what it says of each."
+        )
+    if settings.mixing.on and needs.teacher is not None and settings.teacher is None:
+        raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
     name = settings.method.get("name", "fkd")
     if settings.teacher is not None:
         models.parse_spec(settings.teacher)
@@ -163,42 +179,6 @@ def _teacher(
     return teacher
 
 
-def _learner(
-    settings: TrainSettings,
-    needs: MethodNeeds,
-    loaded: Loaded,
-    teacher: Teacher | None,
-    training: TrainingSet,
-    device: torch.device,
-) -> Learner:
-    student = Tapped(loaded.module, needs.student)
-    if not needs.classifier:  # nothing trains it, and DDP wants to know
-        student.classifier.requires_grad_(False)
-    given = None
-    if teacher is not None:
-        given = taps.example(teacher.module, teacher.preprocessing.size, device)
-    elif training.features is not None:
-        given = inputs.stored_outputs(training.features.example(device), training.features.settings)
-    context = Context(
-        classes=loaded.classes,
-        epochs=settings.epochs,
-        student=taps.example(student, loaded.preprocessing.size, device),
-        student_network=loaded.module,
-        teacher=given,
-        teacher_network=teacher.module.network if teacher else None,
-        features=training.features.settings if training.features else None,
-        teacher_facts=_teacher_facts(teacher, training),
-    )
-    torch.manual_seed(settings.seed + 1)  # the helpers' weights
-    return Learner(student, methods.build(settings.method, context)).to(device)
-
-
-def _teacher_facts(teacher: Teacher | None, training: TrainingSet) -> dict[str, Any] | None:
-    if teacher is not None:
-        return teacher.facts()
-    return training.features.settings["teachers"][0] if training.features else None
-
-
 def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> list[View]:
     """The student's view, and the live teacher's where it is another."""
     views = [students.view(settings, loaded)]
@@ -225,7 +205,7 @@ def _open(
             need_classes=needs.classifier,
             reporter=reporter,
         )
-    return inputs.from_store(
+    training = inputs.from_store(
         store,
         data,
         target=settings.parsed_target,
@@ -236,6 +216,13 @@ def _open(
         allow_partial=allow_partial,
         reporter=reporter,
     )
+    recorded = training.crops_per_image
+    if recorded is not None and settings.crops_per_image > recorded:
+        raise UsageError(
+            f"{settings.crops_per_image} crops per image in a batch, and the store records "
+            f"{recorded}."
+        )
+    return training
 
 
 def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Tap | None:
@@ -259,7 +246,12 @@ def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images
 
 
 def _record(
-    settings: TrainSettings, training: TrainingSet, teacher: Teacher | None, out: Path
+    settings: TrainSettings,
+    training: TrainingSet,
+    teacher: Teacher | None,
+    out: Path,
+    *,
+    write: bool,
 ) -> str:
     """Write settings.json, or compare with the one there; returns the digest of both.
 
@@ -272,7 +264,8 @@ def _record(
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
     }
-    free = ("threads", "replay", "log_every")  # may differ between two starts of one run
+    # These may differ between two starts of one run.
+    free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
     compared = {
         **record,
         "settings": {k: v for k, v in record["settings"].items() if k not in free},
@@ -292,8 +285,10 @@ def _record(
                 "Name another --out folder, or delete this one.",
                 code="other-run",
             )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"digest": digest, **record}, indent=1) + "\n")
+    if write:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"digest": digest, **record}, indent=1) + "\n"
+        checkpoint.write_atomically(file, lambda partial: partial.write_text(text))
     return digest
 
 

@@ -17,16 +17,60 @@ from fkdpipe.storage.labels import Target, parse_target
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """name is any optimiser of timm (`sgd`, `adamw`, `lamb`, ...)."""
+    """name is any optimiser of timm (`sgd`, `adamw`, `lamb`, ...).
+
+    betas, eps: None take the optimiser's own.
+    helper_lr: rate of a method's helpers, None for the student's.
+    decay_all: weight decay on biases and norms too. layer_decay: factor of the rate from each
+        layer to the one before it, as timm groups them.
+    clip_norm: largest norm of the whole gradient.
+    """
 
     name: str = "sgd"
     lr: float = 0.1
     weight_decay: float = 1e-4
     momentum: float = 0.9
+    betas: tuple[float, ...] | None = None
+    eps: float | None = None
+    helper_lr: float | None = None
+    decay_all: bool = True
+    layer_decay: float | None = None
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0:
             raise UsageError("lr must be positive and weight_decay not negative.")
+        for name in ("helper_lr", "layer_decay", "clip_norm", "eps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name} must be positive; found {value}.")
+
+
+@dataclass(frozen=True)
+class MixingSettings:
+    """Mixup and CutMix of the batch: alpha of each, 0 for none.
+
+    probability: of mixing a block of images at all. switch: of CutMix where both are asked for.
+    block: images that are mixed with each other; no process splits one.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch: float = 0.5
+    block: int = 8
+
+    def __post_init__(self) -> None:
+        if self.mixup < 0 or self.cutmix < 0:
+            raise UsageError("mixup and cutmix are the alpha of a Beta law; they are not negative.")
+        if not (0 <= self.probability <= 1 and 0 <= self.switch <= 1):
+            raise UsageError("mixing: probability and switch must be within 0 and 1.")
+        if self.block < 2:
+            raise UsageError(f"mixing: a block has at least 2 images; found {self.block}.")
+
+    @property
+    def on(self) -> bool:
+        return bool(self.mixup or self.cutmix) and self.probability > 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +104,14 @@ class TrainSettings:
         teacher_class_map: which of its outputs are the folder's classes; teacher_size: side of
         its input in pixels, None takes its own.
     window: units of images that are shuffled together.
+    pretrained: begin from the library's published weights instead of random ones.
+    accumulate: parts that a process's share of a step is cut into, one backward pass each.
+    ema: decay of an average of the weights, which is then what is evaluated and exported.
+    compile: a backend of torch.compile, `inductor` or `aot_eager`.
+    sync_batchnorm: statistics over all processes (GPUs only).
     log_every: steps between lines of metrics. eval_every: epochs between evaluations.
+    checkpoint_every: steps between checkpoints, beside the one after every pass.
+    keep_checkpoints: how many of the newest stay. tensorboard: metrics go there too.
     """
 
     student: str
@@ -83,8 +134,17 @@ class TrainSettings:
     replay: Literal["auto", "cpu", "dali"] = "auto"
     threads: int | None = None
     window: int = 8
+    pretrained: bool = False
+    accumulate: int = 1
+    ema: float | None = None
+    compile: str | None = None
+    sync_batchnorm: bool = False
     log_every: int = 50
     eval_every: int = 1
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+    mixing: MixingSettings = field(default_factory=MixingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
@@ -95,10 +155,13 @@ class TrainSettings:
             "batch_size",
             "crops_per_image",
             "window",
+            "accumulate",
             "log_every",
             "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
         if self.batch_size % self.crops_per_image:
             raise UsageError(
@@ -107,6 +170,10 @@ class TrainSettings:
             )
         if self.size is not None and self.size < 8:
             raise UsageError(f"size must be at least 8 pixels; found {self.size}.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UsageError(
+                f"ema is a decay between 0 and 1, for example 0.9999; found {self.ema}."
+            )
         edges = self.schedule.single_first + self.schedule.single_last
         if edges > self.epochs:
             raise UsageError(f"{edges} epochs of single crops do not fit {self.epochs} epochs.")

@@ -26,7 +26,11 @@ def build(settings: TrainSettings, classes: int) -> Loaded:
     size = (settings.size, settings.size) if settings.size else None
     torch.manual_seed(settings.seed)
     return models.build(
-        spec, classes=classes, size=size, pretrained=False, options=settings.student_options
+        spec,
+        classes=classes,
+        size=size,
+        pretrained=settings.pretrained,
+        options=settings.student_options,
     )
 
 

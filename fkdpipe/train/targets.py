@@ -20,12 +20,13 @@ def dense(
     Args:
         labels: None for ground truth, which is one-hot.
         class_B: int64, the folder's classes.
-        classes: C; 0 for a flat folder.
     """
-    if not classes:
-        return torch.zeros(len(class_B), 0, device=device)
     if labels is None:
-        return torch.nn.functional.one_hot(class_B.to(device), classes).float()
+        known_B = class_B.to(device)  # -1 in a folder without classes: nothing is true
+        return (
+            torch.nn.functional.one_hot(known_B.clamp_min(0), classes)
+            * (known_B >= 0)[:, None].float()
+        )
     if isinstance(labels, SparseLabels):
         ids_BK = torch.from_numpy(labels.ids_BK).to(device, non_blocking=True)
         prob_BK = torch.from_numpy(labels.prob_BK).to(device, non_blocking=True)

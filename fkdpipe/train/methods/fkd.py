@@ -20,13 +20,13 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 @dataclass(frozen=True)
 class Settings:
-    """hard_weight: share of the ground truth's cross-entropy, beside the target's."""
+    """weight: the target's share; the rest, 1 - weight, is the ground truth's cross-entropy."""
 
-    hard_weight: float = 0.0
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hard_weight <= 1:
-            raise UsageError(f"hard_weight must be within 0 and 1; found {self.hard_weight}.")
+        if not 0 <= self.weight <= 1:
+            raise UsageError(f"weight must be within 0 and 1; found {self.weight}.")
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -36,14 +36,14 @@ def needs(settings: Settings) -> MethodNeeds:
 class Fkd(Method):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.hard_weight = settings.hard_weight
+        self.weight = settings.weight
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         label = losses.soft_cross_entropy(student.logits, targets.prob_BC)
-        if not self.hard_weight:
+        if self.weight == 1:
             return {"label": label}
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
-        return {"label": (1 - self.hard_weight) * label, "hard": self.hard_weight * hard}
+        return {"label": self.weight * label, "hard": (1 - self.weight) * hard}
 
 
 def build(settings: Settings, context: Context) -> Fkd:

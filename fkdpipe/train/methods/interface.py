@@ -7,7 +7,7 @@ is not its business.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,15 @@ class Targets:
     teacher: Outputs | None = None
     epoch: int = 0
     stored: bool = False
+
+    def take(self, rows: slice) -> Targets:
+        """A part of the batch."""
+        return replace(
+            self,
+            prob_BC=self.prob_BC[rows],
+            truth_BC=self.truth_BC[rows],
+            teacher=None if self.teacher is None else self.teacher.take(rows),
+        )
 
     def soft(self, temperature: float) -> torch.Tensor:
         """float32 (B, C): the teacher's probabilities at a temperature."""
