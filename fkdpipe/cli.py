@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import basis, demo, generate, inspect, store, train
+from fkdpipe.commands import basis, demo, generate, inspect, store, train, transfer
 from fkdpipe.errors import FkdpipeError
 
 
@@ -63,6 +63,7 @@ for command in (
     generate.generate,
     train.train,
     train.evaluate,
+    transfer.transfer,
     inspect.report,
     store.verify,
     store.thin,

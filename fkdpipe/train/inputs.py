@@ -8,7 +8,7 @@ labels; that is how a teacher or a baseline is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -212,6 +212,15 @@ def from_store(
             "manifests": [s.manifest.settings for s in found.crops],
         },
     )
+
+
+def take_fraction(training: TrainingSet, fraction: float, seed: int) -> TrainingSet:
+    """A share of the images of every class: the same images whatever store or folder lists them."""
+    keys = [str(key) for key in training.keys[training.rows]]
+    order = crops.random_order(seed, crops.image_ids(keys))
+    kept = images.per_class(training.class_N[training.rows], order, fraction)
+    facts = {**training.facts, "images": len(kept), "fraction": fraction}
+    return replace(training, rows=np.sort(training.rows[kept]), facts=facts)
 
 
 def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Tap]:

@@ -60,6 +60,8 @@ def prepare(
     needs = methods.needs(settings.method)
     _check(settings, needs, store, rank)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
+    if settings.fraction < 1:
+        training = inputs.take_fraction(training, settings.fraction, settings.seed)
     labels = training.labels
     # Unlabelled images have no classes; the head of a student that learns features is not used.
     classes = labels.classes if labels is not None else max(1, len(training.class_names))
@@ -116,6 +118,11 @@ def _check(settings: TrainSettings, needs: MethodNeeds, store: Store | None, ran
             "Only --target ground-truth trains without one."
         )
     models.parse_spec(settings.student)
+    if settings.train_only == "classifier" and not needs.classifier:
+        raise UsageError(
+            f"method {settings.method.get('name', 'fkd')} does not train the classifier, and "
+            "train_only classifier trains nothing else."
+        )
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
     if settings.mixing.on and not needs.mixing:
