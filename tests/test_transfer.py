@@ -46,14 +46,10 @@ def settings(**changes) -> TransferSettings:
 def test_a_checkpoint_of_other_classes_needs_a_new_head(tmp_path, folder, backbone):
     model, truth = f"test_resnet={backbone}", {"target": "ground-truth"}
     with pytest.raises(ModelError, match="does not fit"):
-        prepare_run(
-            tmp_path / "a", folder, None, train_settings(student=model, target="ground-truth")
-        )
+        prepare_run(tmp_path / "a", folder, None, train_settings(student=model, **truth))
     given = load_file(backbone)
-    run = prepare_run(
-        tmp_path / "b", folder, None,
-        train_settings(student=model, target="ground-truth", new_head=True),
-    )  # fmt: skip
+    wanted = train_settings(student=model, new_head=True, **truth)
+    run = prepare_run(tmp_path / "b", folder, None, wanted)
     made = run.module.network.state_dict()
     assert made["fc.weight"].shape == (5, 96)
     assert all(torch.equal(made[k], v) for k, v in given.items() if not k.startswith("fc."))

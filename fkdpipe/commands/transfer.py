@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +45,9 @@ def transfer(
     from fkdpipe.train.transfer import TransferSettings
 
     settings = options.resolve(TransferSettings, recipe, assignments, flags)
+    import dataclasses
+    import tempfile
+
     from fkdpipe import distributed
     from fkdpipe.progress import silent
     from fkdpipe.train import parallel

@@ -60,8 +60,6 @@ def prepare(
     needs = methods.needs(settings.method)
     _check(settings, needs, store, rank)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
-    if settings.fraction < 1:
-        training = inputs.take_fraction(training, settings.fraction, settings.seed)
     labels = training.labels
     # Unlabelled images have no classes; the head of a student that learns features is not used.
     classes = labels.classes if labels is not None else max(1, len(training.class_names))
@@ -205,30 +203,33 @@ def _open(
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
-        return inputs.from_folder(
+        training = inputs.from_folder(
             data,
             law=settings.crop,
             seed=settings.seed,
             need_classes=needs.classifier,
             reporter=reporter,
         )
-    training = inputs.from_store(
-        store,
-        data,
-        target=settings.parsed_target,
-        source=settings.source,
-        temperature=needs.soft if needs.soft is not None else settings.label_temperature,
-        features=_stored_tap(settings, needs),
-        cache_dir=cache_dir,
-        allow_partial=allow_partial,
-        reporter=reporter,
-    )
+    else:
+        training = inputs.from_store(
+            store,
+            data,
+            target=settings.parsed_target,
+            source=settings.source,
+            temperature=needs.soft if needs.soft is not None else settings.label_temperature,
+            features=_stored_tap(settings, needs),
+            cache_dir=cache_dir,
+            allow_partial=allow_partial,
+            reporter=reporter,
+        )
     recorded = training.crops_per_image
     if recorded is not None and settings.crops_per_image > recorded:
         raise UsageError(
             f"{settings.crops_per_image} crops per image in a batch, and the store records "
             f"{recorded}."
         )
+    if settings.fraction < 1:
+        training = inputs.take_fraction(training, settings.fraction, settings.seed)
     return training
 
 
