@@ -24,23 +24,47 @@ LAW_NAME = "random-resized-crop"
 LAW_VERSION = 1
 TRIES = 10  # as torchvision's RandomResizedCrop before it falls back to the centre
 
-_BOX, _FLIP = 0, 1  # one stream of random numbers per recorded field
+_BOX, _FLIP, _JITTER = 0, 1, 2  # one stream of random numbers per recorded field
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
+class Jitter:
+    """Strengths of recorded colour jitter, as torchvision's ColorJitter has them.
+
+    Attributes:
+        brightness, contrast, saturation: factors are drawn from 1 - strength to 1 + strength.
+        hue: turns of the colour circle are drawn from -hue to hue.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UsageError(
+                    f"jitter {name} must be between 0 and {most}; found {getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True)
 class CropLaw:
-    """RandomResizedCrop and a horizontal flip.
+    """RandomResizedCrop, a horizontal flip, and colour jitter where asked for.
 
     Attributes:
         scale: range of the crop's area as a share of the image.
         ratio: range of width / height, drawn log-uniformly.
         flip: probability of a horizontal flip.
+        jitter: strengths of colour jitter; None records none.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    jitter: Jitter | None = None
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -60,10 +84,12 @@ class Crops:
     Attributes:
         box_NM4: uint16, (top, left, height, width) in pixels.
         flip_NM: bool, mirrored horizontally after resizing.
+        jitter_NM4: float32, brightness, contrast, saturation, hue (`fkdpipe.colour`), or None.
     """
 
     box_NM4: np.ndarray
     flip_NM: np.ndarray
+    jitter_NM4: np.ndarray | None = None
 
 
 def image_ids(keys: Sequence[str]) -> np.ndarray:
@@ -85,11 +111,18 @@ def sample(
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"the seed must be between 0 and 2**63 - 1; found {seed}.")
-    state_N1 = _mix(_mix(seed) ^ np.asarray(image_id_N, dtype=np.uint64))[:, None]
-    state_NM = _mix(state_N1 ^ _mix(np.asarray(crops_M, dtype=np.uint64) + _GOLDEN))
+    state_NM = _states(seed, image_id_N, crops_M)
     box_NM4 = _boxes(law, _stream(state_NM, _BOX), np.asarray(size_N2, dtype=np.int64))
     flip_NM = _uniform(_draw(_stream(state_NM, _FLIP), 0)) < law.flip
-    return Crops(box_NM4.astype(np.uint16), flip_NM)
+    jitter_NM4 = None if law.jitter is None else _factors(law.jitter, state_NM)
+    return Crops(box_NM4.astype(np.uint16), flip_NM, jitter_NM4)
+
+
+def sample_jitter(
+    jitter: Jitter, *, seed: int, image_id_N: np.ndarray, crops_M: np.ndarray
+) -> np.ndarray:
+    """float32 (N, M, 4): the factors that `sample` draws, alone."""
+    return _factors(jitter, _states(seed, image_id_N, crops_M))
 
 
 def random_order(seed: int, image_id_N: np.ndarray) -> np.ndarray:
@@ -113,6 +146,22 @@ def boxes_outside(box_NM4: np.ndarray, size_N2: np.ndarray) -> np.ndarray:
         | (top + height > size[:, None, 0])
         | (left + width > size[:, None, 1])
     )
+
+
+def _states(seed: int, image_id_N: np.ndarray, crops_M: np.ndarray) -> np.ndarray:
+    """uint64 (N, M): where the streams of each crop begin."""
+    state_N1 = _mix(_mix(seed) ^ np.asarray(image_id_N, dtype=np.uint64))[:, None]
+    return _mix(state_N1 ^ _mix(np.asarray(crops_M, dtype=np.uint64) + _GOLDEN))
+
+
+def _factors(jitter: Jitter, state_NM: np.ndarray) -> np.ndarray:
+    """float32 (N, M, 4), uniform around 1, 1, 1 and 0; one stream each."""
+    strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    factors = [
+        centre + strength * (2 * _uniform(_draw(_stream(state_NM, _JITTER + k), 0)) - 1)
+        for k, (centre, strength) in enumerate(zip((1, 1, 1, 0), strengths, strict=True))
+    ]
+    return np.stack(factors, axis=-1).astype(np.float32)
 
 
 def _boxes(law: CropLaw, state_NM: np.ndarray, size_N2: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -24,7 +24,11 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from fkdpipe import selfsupervised
 from fkdpipe.errors import ModelError, UsageError
+
+Library = Literal["timm", "torchvision", "moco", "swav"]
+SELF_SUPERVISED = ("moco", "swav")  # whose outputs are no classes
 
 EXPORT_NAME = "student.safetensors"  # what a run folder holds for others to load
 _METADATA = "fkdpipe"
@@ -39,11 +43,11 @@ class ModelSpec:
     """
 
     name: str
-    library: Literal["timm", "torchvision"] = "timm"
+    library: Library = "timm"
     weights: Path | None = None
 
     def __str__(self) -> str:
-        name = self.name if self.library == "timm" else f"torchvision:{self.name}"
+        name = self.name if self.library == "timm" else f"{self.library}:{self.name}"
         return name if self.weights is None else f"{name}={self.weights}"
 
 
@@ -80,7 +84,7 @@ class Loaded:
 
 
 def parse_spec(text: str) -> ModelSpec:
-    """`NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]` or a run folder.
+    """`NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]`, `moco:NAME=FILE` or a run folder.
 
     Raises:
         UsageError: empty name.
@@ -95,11 +99,14 @@ def parse_spec(text: str) -> ModelSpec:
     name, _, file_text = text.partition("=")
     if not name:
         raise UsageError(f"{text!r} names no model; write NAME or NAME=FILE.")
-    library: Literal["timm", "torchvision"] = "timm"
-    if name.startswith("torchvision:"):
-        library, name = "torchvision", name.removeprefix("torchvision:")
+    library: Library = "timm"
+    for other in get_args(Library):
+        if name.startswith(f"{other}:"):
+            library, name = other, name.removeprefix(f"{other}:")
     _check_name(name, library)
     if not file_text:
+        if library in SELF_SUPERVISED:
+            raise UsageError(f"{text}: name the authors' checkpoint, {text}=FILE.")
         return ModelSpec(name, library)
     if not Path(file_text).is_file():
         raise ModelError(f"{name}: no such weights file: {file_text}.", code="no-weights")
@@ -107,7 +114,7 @@ def parse_spec(text: str) -> ModelSpec:
 
 
 def _check_name(name: str, library: str) -> None:
-    if library == "timm":
+    if library != "torchvision":
         if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(name.split(".")[0]):
             return
         known = timm.list_models()
@@ -142,6 +149,8 @@ def build(
     Raises:
         ModelError: weights cannot be fetched, read, or do not fit; the message names keys.
     """
+    if spec.library in SELF_SUPERVISED:
+        return _self_supervised(spec, size)
     state = read_weights(spec.weights) if spec.weights else None
     facts = read_export(spec.weights) if spec.weights else {}
     options = {**facts.get("options", {}), **(options or {})}
@@ -164,6 +173,17 @@ def build(
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     return Loaded(module, preprocessing, _classes(module), tuple(facts.get("class_names", ())))
+
+
+def _self_supervised(spec: ModelSpec, size: tuple[int, int] | None) -> Loaded:
+    assert spec.weights is not None
+    state = read_weights(spec.weights)
+    kind = cast('Literal["moco", "swav"]', spec.library)
+    module = selfsupervised.build(kind, spec.name, state, where=str(spec))
+    preprocessing = _preprocessing(spec, module.backbone)
+    if size is not None:
+        preprocessing = replace(preprocessing, size=size)
+    return Loaded(module, preprocessing, module.num_classes)
 
 
 def _create(

@@ -120,9 +120,11 @@ def load_teachers(
     teachers = []
     for spec, share, class_map in zip(specs, shares, maps, strict=True):
         loaded = models.build(spec, size=size)
-        columns = match_classes(
-            class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
-        )
+        columns = None
+        if spec.library not in models.SELF_SUPERVISED:  # whose outputs are no classes
+            columns = match_classes(
+                class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
+            )
         digest = models.state_digest(loaded.module)
         module = Tapped(loaded.module, needs).eval().requires_grad_(False)
         module = module.to(device).to(memory_format=torch.channels_last)
@@ -139,6 +141,18 @@ def load_teachers(
             )
         )
     return teachers
+
+
+def numbered_classes(class_names: Sequence[str]) -> dict[str, int]:
+    """A class map for folders that are named by class index, "0" to "999" (ImageNet-V2).
+
+    Raises:
+        UsageError: other names among them.
+    """
+    others = [name for name in class_names if not name.isdigit()]
+    if others:
+        raise UsageError(f"folders named by class index are asked for; found {others[0]!r}.")
+    return {name: int(name) for name in class_names}
 
 
 def match_classes(

@@ -70,3 +70,17 @@ def soft_cross_entropy(logits_C: np.ndarray, target_C: np.ndarray) -> float:
     z = logits_C.astype(np.float64)
     log_q = z - z.max() - math.log(np.exp(z - z.max()).sum())
     return -sum(p * q for p, q in zip(target_C.tolist(), log_q.tolist(), strict=True) if p > 0)
+
+
+def colour_jitter(picture_3HW, factors: list[float]):
+    """uint8 (3, H, W): torchvision's four operations one after another on floats, rounded once."""
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    brightness, contrast, saturation, hue = factors
+    x = picture_3HW.to(torch.float64) / 255
+    x = functional.adjust_brightness(x, brightness)
+    x = functional.adjust_contrast(x, contrast)
+    x = functional.adjust_saturation(x, saturation)
+    x = functional.adjust_hue(x, hue)
+    return (x * 255).round().to(torch.uint8)

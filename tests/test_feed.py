@@ -23,6 +23,8 @@ from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import open_location
 from fkdpipe.train import targets
 from fkdpipe.train.feed import Feed
+from fkdpipe.train.order import Order
+from fkdpipe.train.schedule import passes
 
 M = 4
 
@@ -156,6 +158,47 @@ def test_a_file_that_breaks_in_mid_run_is_replaced_by_name(tmp_path, folder, tea
     assert caplog.text.count(f"{victim} is replaced") == 1
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "resized"])
+def test_a_single_crop_of_a_broken_file_is_replaced_by_name(
+    tmp_path, folder, teacher, caplog, capfd, damage
+):
+    """With one crop per image only its region is decoded; a broken file shows all the same."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    store = make_store(tmp_path / "store", data, [teacher])
+    run = prepare_run(tmp_path / "run", data, store, train_settings(crops_per_image=1))
+    row = next(r for r, key in enumerate(store.images.keys) if key.endswith("/3.jpg"))
+    file = images.path_of(data / "train", store.images.keys[row])
+    if damage == "cut":
+        os.truncate(file, os.path.getsize(file) - 2)
+    elif damage == "gone":
+        os.remove(file)
+    else:
+        shutil.copy(images.path_of(data / "train", store.images.keys[row - 1]), file)
+    for batch in run.feed.run():
+        assert row not in batch.rows_B.tolist()
+        assert len(batch.rows_B) == batch.total
+    assert set(run.feed.failed) == {str(store.images.keys[row])}
+    capfd.readouterr()
+
+
+def test_the_first_labels_of_a_pass_are_read_while_the_last_pass_ends(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher], form="full")
+    run = prepare_run(tmp_path / "run", folder, store, train_settings(target="full"))
+    begun, plain = [], run.feed.data.labels.open_window
+
+    def watched(units, crops_m):
+        begun.append(crops_m.tolist())
+        return plain(units, crops_m)
+
+    run.feed.data.labels.open_window = watched
+    stream = run.feed.run()
+    first = next(stream)
+    assert len(first.rows_B) < 2 * len(run.feed.data.rows)  # far from the end of the pass
+    stream.close()
+    assert begun == [[0, 1], [2, 3]]
+
+
 def test_labels_of_a_replacement_are_its_own(tmp_path, folder, teacher):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
@@ -240,6 +283,69 @@ def test_images_without_labels_are_left_out(tmp_path, folder, teacher, capfd):
     assert rows == set(found.rows.tolist())
     assert len(rows) == store.num_images - 1
     capfd.readouterr()
+
+
+def spread_feed(run, *, rank: Rank = Rank(), m=2, batch=16, epochs=4) -> Feed:
+    """The feed of a run, its crops spread over batches."""
+    feed = run.feed
+    order = Order(
+        feed.data.rows,
+        unit_size=feed.data.unit_size,
+        window=8,
+        passes=passes(epochs, m),
+        batch_size=batch,
+        seed=0,
+        spread=True,
+    )
+    return Feed(feed.data, order, feed.views, backend="cpu", threads=2, device=CPU, rank=rank)
+
+
+@pytest.mark.parametrize("form", ["topk:3", "full"])
+def test_spread_batches_hold_the_same_crops_with_their_own_labels(tmp_path, folder, teacher, form):
+    store = make_store(tmp_path / "store", folder, [teacher], form=form)
+    target = Target("marginal-smoothing", 3)
+    run = prepare_run(tmp_path / "run", folder, store, train_settings(target=str(target)))
+    together = {}
+    for batch in run.feed.run():
+        for place, key in enumerate(
+            zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True)
+        ):
+            together[key] = batch.pixels[place].clone()
+    expected = _all_labels(store, target, tmp_path)
+    seen = []
+    for number, batch in enumerate(spread_feed(run).run()):
+        rows, crops = batch.rows_B.tolist(), batch.crops_B.tolist()
+        assert (batch.step, batch.m, batch.total) == (number, 1, len(rows))
+        assert len(set(rows)) == len(rows)
+        assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+        for place, key in enumerate(zip(rows, crops, strict=True)):
+            assert torch.equal(batch.pixels[place], together[key])
+        made = targets.dense(batch.labels, target, len(CLASSES), batch.class_B, CPU).numpy()
+        assert np.allclose(made, expected[rows, crops], atol=1e-6)
+        seen += zip(rows, crops, strict=True)
+    assert len(seen) == len(together)
+    assert set(seen) == set(together)
+
+
+def test_a_spread_run_resumes_at_any_step_and_splits_over_processes(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher])
+    run = prepare_run(tmp_path / "run", folder, store, train_settings())
+    feed = spread_feed(run, m=4)
+    whole = [(b.rows_B, b.crops_B, b.pixels.clone()) for b in feed.run()]
+    assert len(whole) == len(feed) == 16
+    for start in (1, 4, 6, 15):
+        rest = list(feed.run(start))
+        assert [batch.step for batch in rest] == list(range(start, 16))
+        for batch, (rows, crops, pixels) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(batch.rows_B, rows)
+            assert torch.equal(batch.crops_B, crops)
+            assert torch.equal(batch.pixels, pixels)
+    shares = [list(spread_feed(run, rank=Rank(k, 2), m=4).run()) for k in range(2)]
+    for (rows, crops, pixels), *ours in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.cat([batch.rows_B for batch in ours]), rows)
+        assert torch.equal(torch.cat([batch.crops_B for batch in ours]), crops)
+        assert torch.equal(torch.cat([batch.pixels for batch in ours]), pixels)
+        assert {batch.total for batch in ours} == {len(rows)}
 
 
 def test_fresh_crops_need_no_store(tmp_path, folder):

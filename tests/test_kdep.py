@@ -159,7 +159,8 @@ def context_of(basis_file, student=WIDTH, stored=None) -> Context:
     stored = stored and {"basis": None, "pre_is_post": False, "dims": 96} | stored
     width = stored["dims"] if stored else 96
     return Context(
-        classes=0, epochs=1, student_network=network, teacher_network=network, features=stored,
+        classes=0, scores=0, epochs=1, features=stored,
+        student_network=network, teacher_network=network,
         student=Outputs(torch.zeros(1, 0), pre=torch.zeros(1, student)),
         teacher=Outputs(torch.zeros(1, 0), pre=torch.zeros(1, width)),
         teacher_facts=basis.facts["teacher"],

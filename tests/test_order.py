@@ -15,7 +15,9 @@ from fkdpipe.train.schedule import learning_rate, passes
 from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings
 
 
-def make(rows=100, *, unit=16, window=2, epochs=6, m=2, batch=12, seed=1, **edges) -> Order:
+def make(
+    rows=100, *, unit=16, window=2, epochs=6, m=2, batch=12, seed=1, spread=False, **edges
+) -> Order:
     return Order(
         np.arange(rows) * 2,  # every other row is usable
         unit_size=unit,
@@ -23,6 +25,7 @@ def make(rows=100, *, unit=16, window=2, epochs=6, m=2, batch=12, seed=1, **edge
         passes=passes(epochs, m, **edges),
         batch_size=batch,
         seed=seed,
+        spread=spread,
     )
 
 
@@ -92,6 +95,67 @@ def test_resuming_where_m_changes():
         assert [rows_of(s) for s in rest] == [rows_of(s) for s in whole[start:]]
 
 
+def spread_batches(order, rank=0, world=1) -> dict[int, list[tuple[int, int, int]]]:
+    """The slow twin of spreading: optimiser step to (pass, row, crop of the pass)."""
+    batches = {}
+    for step in order.steps():
+        _, pieces = share(step, rank, world)
+        for k in range(step.batches):
+            batches[step.index + k] = [
+                (p.window.passed.index, row, k) for p in pieces for row in p.rows.tolist()
+            ]
+    return batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 90),
+    unit=st.integers(1, 40),
+    epochs=st.integers(1, 9),
+    m=st.integers(1, 4),
+    per_m=st.integers(1, 12),
+    first=st.integers(0, 1),
+    world=st.integers(1, 4),
+)
+def test_spread_batches_hold_every_crop_once_and_no_image_twice(
+    rows, unit, epochs, m, per_m, first, world
+):
+    edges = {"single_first": min(first, epochs)}
+    order = make(rows, unit=unit, epochs=epochs, m=m, batch=per_m * m, spread=True, **edges)
+    batches = spread_batches(order)
+    assert list(batches) == list(range(len(order)))
+    for batch in batches.values():
+        images = [row for _, row, _ in batch]
+        assert len(set(images)) == len(images) <= per_m * m
+    seen = Counter(crop for batch in batches.values() for crop in batch)
+    widths = {p.index: p.m for p in passes(epochs, m, **edges)}
+    every = {(p, 2 * row, k) for p, width in widths.items() for row in range(rows)
+             for k in range(width)}  # fmt: skip
+    assert set(seen) == every
+    assert set(seen.values()) == {1}
+    shares = [spread_batches(order, rank, world) for rank in range(world)]
+    for index, batch in batches.items():
+        assert [crop for each in shares for crop in each[index]] == batch
+
+
+def test_spread_batches_of_a_pass_are_equally_long():
+    order = make(101, m=2, batch=12, epochs=6, spread=True)
+    assert {step.images for step in order.steps()} == {11, 12}
+    assert len(order) == 3 * 9 * 2
+
+
+def test_a_spread_run_resumes_in_the_block_that_holds_the_step():
+    for edges in ({}, {"single_first": 1, "single_last": 2}):
+        order = make(epochs=9, spread=True, **edges)
+        whole = {k: step for step in order.steps() for k in range(step.index, len(order))}
+        for start in range(len(order)):
+            first = next(order.steps(start))
+            assert first.index <= start < first.index + first.batches
+            assert rows_of(first) == rows_of(whole[start])
+            rest = list(order.steps(start))
+            assert sum(step.batches for step in rest) == len(order) - first.index
+
+
 def test_the_order_depends_on_the_seed_and_differs_between_passes():
     first, second = (rows_of_pass(make(seed=s), 0) for s in (1, 2))
     assert first != second
@@ -111,6 +175,17 @@ def test_a_window_mixes_its_units_and_no_others():
         units = [row // 32 for row in window.rows.tolist()]
         if len(window.units) > 1:
             assert units != sorted(units)
+
+
+def test_windows_follow_one_another_across_passes_and_changes_of_m():
+    order = make(epochs=7, single_first=1)
+    listed = [w for p in passes(7, 2, single_first=1) for w in order.windows(p)]
+    window = order.window(listed[0].passed, 0)
+    for expected in listed[1:]:
+        window = order.following(window)
+        assert window.key == expected.key
+        assert window.rows.tolist() == expected.rows.tolist()
+    assert order.following(window) is None
 
 
 def test_passes_and_crops():

@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="at least two crops"):
         method().distance(random(1, D_T), random(1, D_T))
     context = Context(
-        classes=C, epochs=1, student=sides()[0], teacher=sides()[1].teacher,
+        classes=C, scores=C, epochs=1, student=sides()[0], teacher=sides()[1].teacher,
         student_network=torch.nn.Identity(), features={"basis": "0" * 64},
     )  # fmt: skip
     with pytest.raises(UsageError, match="components of a basis"):

@@ -15,10 +15,11 @@ from conftest import CLASSES
 from pipeline import make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
 
-from fkdpipe import images, models
-from fkdpipe.errors import TrainingError, UsageError
+from fkdpipe import images, models, teachers
+from fkdpipe.errors import ImagesError, TrainingError, UsageError
 from fkdpipe.replay import normalise
 from fkdpipe.train import checkpoint, loop, metrics
+from fkdpipe.train import evaluate as evaluation
 from fkdpipe.train.evaluate import batches, evaluate
 from fkdpipe.train.settings import OptimizerSettings
 
@@ -280,3 +281,45 @@ def test_any_timm_optimiser(tmp_path, folder, store, name):
 def test_an_unknown_optimiser_is_refused(tmp_path, folder, store):
     with pytest.raises(UsageError, match="timm has no optimiser 'sdg'"):
         train(tmp_path / "run", folder, store, optimizer=OptimizerSettings("sdg"))
+
+
+def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
+    """ImageNet-ReaL: right is one of a list; images without a right class are left out."""
+    held_out = images.scan(folder, split="val")
+    loaded = models.build(models.parse_spec(f"test_resnet={checkpoint}"))
+    with torch.no_grad():
+        p = loaded.preprocessing
+        scores = torch.cat(
+            [
+                loaded.module.eval()(normalise(x, p.mean, p.std))
+                for x, _ in batches(p, held_out, batch=4, threads=2)
+            ]
+        )
+    best = scores.argmax(1).tolist()
+    wrong = [(c + 1) % 5 for c in best]
+    sets = [[b, w] if k % 2 else [w] for k, (b, w) in enumerate(zip(best, wrong, strict=True))]
+    sets[0] = []
+    by_name = sorted(range(len(held_out)), key=lambda row: held_out.keys[row].rsplit("/", 1)[-1])
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([sets[row] for row in by_name]))
+    accepted = evaluation.read_accepted(file, held_out)
+    assert [sorted(a) for a in accepted] == [sorted(s) for s in sets]
+    made = evaluate(
+        loaded.module, p, held_out, device=torch.device("cpu"), accepted=accepted, batch=3
+    )
+    assert made.images == 9
+    assert made.top1 == pytest.approx(100 * 5 / 9)
+    assert made.top5 == 100.0
+    file.write_text("[[1], [2], [3]]")
+    with pytest.raises(ImagesError, match="labels of 3 images"):
+        evaluation.read_accepted(file, held_out)
+
+
+def test_folders_named_by_index_are_matched_by_number():
+    names = [str(k) for k in sorted(range(12), key=str)]
+    columns = teachers.match_classes(
+        names, 1000, (), teachers.numbered_classes(names), teacher="a network"
+    )
+    assert columns.tolist() == [int(name) for name in names]
+    with pytest.raises(UsageError, match="named by class index"):
+        teachers.numbered_classes(["1", "ash"])

@@ -98,6 +98,14 @@ def train(
 )
 @click.option("--class-map", type=click.Path(path_type=Path), help="Whose output is which class.")
 @click.option(
+    "--real",
+    type=click.Path(path_type=Path),
+    help="ImageNet-ReaL's real.json: several classes may be right.",
+)
+@click.option(
+    "--numbered", is_flag=True, help="Folders are named by class index, as ImageNet-V2's are."
+)
+@click.option(
     "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
 )
 @click.option("--batch", type=int, default=128, show_default=True, help="Images per batch.")
@@ -108,6 +116,8 @@ def evaluate(
     model: str,
     split: str,
     class_map: Path | None,
+    real: Path | None,
+    numbered: bool,
     precision: str,
     batch: int,
     device: str,
@@ -116,7 +126,7 @@ def evaluate(
     """Top-1 and top-5 accuracy of MODEL on DATA.
 
     MODEL is a run folder, or NAME[=FILE] as for --teacher. Images are resized and cut at the
-    centre as timm does.
+    centre as timm does. With --real, on the images that have a right class.
 
     \b
     Example:
@@ -132,10 +142,15 @@ def evaluate(
     spec = parse_spec(model)
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, split=split, on_image=advance)  # type: ignore[arg-type]
+    class_maps: list[teachers.ClassMap] = []
+    if class_map:
+        class_maps = [images.read_class_map(class_map)]
+    elif numbered:
+        class_maps = [teachers.numbered_classes(folder.class_names)]
     (teacher,) = teachers.load_teachers(
         [spec],
         class_names=folder.class_names,
-        class_maps=[images.read_class_map(class_map)] if class_map else [],
+        class_maps=class_maps,
         precision=precision,  # type: ignore[arg-type]
         device=where,
     )
@@ -148,6 +163,7 @@ def evaluate(
         precision=teacher.precision,
         batch=batch,
         threads=default_threads(),
+        accepted=evaluation.read_accepted(real, folder) if real else None,
         reporter=reporter,
     )
     if as_json:

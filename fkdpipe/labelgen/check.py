@@ -142,7 +142,8 @@ def _compare(
             )
             (pixels,) = replayer.run([request])
             seen = dict(zip(views, (p.to(device) for p in pixels.views), strict=True))
-            made = outputs.teach(teachers, seen)
+            places_B = (local[:, None] * drawn.flip_NM.shape[1] + which).ravel()
+            made = outputs.teach(teachers, seen, outputs.factors(drawn, places_B))
             fresh = outputs.encode_part(part, made, teachers, basis)
             stored = {
                 name: _stored(store, part, marker.files, unit, name, local, which) for name in fresh

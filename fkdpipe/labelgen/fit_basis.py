@@ -149,17 +149,20 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
         )
     listed = store.images
     rows = _choose(crops.image_ids(list(listed.keys)), listed.class_N, settings)
-    box_NM4 = np.empty((len(rows), settings.crops, 4), dtype=np.uint16)
-    flip_NM = np.empty((len(rows), settings.crops), dtype=bool)
+    shape = (len(rows), settings.crops)
+    values = {
+        field.name: np.empty((*shape, *field.shape), dtype=field.dtype)
+        for field in rounds.fields_of(first.settings)
+    }
     for unit in np.unique(rows // store.unit_size).tolist():
-        drawn = rounds.crops_of(store, first, unit)
+        of_unit = rounds.values_of(rounds.crops_of(store, first, unit))
         here = np.flatnonzero(rows // store.unit_size == unit)
-        local = rows[here] % store.unit_size
-        box_NM4[here] = drawn.box_NM4[local, : settings.crops]
-        flip_NM[here] = drawn.flip_NM[local, : settings.crops]
+        for name, array in values.items():
+            array[here] = of_unit[name][rows[here] % store.unit_size, : settings.crops]
+    drawn = Crops(values["box"], values["flip"], values.get("jitter"))
     return _sample(
-        images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows],
-        Crops(box_NM4, flip_NM), settings, dict(first.settings), str(store.facts["fingerprint"]),
+        images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows], drawn,
+        settings, dict(first.settings), str(store.facts["fingerprint"]),
     )  # fmt: skip
 
 
@@ -262,15 +265,17 @@ def _vectors(
         backend, views, threads=resources.threads, device=resources.device
     ) as replayer:
         for pixels in replayer.run(_request(sample, first, step) for first in firsts):
-            keys: np.ndarray = pixels.request.tag  # type: ignore[assignment]
-            made_B3HW = pixels.views[0].to(resources.device, non_blocking=True)
-            if pixels.failures:
-                failed |= {str(keys[f.image]): f"{f.code}: {f.detail}" for f in pixels.failures}
-                good = np.setdiff1d(np.arange(len(keys)), [f.image for f in pixels.failures])
-                made_B3HW = made_B3HW.unflatten(0, (len(keys), -1))[torch.from_numpy(good)]
-                made_B3HW = made_B3HW.flatten(0, 1)
-            if len(made_B3HW):
-                (out,) = outputs.teach([teacher], {view: made_B3HW})
+            rows: np.ndarray = pixels.request.tag  # type: ignore[assignment]
+            for f in pixels.failures:
+                failed[str(sample.keys[rows[f.image]])] = f"{f.code}: {f.detail}"
+            good = np.setdiff1d(np.arange(len(rows)), [f.image for f in pixels.failures])
+            if len(good):
+                crops_M = pixels.request.flip_Im.shape[1]
+                within = (good[:, None] * crops_M + np.arange(crops_M)).ravel()
+                seen = pixels.views[0]
+                seen = seen if len(good) == len(rows) else seen[torch.from_numpy(within)]
+                factors = outputs.factors(sample.drawn, rows[0] * crops_M + within)
+                (out,) = outputs.teach([teacher], {view: seen.to(resources.device)}, factors)
                 vectors_BD = out.pre if settings.tap == "pre" else out.penultimate
                 assert vectors_BD is not None
                 yield vectors_BD
@@ -278,14 +283,13 @@ def _vectors(
 
 
 def _request(sample: Sample, first: int, count: int) -> Request:
-    some = slice(first, first + count)
-    keys = sample.keys[some]
+    rows = np.arange(first, min(first + count, len(sample.keys)))
     return Request(
-        paths=[images.path_of(sample.root, key) for key in keys],
-        size_I2=sample.size_N2[some],
-        box_Im4=sample.drawn.box_NM4[some],
-        flip_Im=sample.drawn.flip_NM[some],
-        tag=keys,
+        paths=[images.path_of(sample.root, key) for key in sample.keys[rows]],
+        size_I2=sample.size_N2[rows],
+        box_Im4=sample.drawn.box_NM4[rows],
+        flip_Im=sample.drawn.flip_NM[rows],
+        tag=rows,
     )
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fkdpipe import colour
 from fkdpipe import teachers as teachers_
+from fkdpipe.crops import Crops
 from fkdpipe.features import Basis
 from fkdpipe.replay import View, normalise
 from fkdpipe.storage import features, labels
@@ -23,8 +25,24 @@ def views_of(teachers: Sequence[Teacher]) -> list[View]:
     return list(dict.fromkeys(views))
 
 
-def teach(teachers: Sequence[Teacher], pixels: dict[View, torch.Tensor]) -> list[Outputs]:
-    """Each teacher's outputs for uint8 pixels of each view on the device."""
+def factors(drawn: Crops, places_B: np.ndarray) -> torch.Tensor | None:
+    """float32 (B, 4) colour factors of some crops; place = image * M + crop."""
+    if drawn.jitter_NM4 is None:
+        return None
+    return torch.from_numpy(drawn.jitter_NM4.reshape(-1, 4)[places_B])
+
+
+def teach(
+    teachers: Sequence[Teacher],
+    pixels: dict[View, torch.Tensor],
+    factor_B4: torch.Tensor | None = None,
+) -> list[Outputs]:
+    """Each teacher's outputs for uint8 pixels of each view on the device.
+
+    Args:
+        factor_B4: recorded colour jitter of the crops (`fkdpipe.colour.jitter`).
+    """
+    pixels = {view: colour.jitter(seen, factor_B4) for view, seen in pixels.items()}
     made = []
     for teacher in teachers:
         p = teacher.preprocessing

@@ -19,6 +19,7 @@ from fkdpipe.distributed import Rank
 from fkdpipe.errors import StoreMismatchError, UsageError
 from fkdpipe.features import Basis
 from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, BackendChoice, Request
 from fkdpipe.storage import features as stored_features
@@ -149,7 +150,13 @@ def _form(
     for part in Store(location).parts.values() if _ready(location) else ():
         if part.kind == "labels" and part.source == source:
             return labels.parse_form(part.settings["form"])
-    return Form("topk", min(10, _classes(teachers)))
+    return (
+        Form("logits") if _self_supervised(teachers) else Form("topk", min(10, _classes(teachers)))
+    )
+
+
+def _self_supervised(teachers: Sequence[Teacher]) -> bool:
+    return any(teacher.spec.library in SELF_SUPERVISED for teacher in teachers)
 
 
 def _wanted_parts(
@@ -171,6 +178,11 @@ def _wanted_parts(
             raise UsageError(
                 "form logits keeps one teacher's scores; several teachers are averaged as "
                 "probabilities: take full or topk:K, or generate one source per teacher."
+            )
+        if form.kind != "logits" and _self_supervised(teachers):
+            raise UsageError(
+                f"{teachers[0].spec} gives scores, not probabilities of classes: take --form "
+                "logits and choose the temperature when a student trains."
             )
         facts = {"form": str(form), "classes": classes, "temperature": settings.temperature}
         fields = schema.label_fields(form, classes)
@@ -242,7 +254,8 @@ def _open_or_create(
         with reporter.task("scan", 0, "files") as advance:
             folder = images.scan(data, need_classes=False, on_image=advance)
     _tell(folder)
-    per_image = schema.bytes_per_image([*fields, *schema.crop_fields()], settings.crops)
+    crop_fields = schema.crop_fields(jitter=settings.crop.jitter is not None)
+    per_image = schema.bytes_per_image([*fields, *crop_fields], settings.crops)
     return writer.create_store(
         location,
         image_columns(folder),

@@ -27,7 +27,8 @@ class GenerateSettings:
     features: "pre" or "post" (before or after the last activation), ":D" for the leading D
     components of `basis`. features_code: float16, or int8 after a cube root.
     crops: M, crops per image in all; None keeps what the store has.
-    crop: the law they are drawn by. boxes: stored, or derived from the seed with a checksum.
+    crop: the law they are drawn by, colour jitter included (crop.jitter).
+    boxes: stored, or derived from the seed with a checksum.
     source: name of the labels within the store; "" takes the teachers' names.
     seed: of the crops and of the order of images.
     batch: crops per teacher batch. threads: of the replay, None takes the machine's cores.

@@ -69,7 +69,7 @@ class Unit:
         failures = self._without_crops()
         with spool.buffers(taught, images_, crops_M) as values:
             for places_B, pixels in _Batches(self, drawn, replayer, failures):
-                made = outputs.teach(self.teachers, pixels)
+                made = outputs.teach(self.teachers, pixels, outputs.factors(drawn, places_B))
                 for part in taught:
                     encoded = outputs.encode_part(part, made, self.teachers, self.basis)
                     for name, rows in encoded.items():
@@ -80,7 +80,7 @@ class Unit:
 
     def _commit_crops(self, drawn: Crops) -> None:
         part = self.plan.crops
-        values = {} if not part.fields else {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+        values = {} if not part.fields else rounds.values_of(drawn)
         self.before_commit()
         writer.commit_unit(
             self.store,

@@ -251,8 +251,13 @@ def normalise(
 def versions(backend: Backend) -> dict[str, str]:
     """Package versions that decide a backend's pixels, for provenance."""
     names = {
-        "cpu": ("torch", "torchvision"),
-        "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13"),
+        "cpu": ("torch", "torchvision", "nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+        "dali": (
+            "nvidia-dali-cuda130",
+            "nvidia-dali-cuda120",
+            "nvidia-nvimgcodec-cu13",
+            "nvidia-nvimgcodec-cu12",
+        ),
     }[backend]
     found = {}
     for name in names:

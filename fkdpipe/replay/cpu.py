@@ -1,8 +1,9 @@
 """Replay on the CPU: decode once, then torch's uint8 antialias resize, in threads.
 
 torchvision decodes (the same pixels as Pillow and DALI's CPU decoder), a crop is a view of the
-decoded image, and the resize writes straight into one row of the batch. Measured at 1.7 to 4.5
-times a Pillow loader for m = 1 to 8, without worker processes.
+decoded image, and the resize writes straight into one row of the batch, without worker processes.
+For a single crop of a JPEG only its region is decoded, where nvImageCodec is installed (it comes
+with DALI); the pixels are the same. `benchmarks/feed.py` measures both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ import torch
 from torchvision.io import ImageReadMode
 
 from fkdpipe.replay import Backend, Failure, FailureCode, Pixels, Request, View, check, size_failure
+
+try:
+    from fkdpipe.replay.region import decode_region
+except ImportError:  # without nvImageCodec whole images are decoded: the same pixels, later
+    decode_region = None  # type: ignore[assignment]
 
 # The kernels behind F.interpolate(antialias=True) and torchvision's resize, called with `out=` so
 # that no crop is copied. A test holds them equal to torchvision.transforms.v2.functional.
@@ -148,35 +154,63 @@ def _replay_image(
 ) -> Failure | None:
     """Fill the rows of one image, or zero them and say why."""
     m = request.box_Im4.shape[1]
-    decoded = decode(request.paths[image], tuple(request.size_I2[image].tolist()))
-    if isinstance(decoded, tuple):
+    boxes = [tuple(box) for box in request.box_Im4[image].tolist()]
+    flips = request.flip_Im[image].tolist()
+    crops = _crops(request.paths[image], tuple(request.size_I2[image].tolist()), boxes)
+    if isinstance(crops, tuple):
         for batch in batches:
             batch[image * m : (image + 1) * m] = 0
-        return Failure(image, *decoded)
-    boxes = request.box_Im4[image].tolist()
-    flips = request.flip_Im[image].tolist()
+        return Failure(image, *crops)
     for view, batch in zip(views, batches, strict=True):
         kernel, size = _KERNELS[view.interpolation], list(view.size)
-        for k, ((top, left, height, width), flip) in enumerate(zip(boxes, flips, strict=True)):
-            crop = decoded[None, :, top : top + height, left : left + width]
+        for k, (crop, flip) in enumerate(zip(crops, flips, strict=True)):
             row = batch[image * m + k, None]
             if flip:
                 out = torch.empty_like(row)
-                kernel(crop, size, False, out=out)
+                kernel(crop[None], size, False, out=out)
                 row.copy_(out.flip(-1))
             else:
-                kernel(crop, size, False, out=row)
+                kernel(crop[None], size, False, out=row)
     return None
+
+
+def _crops(
+    path: bytes, size: tuple[int, int], boxes: list[tuple[int, int, int, int]]
+) -> list[torch.Tensor] | tuple[FailureCode, str]:
+    """The boxes of an image as uint8 (3, height, width), not resized; or (code, detail)."""
+    encoded = _read(path)
+    if isinstance(encoded, tuple):
+        return encoded
+    if len(boxes) == 1 and decode_region is not None:
+        region = decode_region(encoded, boxes[0], size)
+        if region is not None:
+            return [region]
+    decoded = _decode_whole(encoded, size)
+    if isinstance(decoded, tuple):
+        return decoded
+    return [decoded[:, top : top + h, left : left + w] for top, left, h, w in boxes]
 
 
 def decode(path: bytes, size: tuple[int, int]) -> torch.Tensor | tuple[FailureCode, str]:
     """uint8 (3, H, W) in channels-last memory, EXIF orientation ignored; or (code, detail)."""
+    encoded = _read(path)
+    return encoded if isinstance(encoded, tuple) else _decode_whole(encoded, size)
+
+
+def _read(path: bytes) -> np.ndarray | tuple[FailureCode, str]:
     try:
         encoded = np.fromfile(path, dtype=np.uint8)
-        if not encoded.size:
-            return "unreadable", "empty file"
+    except OSError as error:
+        return "unreadable", _plain(str(error))
+    return encoded if encoded.size else ("unreadable", "empty file")
+
+
+def _decode_whole(
+    encoded: np.ndarray, size: tuple[int, int]
+) -> torch.Tensor | tuple[FailureCode, str]:
+    try:
         image = _decode(torch.from_numpy(encoded), ImageReadMode.RGB.value, False)
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         return "unreadable", _plain(str(error))
     if image.dtype != torch.uint8:
         return "16-bit", "decodes to 16 bits per channel"

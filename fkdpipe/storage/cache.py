@@ -89,7 +89,7 @@ def hydrate(
 def narrow_fields(part: Part) -> list[Field]:
     """Fields that are cached; of a round with derived boxes, what is derived."""
     if part.kind == "crops" and not part.fields:
-        return schema.crop_fields()
+        return rounds.fields_of(part.settings)
     return [field for field in part.fields if field.per_crop and not field.wide]
 
 
@@ -156,7 +156,7 @@ def _units(
             drawn = rounds.draw(store, part, unit)
             if rounds.checksum(drawn) != made["crops_crc32c"]:
                 raise store.damaged(part.path, "its boxes cannot be derived again", unit)
-            yield unit, {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+            yield unit, rounds.values_of(drawn)
         return
     with ThreadPoolExecutor(THREADS) as pool:
         idle = [_arrays_for(store, part) for _ in range(THREADS)]

@@ -176,7 +176,7 @@ def _runs(crops_m: np.ndarray, segments: Sequence[Segment], maps: list) -> list:
 
 
 class CropReader:
-    """Boxes and flips of recorded crops."""
+    """Boxes, flips and colour jitter of recorded crops."""
 
     def __init__(
         self,
@@ -191,6 +191,15 @@ class CropReader:
         """(box_Im4 uint16, flip_Im bool)."""
         box = self._hydrated.take("box", rows_I, crops_m)
         return box, self._hydrated.take("flip", rows_I, crops_m)
+
+    @property
+    def jittered(self) -> bool:
+        """All rounds of a store follow one law."""
+        return "jitter" in self._hydrated.segments[0].part.settings
+
+    def jitter(self, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
+        """float32 (I, m, 4): brightness, contrast, saturation, hue."""
+        return self._hydrated.take("jitter", rows_I, crops_m)
 
 
 class SparseReader:

@@ -6,22 +6,23 @@ whether a store was made in one round or grew by several.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fkdpipe import crops
-from fkdpipe.crops import CropLaw, Crops
+from fkdpipe.crops import CropLaw, Crops, Jitter
 from fkdpipe.errors import StoreError
 from fkdpipe.storage import commits, schema
-from fkdpipe.storage.schema import Json
+from fkdpipe.storage.schema import Field, Json
 from fkdpipe.storage.store import Part, Store
 
 
 def crop_settings(law: CropLaw, *, seed: int, first: int, count: int, derived: bool) -> Json:
     """What a round of crops is: its law, and which crops of the endless sequence it holds."""
-    return {
+    settings: Json = {
         "law": crops.LAW_NAME,
         "version": crops.LAW_VERSION,
         "scale": list(law.scale),
@@ -32,6 +33,9 @@ def crop_settings(law: CropLaw, *, seed: int, first: int, count: int, derived: b
         "first": first,
         "crops": count,
     }
+    if law.jitter is not None:  # a round without it has no such key
+        settings["jitter"] = dataclasses.asdict(law.jitter)
+    return settings
 
 
 def law_of(settings: Mapping[str, Any]) -> CropLaw:
@@ -51,6 +55,7 @@ def law_of(settings: Mapping[str, Any]) -> CropLaw:
         scale=tuple(settings["scale"]),
         ratio=tuple(settings["ratio"]),
         flip=settings["flip"],
+        jitter=Jitter(**settings["jitter"]) if "jitter" in settings else None,
     )
 
 
@@ -75,7 +80,18 @@ def crops_of(store: Store, part: Part, unit: int) -> Crops:
         shards = {key: store.read_checked(key, marker.files, unit)}
         region = (store.unit_rows(unit),)
         values[field.name] = store.arrays.decode(f"{part.path}/{field.name}", region, shards)
-    return Crops(values["box"], values["flip"])
+    return Crops(values["box"], values["flip"], values.get("jitter"))
+
+
+def fields_of(settings: Mapping[str, Any]) -> list[Field]:
+    """The arrays of a round, whether they are stored or derived."""
+    return schema.crop_fields(jitter="jitter" in settings)
+
+
+def values_of(drawn: Crops) -> dict[str, np.ndarray]:
+    """Crops as the arrays of a round."""
+    values = {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+    return values if drawn.jitter_NM4 is None else {**values, "jitter": drawn.jitter_NM4}
 
 
 def draw(store: Store, part: Part, unit: int) -> Crops:
@@ -92,5 +108,8 @@ def draw(store: Store, part: Part, unit: int) -> Crops:
 
 
 def checksum(drawn: Crops) -> str:
-    """crc32c (hex) over the boxes and flips of a unit: what a derived round stores of them."""
-    return commits.crc(drawn.box_NM4.astype("<u2").tobytes() + drawn.flip_NM.tobytes())
+    """crc32c (hex) over boxes, flips and jitter of a unit: what a derived round stores of them."""
+    recorded = drawn.box_NM4.astype("<u2").tobytes() + drawn.flip_NM.tobytes()
+    if drawn.jitter_NM4 is not None:
+        recorded += drawn.jitter_NM4.astype("<f4").tobytes()
+    return commits.crc(recorded)

@@ -87,12 +87,15 @@ def image_fields() -> list[Field]:
     ]
 
 
-def crop_fields() -> list[Field]:
+def crop_fields(*, jitter: bool = False) -> list[Field]:
     """Arrays of `rounds/<r>/crops`."""
-    return [
+    fields = [
         Field("box", "uint16", (4,), "bitshuffle", 65_535),
         Field("flip", "bool", (), "bitshuffle", False),
     ]
+    if jitter:
+        fields.append(Field("jitter", "float32", (4,), "bitshuffle", math.nan))
+    return fields
 
 
 def label_fields(form: Form, classes: int) -> list[Field]:

@@ -72,7 +72,7 @@ def thin(
         location, _columns(store), seed=int(store.facts["order_seed"]), unit=store.unit_size,
         group=store.group_size,
     )  # fmt: skip
-    crop_fields = [] if wanted.derived_boxes else schema.crop_fields()
+    crop_fields = [] if wanted.derived_boxes else rounds.fields_of(crops_settings)
     crops_part = writer.add_part(
         made, "rounds/0/crops", "crops", crops_settings, crop_fields, count
     )
@@ -92,7 +92,7 @@ def thin(
         if unit not in done:
             failed = {r: w for r, w in found.failed.items() if rows.start <= r < rows.stop}
             drawn = _crops(store, found.crops, unit, count)
-            values = {} if wanted.derived_boxes else {"box": drawn.box_NM4, "flip": drawn.flip_NM}
+            values = {} if wanted.derived_boxes else rounds.values_of(drawn)
             facts = {"crops_crc32c": rounds.checksum(drawn)}
             writer.commit_unit(made, crops_part, unit, values, made=facts)
             kept = source_labels.unit(unit, count, failed)
@@ -134,8 +134,9 @@ def _columns(store: Store) -> writer.ImageColumns:
 def _crops(store: Store, segments: Sequence[Segment], unit: int, count: int) -> Crops:
     """The first crops of a unit's images, rounds joined."""
     parts = [rounds.crops_of(store, s.part, unit) for s in segments if s.first < count]
-    boxes = np.concatenate([part.box_NM4 for part in parts], axis=1)[:, :count]
-    return Crops(boxes, np.concatenate([part.flip_NM for part in parts], axis=1)[:, :count])
+    values = [rounds.values_of(part) for part in parts]
+    joined = {k: np.concatenate([v[k] for v in values], axis=1)[:, :count] for k in values[0]}
+    return Crops(joined["box"], joined["flip"], joined.get("jitter"))
 
 
 class _Labels:

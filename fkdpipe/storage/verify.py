@@ -165,19 +165,22 @@ def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
 def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
     unit = marker.unit
     if part.fields:
-        box = _decode(store, part, marker, "box")
-        flip = _decode(store, part, marker, "flip")
-        if rounds.checksum(Crops(box, flip)) != marker.made.get("crops_crc32c"):
+        values = {field.name: _decode(store, part, marker, field.name) for field in part.fields}
+        box, jitter = values["box"], values.get("jitter")
+        stored = Crops(box, values["flip"], jitter)
+        if rounds.checksum(stored) != marker.made.get("crops_crc32c"):
             yield Problem("checksum", part.path, unit, "boxes are not those that were committed")
     else:
         drawn = rounds.draw(store, part, unit)
-        box = drawn.box_NM4
+        box, jitter = drawn.box_NM4, drawn.jitter_NM4
         if rounds.checksum(drawn) != marker.made.get("crops_crc32c"):
             yield Problem("checksum", part.path, unit, "boxes cannot be derived again")
     outside = boxes_outside(box, store.images.size_N2[store.unit_rows(unit)])
     outside[[row - store.unit_rows(unit).start for row in marker.failed]] = False
     if outside.any():
         yield Problem("box-outside", part.path, unit, f"{int(outside.sum())} crops")
+    if jitter is not None and not np.isfinite(jitter).all():
+        yield Problem("unfilled", part.path, unit, "colour factors that are not finite")
 
 
 def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:

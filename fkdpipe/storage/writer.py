@@ -21,7 +21,7 @@ from fkdpipe.storage import commits, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import Marker
 from fkdpipe.storage.location import PARTIAL, Location
-from fkdpipe.storage.rounds import crop_settings
+from fkdpipe.storage.rounds import crop_settings, fields_of
 from fkdpipe.storage.schema import Field, Json
 from fkdpipe.storage.store import IMAGES, Part, Store
 
@@ -142,15 +142,15 @@ def add_crops(store: Store, law: CropLaw, *, seed: int, count: int, derived: boo
     first = sum(int(part.settings["crops"]) for part in rounds)
     settings = crop_settings(law, seed=seed, first=first, count=count, derived=derived)
     for part in rounds:
-        same = ("law", "version", "scale", "ratio", "flip", "seed", "boxes")
+        same = ("law", "version", "scale", "ratio", "flip", "jitter", "seed", "boxes")
         changed = schema.differences(
-            {k: part.settings[k] for k in same}, {k: settings[k] for k in same}
+            {k: part.settings.get(k) for k in same}, {k: settings.get(k) for k in same}
         )
         if changed:
             raise StoreMismatchError(
                 f"{store.url} was drawn by another law: {'; '.join(changed)}.", code="settings"
             )
-    fields = [] if derived else schema.crop_fields()
+    fields = [] if derived else fields_of(settings)
     return add_part(store, f"rounds/{len(rounds)}/crops", "crops", settings, fields, count)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,7 @@ def evaluate(
     batch: int = 128,
     threads: int = 2,
     allow_none: bool = False,
+    accepted: Sequence[frozenset[int]] | None = None,
     reporter: Reporter = silent,
 ) -> Accuracy:
     """Accuracy of a classifier on the images of a folder.
@@ -52,27 +55,32 @@ def evaluate(
     Args:
         columns: int64, which outputs are the folder's classes; None for all in order.
         allow_none: no readable image is no error, for one process's share of a folder.
+        accepted: of every image, the classes that are right (ImageNet-ReaL); images that none is
+            right for are left out.
 
     Raises:
         ImagesError: no image can be read.
     """
     was_training = module.training
     module.eval()
+    if accepted is not None:
+        rows = np.array([row for row, right in enumerate(accepted) if right], dtype=np.int64)
+        folder, accepted = folder.take(rows), [accepted[row] for row in rows]
     pick = None if columns is None else torch.from_numpy(columns).to(device)
     top1 = top5 = seen = 0
     with reporter.task("evaluate", len(folder), "images") as advance, torch.no_grad():
-        for pixels, class_B in batches(preprocessing, folder, batch=batch, threads=threads):
+        for pixels, row_B in batches(preprocessing, folder, batch=batch, threads=threads):
             x = normalise(pixels.to(device), preprocessing.mean, preprocessing.std)
             with autocast(precision, device):
                 out = module(x.contiguous(memory_format=torch.channels_last))
             logits_BC = (out.logits if isinstance(out, Outputs) else out).float()
             logits_BC = logits_BC if pick is None else logits_BC[:, pick]
             ranked = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-            hits = ranked == class_B.to(device)[:, None]
+            hits = _hits(ranked.cpu(), row_B, folder, accepted)
             top1 += int(hits[:, 0].sum())
-            top5 += int(hits.sum())
-            seen += len(class_B)
-            advance(len(class_B))
+            top5 += int(hits.any(dim=1).sum())
+            seen += len(row_B)
+            advance(len(row_B))
     module.train(was_training)
     if not seen and allow_none:
         return Accuracy(0.0, 0.0, 0, len(folder))
@@ -81,10 +89,52 @@ def evaluate(
     return Accuracy(100 * top1 / seen, 100 * top5 / seen, seen, len(folder) - seen)
 
 
+def _hits(
+    ranked_BK: torch.Tensor,
+    row_B: torch.Tensor,
+    folder: ImageFolder,
+    accepted: Sequence[frozenset[int]] | None,
+) -> torch.Tensor:
+    """bool (B, K): which of the best classes of each image are right."""
+    if accepted is None:
+        return ranked_BK == torch.from_numpy(folder.class_N[row_B.numpy()]).long()[:, None]
+    return torch.tensor(
+        [
+            [c in accepted[row] for c in best]
+            for best, row in zip(ranked_BK.tolist(), row_B.tolist(), strict=True)
+        ]
+    )
+
+
+def read_accepted(file: Path, folder: ImageFolder) -> list[frozenset[int]]:
+    """The classes that are right for each image, from ImageNet-ReaL's `real.json`.
+
+    A list with, for each image in order of file name, a list of class indices.
+
+    Raises:
+        ImagesError: another form, or another number of images than the folder has.
+    """
+    try:
+        given = json.loads(file.read_text())
+        sets = [frozenset(int(c) for c in classes) for classes in given]
+    except (OSError, ValueError, TypeError) as error:
+        raise ImagesError(f"{file} is no list of class lists: {error}.", code="labels") from error
+    if len(sets) != len(folder):
+        raise ImagesError(
+            f"{file} has labels of {len(sets)} images, {folder.root} has {len(folder)} images.",
+            code="labels",
+        )
+    by_name = sorted(range(len(folder)), key=lambda row: folder.keys[row].rsplit("/", 1)[-1])
+    made: list[frozenset[int]] = [frozenset()] * len(folder)
+    for row, right in zip(by_name, sets, strict=True):
+        made[row] = right
+    return made
+
+
 def batches(
     preprocessing: Preprocessing, folder: ImageFolder, *, batch: int, threads: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(uint8 (B, 3, H, W), int64 classes (B,)); unreadable images are left out."""
+    """(uint8 (B, 3, H, W), int64 rows of the folder (B,)); unreadable images are left out."""
     p = preprocessing
     transform = create_transform(
         (3, *p.size),
@@ -106,7 +156,7 @@ def batches(
                 good = [k for k, pixels in enumerate(loaded) if pixels is not None]
                 if good:
                     pixels = torch.from_numpy(np.stack([loaded[k] for k in good]))
-                    yield pixels, torch.from_numpy(folder.class_N[begin:][good]).long()
+                    yield pixels, torch.tensor(good) + begin
 
 
 def _load(path: bytes, transform: Any) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Batch:
 
     Attributes:
         step: number of the optimiser step. passed: the pass it begins in.
+        m: crops of each image in this batch; 1 when they are spread over batches.
         views: uint8 (B, 3, H, W), channels-last, not normalised, one for each view of the feed;
             the student's is first.
         first_image: place of its first image among the images of the whole step.
@@ -42,11 +43,13 @@ class Batch:
         class_B: int64, the folder's class.
         labels: of the crops, None for ground truth.
         features: stored features of the crops, float32 (B, ...), None when none were asked for.
+        jitter_B4: float32 recorded colour factors (`fkdpipe.colour.jitter`), None without any.
         total: crops of the step over all processes.
     """
 
     step: int
     passed: Pass
+    m: int
     views: tuple[torch.Tensor, ...]
     first_image: int
     rows_B: torch.Tensor
@@ -54,12 +57,8 @@ class Batch:
     class_B: torch.Tensor
     labels: LabelBatch | None
     features: torch.Tensor | None
+    jitter_B4: torch.Tensor | None
     total: int
-
-    @property
-    def m(self) -> int:
-        """Crops of each image in this batch."""
-        return self.passed.m
 
     @property
     def pixels(self) -> torch.Tensor:
@@ -111,7 +110,9 @@ class Feed:
             _LabelAhead(self.data, self.order) as labels,
         ):
             for pixels in replayer.run(self._requests(start)):
-                yield self._batch(pixels, labels)
+                whole = self._batch(pixels, labels)
+                batches = _spread(whole) if self.order.spread else [whole]
+                yield from (batch for batch in batches if batch.step >= start)
 
     def _requests(self, start: int) -> Iterator[Request]:
         for step in self.order.steps(start):
@@ -143,6 +144,7 @@ class Feed:
             [np.tile(self.data.crops_of(p.window.passed), (len(p.rows), 1)) for p in pieces]
         )
         taken, features = labels.take(pieces)
+        jitter_B4 = self._factors(pieces)
         views = tuple(pixels.views)
         if pixels.failures:
             source_I = self._replacements(pixels, rows_I)
@@ -151,9 +153,11 @@ class Feed:
             views = tuple(view[torch.from_numpy(source_B)] for view in views)
             taken = _select(taken, source_B)
             features = None if features is None else features[source_B]
+            jitter_B4 = None if jitter_B4 is None else jitter_B4[source_B]
         return Batch(
             step=step.index,
             passed=step.passed,
+            m=m,
             views=views,
             first_image=ours.first_image,
             rows_B=torch.from_numpy(np.repeat(rows_I, m)),
@@ -161,8 +165,17 @@ class Feed:
             class_B=torch.from_numpy(np.repeat(self.data.class_N[rows_I], m)).long(),
             labels=taken,
             features=None if features is None else torch.from_numpy(features),
+            jitter_B4=None if jitter_B4 is None else torch.from_numpy(jitter_B4),
             total=0 if ours.idle else step.images * m,
         )
+
+    def _factors(self, pieces: Sequence[Piece]) -> np.ndarray | None:
+        """float32 (B, 4) colour factors."""
+        draw = self.data.jitter
+        if draw is None:
+            return None
+        drawn = [draw(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
+        return np.concatenate(drawn).reshape(-1, 4)
 
     def _replacements(self, pixels: Pixels, rows_I: np.ndarray) -> np.ndarray:
         """For every image of the batch the image whose crops stand in its place."""
@@ -236,7 +249,7 @@ class _LabelAhead:
         self._data, self._order = data, order
         self._open: dict[tuple[int, int], Future[_Opened]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="labels")
-        self._windows: dict[int, list[Window]] = {}
+        self._reached = (-1, -1)
 
     def __enter__(self) -> _LabelAhead:
         return self
@@ -252,23 +265,23 @@ class _LabelAhead:
         both = list(zip(opened, pieces, strict=True))
         labels = [o.labels.take(p.rows) for o, p in both if o.labels is not None]
         features = [o.features.take(p.rows) for o, p in both if o.features is not None]
-        first = (pieces[0].window.passed.index, pieces[0].window.index)
-        for key in [key for key in self._open if key < first]:
+        for key in [key for key in self._open if key < pieces[0].window.key]:
             del self._open[key]
         return _join(labels) if labels else None, np.concatenate(features) if features else None
 
     def _window(self, window: Window) -> _Opened:
         future = self._begin(window)
-        following = self._following(window)
-        if following is not None:
-            self._begin(following)
+        if window.key > self._reached:  # its first batch: the next window is read meanwhile
+            self._reached = window.key
+            following = self._order.following(window)
+            if following is not None:
+                self._begin(following)
         return future.result()
 
     def _begin(self, window: Window) -> Future[_Opened]:
-        key = (window.passed.index, window.index)
-        if key not in self._open:
-            self._open[key] = self._pool.submit(self._read, window)
-        return self._open[key]
+        if window.key not in self._open:
+            self._open[window.key] = self._pool.submit(self._read, window)
+        return self._open[window.key]
 
     def _read(self, window: Window) -> _Opened:
         data, crops_m = self._data, self._data.crops_of(window.passed)
@@ -276,13 +289,6 @@ class _LabelAhead:
             data.labels.open_window(window.units, crops_m) if data.labels else None,
             data.features.open_window(window.units, crops_m) if data.features else None,
         )
-
-    def _following(self, window: Window) -> Window | None:
-        index = window.passed.index
-        if index not in self._windows:
-            self._windows = {index: self._order.windows(window.passed)}
-        windows = self._windows[index]
-        return windows[window.index + 1] if window.index + 1 < len(windows) else None
 
 
 def _join(taken: list[LabelBatch]) -> LabelBatch:
@@ -294,6 +300,30 @@ def _join(taken: list[LabelBatch]) -> LabelBatch:
     return SparseLabels(
         *(np.concatenate([getattr(t, name) for t in taken]) for name in _SPARSE_FIELDS)
     )
+
+
+def _spread(whole: Batch) -> Iterator[Batch]:
+    """m batches of one crop of each image: crop k of every image is in batch k.
+
+    Pixels are copied, so that each batch lies in one piece on its way to the device.
+    """
+    for k in range(whole.m):
+        every = slice(k, None, whole.m)
+        yield replace(
+            whole,
+            step=whole.step + k,
+            m=1,
+            views=tuple(
+                v[every].contiguous(memory_format=torch.channels_last) for v in whole.views
+            ),
+            rows_B=whole.rows_B[every],
+            crops_B=whole.crops_B[every],
+            class_B=whole.class_B[every],
+            labels=_select(whole.labels, np.arange(len(whole.rows_B))[every]),
+            features=None if whole.features is None else whole.features[every],
+            jitter_B4=None if whole.jitter_B4 is None else whole.jitter_B4[every],
+            total=whole.total // whole.m,
+        )
 
 
 def _select(labels: LabelBatch | None, rows_B: np.ndarray) -> LabelBatch | None:

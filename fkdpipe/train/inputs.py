@@ -19,6 +19,7 @@ from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
 from fkdpipe.features import Tap
+from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
@@ -30,6 +31,7 @@ from fkdpipe.taps import Outputs
 from fkdpipe.train.schedule import Pass
 
 Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Factors = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,13 @@ class LabelWindow(Protocol):
 
 
 class Labels(Protocol):
-    """Labels of a store, opened window by window so that wide ones can be read ahead."""
+    """Labels of a store, opened window by window so that wide ones can be read ahead.
+
+    classes: their width. scores: they are no classes but scores of a self-supervised teacher.
+    """
 
     classes: int
+    scores: bool
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow: ...
 
@@ -89,6 +95,7 @@ class TrainingSet:
         labels: None where the folder's classes are the labels. features: None when not asked for.
         crops_per_image: M; None when crops never end.
         facts: for the run's record: what it was trained on.
+        jitter: (rows_I, crops_m) -> float32 (I, m, 4) colour factors; None without colour jitter.
     """
 
     root: Path
@@ -103,6 +110,7 @@ class TrainingSet:
     features: Features | None
     crops_per_image: int | None
     facts: dict[str, Any]
+    jitter: Factors | None = None
 
     def crops_of(self, passed: Pass) -> np.ndarray:
         """int64 (m,): which crops of each image a pass uses: each once before any repeats."""
@@ -135,6 +143,10 @@ def from_folder(
         )
         return drawn.box_NM4, drawn.flip_NM
 
+    def factors(rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
+        assert law.jitter is not None
+        return crops.sample_jitter(law.jitter, seed=seed, image_id_N=ids[rows_I], crops_M=crops_m)
+
     return TrainingSet(
         root=folder.root,
         keys=np.array(folder.keys, dtype=object)[order],
@@ -148,6 +160,7 @@ def from_folder(
         features=None,
         crops_per_image=None,
         facts={"fingerprint": folder.fingerprint, "images": len(folder)},
+        jitter=None if law.jitter is None else factors,
     )
 
 
@@ -211,6 +224,7 @@ def from_store(
             "sources": ["/".join(filter(None, part)) for part in wanted],
             "manifests": [s.manifest.settings for s in found.crops],
         },
+        jitter=boxes.jitter if boxes.jittered else None,
     )
 
 
@@ -245,20 +259,22 @@ def _open_labels(
     advance: Callable[[int], None],
 ) -> Labels:
     form = reader.label_form(segments)
-    classes = int(segments[0].part.settings["classes"])
+    settings = segments[0].part.settings
+    classes = int(settings["classes"])
     forms.check_target(form, target, classes)
     divisor = reader.check_temperature(segments, temperature)
     if form.sparse:
         return _SparseStore(reader.SparseReader(store, segments, cache_dir, advance), target)
     name = "log_prob" if form.kind == "full" else "logit"
-    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor)
+    scores = any(teacher["library"] in SELF_SUPERVISED for teacher in settings["teachers"])
+    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor, scores)
 
 
 class _SparseStore:
     """Hydrated labels: a window is nothing but the choice of crops."""
 
     def __init__(self, labels: reader.SparseReader, target: Target) -> None:
-        self.classes = labels.classes
+        self.classes, self.scores = labels.classes, False
         self._labels, self._target = labels, target
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
@@ -278,8 +294,10 @@ class _SparseWindow:
 class _ScoreStore:
     """Streamed scores: a window holds those of its units in memory."""
 
-    def __init__(self, wide: reader.WideReader, classes: int, temperature: float) -> None:
-        self.classes = classes
+    def __init__(
+        self, wide: reader.WideReader, classes: int, temperature: float, scores: bool
+    ) -> None:
+        self.classes, self.scores = classes, scores
         self._wide, self._temperature = wide, temperature
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:

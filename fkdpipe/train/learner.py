@@ -72,6 +72,7 @@ def build(
     context = Context(
         classes=loaded.classes,
         epochs=settings.epochs,
+        scores=training.labels.classes if training.labels else loaded.classes,
         student=taps.example(student, loaded.preprocessing.size, device),
         student_network=loaded.module,
         teacher=given,

@@ -4,13 +4,18 @@ For every pass the units are permuted, taken a window at a time, and the images 
 permuted: near enough to a full shuffle, while wide labels are read a window at a time. Passes
 follow one another without a short batch; where m changes a batch may end short. A run that stops
 goes on at any step with the very next batch, and any number of processes sees the same batches.
+
+Spread, for methods that ask for independent samples: B images are decoded once, and their m crops
+go to m batches that follow one another, crop k of every image to batch k. No batch holds an image
+twice. The images of a pass are cut into equal blocks of at most B, so no batch is much shorter
+than the others; passes do not share a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 
 import numpy as np
 
@@ -28,6 +33,11 @@ class Window:
     units: tuple[int, ...]
     rows: np.ndarray
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Windows are read in the order of their keys."""
+        return self.passed.index, self.index
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -39,16 +49,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step.
+    """Images that are decoded together: those of one optimiser step, or of m when spread.
 
     Attributes:
-        index: number in the run. passed: the pass it begins in, which sets its learning rate.
+        index: number in the run of the (first) optimiser step. passed: the pass it begins in,
+            which sets its learning rate.
         pieces: images of the whole (global) batch. images: how many those are.
+        batches: optimiser steps it is for: 1, or m when spread.
     """
 
     index: int
     passed: Pass
     pieces: tuple[Piece, ...]
+    batches: int = 1
 
     @property
     def images(self) -> int:
@@ -56,7 +69,10 @@ class Step:
 
 
 class Order:
-    """See the module. `rows` are the usable rows; B is `batch_size` in crops."""
+    """See the module. `rows` are the usable rows; B is `batch_size` in crops.
+
+    spread: no two crops of an image in one batch.
+    """
 
     def __init__(
         self,
@@ -67,6 +83,7 @@ class Order:
         passes: list[Pass],
         batch_size: int,
         seed: int,
+        spread: bool = False,
     ) -> None:
         self._rows = np.sort(rows)
         self._units, starts = np.unique(self._rows // unit_size, return_index=True)
@@ -74,6 +91,8 @@ class Order:
             zip(self._units.tolist(), np.split(self._rows, starts[1:]), strict=True)
         )
         self._window, self._batch_size, self._seed = window, batch_size, seed
+        self._windows = -(-len(self._units) // window)
+        self._passes, self.spread = passes, spread
         self._stages = [list(group) for _, group in groupby(passes, key=lambda p: p.m)]
         for stage in self._stages:
             if batch_size % stage[0].m:
@@ -84,7 +103,7 @@ class Order:
         return sum(self._steps_of(stage) for stage in self._stages)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
-        """Steps from number `start` on."""
+        """Steps from number `start` on; when spread, from the block that holds it."""
         begun = 0
         for stage in self._stages:
             count = self._steps_of(stage)
@@ -94,32 +113,53 @@ class Order:
 
     def windows(self, passed: Pass) -> list[Window]:
         """The windows of a pass, in order; their rows are a permutation of all rows."""
-        seed = crops.derive_seed(self._seed, passed.index)
-        units = self._units[crops.random_order(seed, self._units)].tolist()
-        made = []
-        for index, first in enumerate(range(0, len(units), self._window)):
-            some = tuple(units[first : first + self._window])
-            rows = np.concatenate([self._of_unit[unit] for unit in some])
-            rows = rows[crops.random_order(seed + 1, rows)]
-            made.append(Window(passed, index, some, rows))
-        return made
+        return [self.window(passed, index) for index in range(self._windows)]
 
-    def _images_per_step(self, stage: list[Pass]) -> int:
-        return self._batch_size // stage[0].m
+    def window(self, passed: Pass, index: int) -> Window:
+        """One window of a pass, made without the others: no pass begins with a pause."""
+        seed = crops.derive_seed(self._seed, passed.index)
+        units = self._units[crops.random_order(seed, self._units)]
+        some = tuple(units[index * self._window : (index + 1) * self._window].tolist())
+        rows = np.concatenate([self._of_unit[unit] for unit in some])
+        return Window(passed, index, some, rows[crops.random_order(seed + 1, rows)])
+
+    def following(self, window: Window) -> Window | None:
+        """The window read after this one, in this pass or as the first of the next."""
+        if window.index + 1 < self._windows:
+            return self.window(window.passed, window.index + 1)
+        after = self._passes[window.passed.index + 1 :][:1]
+        return self.window(after[0], 0) if after else None
+
+    def _sizes(self, m: int) -> list[int]:
+        """Images of the steps of a stage, again and again."""
+        if not self.spread:
+            return [self._batch_size // m]
+        count = len(self._rows)
+        blocks = -(-count // self._batch_size)
+        return [count * (k + 1) // blocks - count * k // blocks for k in range(blocks)]
+
+    def _batches(self, m: int) -> int:
+        return m if self.spread else 1
 
     def _steps_of(self, stage: list[Pass]) -> int:
-        return -(-len(self._rows) * len(stage) // self._images_per_step(stage))
+        sizes = self._sizes(stage[0].m)
+        images = len(self._rows) * len(stage)
+        return -(-images * len(sizes) // sum(sizes)) * self._batches(stage[0].m)
 
     def _run(self, stage: list[Pass], begun: int, skip: int) -> Iterator[Step]:
         """Cut the stage's stream of windows into steps, beginning with its step `skip`."""
-        size = self._images_per_step(stage)
-        offset = skip * size
+        sizes, batches = self._sizes(stage[0].m), self._batches(stage[0].m)
+        rounds, left = divmod(skip // batches, len(sizes))
+        offset = rounds * sum(sizes) + sum(sizes[:left])
+        coming = cycle(sizes[left:] + sizes[:left])
+        size = next(coming)
         first_pass, offset = divmod(offset, len(self._rows))
-        index = begun + skip
+        index = begun + skip // batches * batches
         pieces: list[Piece] = []
         held = 0
         for passed in stage[first_pass:]:
-            for window in self.windows(passed):
+            for number in range(self._windows):
+                window = self.window(passed, number)
                 rows = window.rows[offset:] if offset < len(window.rows) else window.rows[:0]
                 offset = max(0, offset - len(window.rows))
                 while len(rows):
@@ -128,10 +168,10 @@ class Order:
                     pieces.append(Piece(window, piece))
                     held += len(piece)
                     if held == size:
-                        yield Step(index, pieces[0].window.passed, tuple(pieces))
-                        index, pieces, held = index + 1, [], 0
+                        yield Step(index, pieces[0].window.passed, tuple(pieces), batches)
+                        index, pieces, held, size = index + batches, [], 0, next(coming)
         if pieces:
-            yield Step(index, pieces[0].window.passed, tuple(pieces))
+            yield Step(index, pieces[0].window.passed, tuple(pieces), batches)
 
 
 def share(step: Step, rank: int, world: int, block: int = 1) -> tuple[int, tuple[Piece, ...]]:

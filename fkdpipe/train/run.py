@@ -60,13 +60,11 @@ def prepare(
     needs = methods.needs(settings.method)
     _check(settings, needs, store, rank)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
-    labels = training.labels
-    # Unlabelled images have no classes; the head of a student that learns features is not used.
-    classes = labels.classes if labels is not None else max(1, len(training.class_names))
-    loaded = students.build(settings, classes)
+    loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
     learner = build_learner(settings, needs, loaded, teacher, training, device)
+    # A classifier that is not trained has nothing to be judged by.
     validation = _validation(data, training, reporter) if needs.classifier else None
     digest = _record(settings, training, teacher, out, write=rank.main)
     feed = Feed(
@@ -182,6 +180,19 @@ def _teacher(
         size=(settings.teacher_size, settings.teacher_size) if settings.teacher_size else None,
     )
     return teacher
+
+
+def _classes(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> int:
+    """Width of the student's classifier; of one that is not trained, the folder's classes or 1."""
+    named = max(1, len(training.class_names))
+    if training.labels is None or needs.scores:
+        return named
+    if training.labels.scores:
+        raise UsageError(
+            f"the stored labels are {training.labels.classes} scores of a self-supervised teacher, "
+            f"not classes; train with --method selfsup."
+        )
+    return training.labels.classes
 
 
 def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> list[View]:

@@ -98,7 +98,8 @@ class TrainSettings:
     size: side of the student's input in pixels; None takes the network's own.
     interpolation: of the crops' resize; None takes the network's own.
     replay: backend; threads: of the replay, None takes the machine's cores.
-    crop: law of the fresh crops when there is no store.
+    crop: law of the fresh crops when there is no store; a store's crops bring theirs, colour
+        jitter included.
     source: which labels of the store; label_temperature: of the labels, None as stored.
     teacher: NAME[=FILE] of a teacher that runs beside the student, for methods that need one;
         teacher_class_map: which of its outputs are the folder's classes; teacher_size: side of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fkdpipe import crops
+from fkdpipe import colour, crops
 from fkdpipe.models import Preprocessing
 from fkdpipe.replay import normalise
 from fkdpipe.taps import Outputs
@@ -83,9 +83,10 @@ def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:
     truth_BC = targets.dense(None, run.target, classes, batch.class_B, run.device)
     prob_BC = truth_BC
     if batch.labels is not None:
-        prob_BC = targets.dense(batch.labels, run.target, classes, batch.class_B, run.device)
+        width = run.feed.data.labels.classes if run.feed.data.labels else classes
+        prob_BC = targets.dense(batch.labels, run.target, width, batch.class_B, run.device)
     mix = _mix(run, batch)
-    pixels = _pixels(run, batch.pixels, run.student.preprocessing, mix)
+    pixels = _pixels(run, batch, batch.pixels, run.student.preprocessing, mix)
     if mix is not None:
         size = (pixels.shape[2], pixels.shape[3])
         truth_BC, prob_BC = (mixing.mix_targets(mix, p, size) for p in (truth_BC, prob_BC))
@@ -98,8 +99,11 @@ def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:
     )
 
 
-def _pixels(run: Run, view: torch.Tensor, p: Preprocessing, mix: Mix | None) -> torch.Tensor:
-    pixels = normalise(view.to(run.device, non_blocking=True), p.mean, p.std)
+def _pixels(
+    run: Run, batch: Batch, view: torch.Tensor, p: Preprocessing, mix: Mix | None
+) -> torch.Tensor:
+    seen = colour.jitter(view.to(run.device, non_blocking=True), batch.jitter_B4)
+    pixels = normalise(seen, p.mean, p.std)
     return pixels if mix is None else mixing.mix_pixels(mix, pixels)
 
 
@@ -121,7 +125,7 @@ def _teacher_side(run: Run, batch: Batch, mix: Mix | None) -> Outputs | None:
     """What the live teacher says of the (mixed) batch, or what the store has kept of it."""
     if run.teacher is not None:
         p = run.teacher.preprocessing
-        return run.teacher.outputs(_pixels(run, batch.views[-1], p, mix))
+        return run.teacher.outputs(_pixels(run, batch, batch.views[-1], p, mix))
     if batch.features is not None:
         assert run.feed.data.features is not None
         features = batch.features.to(run.device, non_blocking=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fkdpipe import config
 from fkdpipe.errors import UsageError
-from fkdpipe.train.methods import fkd, kd, kdep, srd
+from fkdpipe.train.methods import fkd, kd, kdep, meal, selfsup, srd
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
 
@@ -30,6 +30,8 @@ METHODS: dict[str, MethodFile] = {
     "fkd": fkd,
     "kd": kd,
     "kdep": kdep,
+    "meal": meal,
+    "selfsup": selfsup,
     "srd": srd,
 }
 

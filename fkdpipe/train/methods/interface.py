@@ -29,6 +29,7 @@ class MethodNeeds:
         classifier: whether the student's logits are in the loss; without, its classifier rests.
         independent: no two crops of one image in a batch, for losses that couple the batch.
         mixing: whether mixup and CutMix make sense.
+        scores: whether the stored labels may be scores of something else than the classes.
     """
 
     student: Needs = Needs()
@@ -38,6 +39,7 @@ class MethodNeeds:
     classifier: bool = True
     independent: bool = False
     mixing: bool = True
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Context:
     """What a method may know when it is built.
 
     Attributes:
-        classes: C. epochs: of the whole run.
+        classes: C. epochs: of the whole run. scores: width of the stored labels, C without any.
         student: outputs of the student for one image; their shapes count.
         teacher: the same of the teacher or of the stored features, None without.
         student_network: the student itself. teacher_network: the live teacher, None without one.
@@ -89,6 +91,7 @@ class Context:
 
     classes: int
     epochs: int
+    scores: int
     student: Outputs
     student_network: nn.Module
     teacher: Outputs | None = None

@@ -1,0 +1,165 @@
+"""What every benchmark shares: the machine's facts, tables, result files and the last line.
+
+A benchmark is `python benchmarks/<name>.py [--quick]`. It prints a table, keeps it as
+`benchmarks/results/<name>-<machine>.csv`, and prints as its last line one JSON object with its
+figures. Ratios are named `<what>_vs_<baseline>`; larger is better. A `--quick` run is a trial of
+the script: it keeps no results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = Mapping[str, Any]
+
+
+def arguments(
+    description: str | None, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The command line that all benchmarks have; `add` puts a benchmark's own options to it."""
+    first = (description or "").strip().splitlines()[0]
+    parser = argparse.ArgumentParser(description=first)
+    parser.add_argument("--quick", action="store_true", help="A small trial; keeps no results.")
+    add(parser)
+    return parser.parse_args()
+
+
+@cache
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def machine() -> str:
+    """A short plain name: "2core-cpu", "16core-h200"."""
+    return f"{cores()}core-{_gpu() or 'cpu'}"
+
+
+def facts() -> dict[str, Any]:
+    """What a reader needs to place a figure: cores, memory, GPU, versions, date."""
+    import torch
+
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": machine(),
+        "cores": cores(),
+        "memory_gb": round(memory_bytes / 1e9),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far; see `reset_peak`."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Memory of this process now that no file backs: mapped files can be dropped at any time."""
+    return _status("RssAnon")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` count from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def interleaved(rounds: int, **measures: Callable[[], float]) -> dict[str, list[float]]:
+    """Take turns, so that what else the machine does hits all alike; one value per round."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return found
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median over rounds of the ratio within each round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(name: str, rows: Sequence[Row], figures: Mapping[str, Any], *, quick: bool) -> None:
+    """Print the table, keep it with the machine's facts, and print the last line."""
+    known = facts()
+    table(rows)
+    print(", ".join(f"{key} {value}" for key, value in known.items() if value != ""))
+    if not quick:
+        keep(name, rows, known, figures)
+    print(json.dumps(dict(figures)))
+
+
+def table(rows: Sequence[Row]) -> None:
+    """Rows in columns, the first one as text; rows need not have all columns."""
+    columns = _columns(rows)
+    cells = [columns, *([_text(row.get(c)) for c in columns] for row in rows)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
+    for line in cells:
+        first, *others = line
+        right = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *right]).rstrip())
+
+
+def keep(
+    name: str, rows: Sequence[Row], known: Mapping[str, Any], figures: Mapping[str, Any]
+) -> None:
+    """Write results/<name>-<machine>.csv: comment lines with facts and figures, then the rows."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}-{machine()}.csv", "w", newline="") as file:
+        for key, value in known.items():
+            file.write(f"# {key}: {value}\n")
+        file.write(f"# figures: {json.dumps(dict(figures))}\n")
+        writer = csv.DictWriter(file, _columns(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
+def _gpu() -> str:
+    """The GPU's model in short: "NVIDIA H200" is "h200"; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    words = torch.cuda.get_device_name(0).lower().replace("nvidia", "").split()
+    return words[0] if words else "gpu"
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
