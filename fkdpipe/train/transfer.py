@@ -33,6 +33,7 @@ class TransferSettings:
 
     modes: fine-tune trains all weights, probe the classifier alone on the frozen backbone.
     lr: learning rates, of which the best is reported. seeds: of classifier, order and crops.
+    fraction: share of the images of every class that is trained on, chosen by the seed.
     size: side of the input in pixels; None takes the backbone's own.
     crop: law of the random crops.
     """
@@ -43,6 +44,7 @@ class TransferSettings:
     epochs: int = 150
     batch_size: int = 64
     weight_decay: float = 5e-4
+    fraction: float = 1.0
     size: int | None = None
     crop: CropLaw = field(default_factory=CropLaw)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -62,6 +64,7 @@ class TransferSettings:
             train_only="classifier" if mode == "probe" else "all",
             epochs=self.epochs,
             batch_size=self.batch_size,
+            fraction=self.fraction,
             size=self.size,
             crop=self.crop,
             seed=seed,
