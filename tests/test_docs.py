@@ -55,18 +55,29 @@ def test_the_commands_for_own_images_run_as_written(tmp_path, folder, monkeypatc
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-def test_the_cli_page_is_generated():
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import make_cli
-    finally:
-        sys.path.pop(0)
+def test_the_cli_page_is_generated(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_cli
+
     assert make_cli.FILE.read_text() == make_cli.render(), "run `make docs`"
+
+
+def test_the_table_of_bytes_is_generated(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_bytes
+
+    page = make_bytes.FILE.read_text()
+    assert page == make_bytes.fill(page), "run `make docs`"
+    assert "| `resnet50` | 2,048 | 4,096 | 1,024 | 516 | 200,704 |" in page
 
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{n}.md" for n in ("format", "methods", "cli"))],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{n}.md" for n in ("format", "methods", "cli", "guide-features", "guide-transfer")),
+    ],
 )
 def test_links_lead_somewhere(page):
     file = ROOT / page
