@@ -12,7 +12,17 @@ from typing import Any, NoReturn
 import click
 
 from fkdpipe import __version__
-from fkdpipe.commands import demo, generate, inspect, interchange, report, store, train
+from fkdpipe.commands import (
+    basis,
+    demo,
+    generate,
+    inspect,
+    interchange,
+    report,
+    store,
+    train,
+    transfer,
+)  # fmt: skip
 from fkdpipe.errors import FkdpipeError
 
 
@@ -59,9 +69,11 @@ def cli() -> None:
 
 for command in (
     demo.demo,
+    basis.fit_basis,
     generate.generate,
     train.train,
     train.evaluate,
+    transfer.transfer,
     report.report,
     inspect.inspect,
     inspect.analyse,

@@ -1,8 +1,9 @@
-"""Teacher features made to fit a student: a basis, and what is done to its components.
+"""Teacher features made to fit a student: their width aligned, their deviations evened out.
 
 KDEP ("Knowledge Distillation as Efficient Pre-training", He et al.) projects a teacher's
 penultimate features, before its last ReLU, onto their leading principal components, and evens out
-their very different deviations with Power Temperature Scaling.
+their very different deviations with Power Temperature Scaling. The other alignments and
+transformations of its tables are here too.
 
 Letters: N vectors, D_t teacher width, K components kept, D_s student width, B batch.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,10 +21,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+from torch.nn import functional
 
 from fkdpipe.errors import ModelError, UsageError
 
 Tap = Literal["pre", "post"]
+Transformation = Literal["pts", "sn", "sm", "none"]
+
+_RESOLUTION = 1e-6  # deviations smaller than this share of the largest are float32 noise
 _METADATA = "fkdpipe-basis"
 
 
@@ -57,15 +63,27 @@ class Basis:
         variance = self.std_K**2
         return np.cumsum(variance) / (self.channel_std_D**2).sum()
 
+    @property
+    def rank(self) -> int:
+        """How many components have a direction of their own; the others are arbitrary."""
+        return int((self.std_K > _RESOLUTION * self.std_K[0]).sum())
+
+    def check_components(self, components: int) -> None:
+        """Raises UsageError when that many leading components are not there, or arbitrary."""
+        if components > self.rank:
+            raise UsageError(
+                f"the basis has {self.rank} components, fitted on {self.count} vectors of width "
+                f"{len(self.mean_D)}; {components} are asked for. Fit it on more images, or take "
+                "fewer."
+            )
+
     def project(self, features_BD: torch.Tensor, components: int) -> torch.Tensor:
         """float32 (B, components): coordinates along the leading components.
 
         Raises:
             UsageError: more components than the basis has.
         """
-        width = self.components_DK.shape[1]
-        if components > width:
-            raise UsageError(f"the basis has {width} components; {components} are asked for.")
+        self.check_components(components)
         device = features_BD.device
         mean = torch.from_numpy(self.mean_D).to(device, torch.float32)
         axes = torch.from_numpy(self.components_DK[:, :components]).to(device, torch.float32)
@@ -125,7 +143,7 @@ def fit(
 
 
 def save_basis(file: Path, basis: Basis) -> None:
-    """As safetensors, facts in the header."""
+    """As safetensors, facts in the header; complete or absent."""
     arrays = {
         "mean": basis.mean_D,
         "components": basis.components_DK,
@@ -133,9 +151,10 @@ def save_basis(file: Path, basis: Basis) -> None:
         "channel_std": basis.channel_std_D,
     }
     header = json.dumps({"count": basis.count, "facts": basis.facts}, sort_keys=True)
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in arrays.items()}, file, metadata={_METADATA: header}
-    )
+    partial = file.with_name(f"{file.name}.partial")
+    values = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+    save_file(values, partial, metadata={_METADATA: header})
+    os.replace(partial, file)
 
 
 def load_basis(file: Path) -> Basis:
@@ -169,3 +188,85 @@ def parse_features(text: str) -> tuple[Tap, int | None]:
         f"{text!r} names no features; take pre or post (before or after the last activation), "
         "with :D for the leading D components of a basis, for example pre:512."
     )
+
+
+def leading_channels(channel_std_D: np.ndarray, width: int) -> np.ndarray:
+    """int64 (width,): the channels of largest deviation, largest first (KDEP's CS.var)."""
+    _check_width(len(channel_std_D), width)
+    return np.argsort(-channel_std_D, kind="stable")[:width]
+
+
+def random_channels(channels: int, width: int, seed: int) -> np.ndarray:
+    """int64 (width,): distinct channels at random, rising (KDEP's CS.rand)."""
+    _check_width(channels, width)
+    return np.sort(np.random.default_rng(seed).choice(channels, width, replace=False))
+
+
+def interpolate(features_BD: torch.Tensor, width: int) -> torch.Tensor:
+    """float32 (B, width): nearest interpolation along the channels."""
+    return functional.interpolate(features_BD.float()[:, None], size=width, mode="nearest")[:, 0]
+
+
+def _check_width(channels: int, width: int) -> None:
+    if width > channels:
+        raise UsageError(f"{width} channels cannot be chosen from {channels}.")
+
+
+def pts(features: torch.Tensor, temperature: float = 0.1, power: float = 3.0) -> torch.Tensor:
+    """float32: sign(f) |f / T|^(1/n), Power Temperature Scaling.
+
+    Of normal values of deviation s it has deviation c(n) (s / T)^(1/n) with c(3) = 0.89576: a
+    ratio r of two deviations becomes r^(1/n).
+
+    Reference:
+        He et al., "Knowledge Distillation as Efficient Pre-training", equation 2.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        f = features.float()
+        return f.sign() * (f.abs() / temperature).pow(1 / power)
+
+
+def pts_inverse(scaled: torch.Tensor, temperature: float = 0.1, power: float = 3.0) -> torch.Tensor:
+    """float32: T sign(y) |y|^n."""
+    with torch.autocast(scaled.device.type, enabled=False):
+        y = scaled.float()
+        return temperature * y.sign() * y.abs().pow(power)
+
+
+def scale_normalise(features_BK: torch.Tensor, std_K: torch.Tensor) -> torch.Tensor:
+    """float32 (B, K): each channel over its own deviation (SN)."""
+    return features_BK.float() / std_K
+
+
+def std_match(
+    features_BK: torch.Tensor, std_K: torch.Tensor, target_std_K: torch.Tensor
+) -> torch.Tensor:
+    """float32 (B, K): each channel given another deviation (SM; see `target_std`)."""
+    return features_BK.float() / std_K * target_std_K
+
+
+def target_std(basis: Basis, width: int) -> np.ndarray:
+    """float64 (width,): Std Matching's deviations, the raw channels' largest, falling."""
+    return basis.channel_std_D[leading_channels(basis.channel_std_D, width)]
+
+
+def std_ratio(std_D: np.ndarray) -> float:
+    """Largest over smallest deviation; dead channels, whose deviation is zero, do not count."""
+    alive = std_D[std_D > _RESOLUTION * std_D.max()]
+    return float(alive.max() / alive.min())
+
+
+def std_ratios(basis: Basis, width: int, *, power: float = 3.0) -> dict[str, float]:
+    """The Std Ratio of the raw channels, of `width` components, and after each transformation.
+
+    From the basis alone: PTS by its law for normal values, r^(1/n), whatever T is.
+    """
+    basis.check_components(width)
+    svd = std_ratio(basis.std_K[:width])
+    return {
+        "raw": std_ratio(basis.channel_std_D),
+        "svd": svd,
+        "pts": svd ** (1 / power),
+        "sn": 1.0,
+        "sm": std_ratio(target_std(basis, width)),
+    }

@@ -133,6 +133,7 @@ def build(
     classes: int | None = None,
     size: tuple[int, int] | None = None,
     pretrained: bool = True,
+    new_head: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Loaded:
     """Make a model and fill it.
@@ -142,6 +143,7 @@ def build(
         size: (height, width) of the input; None takes that of the weights. Networks with
             position embeddings are built for it.
         pretrained: without a weights file, fetch the library's; False leaves it at random.
+        new_head: leave the classifier at random, whatever the weights file has.
         options: further arguments of timm's `create_model` (drop_path_rate, ...).
 
     Raises:
@@ -160,6 +162,8 @@ def build(
         width = _width_of(state, module)
         if classes is None and width is not None and width != _classes(module):
             module = _create(spec, classes=width, size=size, pretrained=False, options=options)
+        if new_head:
+            state = _without_head(state, module)
         load_state(module, state, where=str(spec))
     preprocessing = _preprocessing(spec, module)
     if facts:
@@ -254,6 +258,15 @@ def _width_of(state: dict[str, torch.Tensor], module: nn.Module) -> int | None:
         if key in state:
             return int(state[key].shape[0])
     return None
+
+
+def _without_head(state: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict whose classifiers are the module's own."""
+    config = getattr(module, "pretrained_cfg", None) or {}
+    names = config.get("classifier") or classifier_name(module)
+    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    kept = {key: value for key, value in state.items() if not key.startswith(heads)}
+    return kept | {k: v for k, v in module.state_dict().items() if k.startswith(heads)}
 
 
 def _preprocessing(spec: ModelSpec, module: nn.Module) -> Preprocessing:

@@ -78,13 +78,20 @@ def test_the_guide_to_inspecting_runs_as_written(tmp_path, folder, teacher, monk
             assert Path(words[words.index("--out") + 1]).stat().st_size > 1000
 
 
-def test_the_cli_page_is_generated():
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import make_cli
-    finally:
-        sys.path.pop(0)
+def test_the_cli_page_is_generated(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_cli
+
     assert make_cli.FILE.read_text() == make_cli.render(), "run `make docs`"
+
+
+def test_the_table_of_bytes_is_generated(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_bytes
+
+    page = make_bytes.FILE.read_text()
+    assert page == make_bytes.fill(page), "run `make docs`"
+    assert "| `resnet50` | 2,048 | 4,096 | 1,024 | 516 | 200,704 |" in page
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,16 @@ def test_the_cli_page_is_generated():
         "CONTRIBUTING.md",
         *(
             f"docs/{n}.md"
-            for n in ("format", "methods", "cli", "guide-inspect", "guide-interchange")
+            for n in (
+                "format",
+                "methods",
+                "cli",
+                "training",
+                "guide-features",
+                "guide-inspect",
+                "guide-interchange",
+                "guide-transfer",
+            )
         ),
     ],
 )

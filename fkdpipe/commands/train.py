@@ -21,6 +21,7 @@ from fkdpipe.commands import options, terminal
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.1]")
 @click.option("--size", type=int, help="Side of the input in pixels.  [default: the model's]")
 @click.option("--seed", type=int, help="Of weights, order and crops.  [default: 0]")
+@click.option("--fraction", type=float, help="Share of every class to train on.  [default: 1]")
 @click.option("--source", help="Which labels of the store, when it has several.")
 @click.option("--method", help="fkd, kd, ...; docs/methods.md has them all.  [default: fkd]")
 @click.option("--teacher", metavar="NAME[=FILE]", help="Runs beside the student, for some methods.")

@@ -67,7 +67,8 @@ def encode_part(
     (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
     vectors_BD = made.pre if part.tap == "pre" else made.penultimate
     assert vectors_BD is not None
-    if basis is not None:
+    if part.settings["basis"] is not None:  # raw vectors may stand beside projected ones
+        assert basis is not None
         vectors_BD = basis.project(vectors_BD, int(part.settings["dims"]))
     return features.encode(part.settings["code"], vectors_BD.float().cpu().numpy())
 

@@ -213,10 +213,7 @@ def _wanted_features(
             raise UsageError(
                 f"features {text}: the basis was fitted on {basis.facts['tap']} features."
             )
-        if dims > basis.components_DK.shape[1]:
-            raise UsageError(
-                f"features {text}: the basis has {basis.components_DK.shape[1]} components."
-            )
+        basis.check_components(dims)
     facts = {
         "tap": tap,
         "dims": dims or width,

@@ -62,7 +62,7 @@ class GenerateSettings:
             if dims is not None and self.basis is None:
                 raise UsageError(
                     f"features {text}: leading components need a basis. Fit one with fkdpipe "
-                    "fit-basis and name it with --set basis=FILE."
+                    "fit-basis and name it with --basis FILE."
                 )
         if not self.teacher:
             raise UsageError("name at least one teacher: --teacher NAME or NAME=FILE.")

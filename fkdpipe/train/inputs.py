@@ -8,7 +8,7 @@ labels; that is how a teacher or a baseline is trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,14 +118,21 @@ class TrainingSet:
         return crops_m if self.crops_per_image is None else crops_m % self.crops_per_image
 
 
-def from_folder(data: Path, *, law: CropLaw, seed: int, reporter: Reporter = silent) -> TrainingSet:
-    """Fresh random crops of a labelled folder.
+def from_folder(
+    data: Path,
+    *,
+    law: CropLaw,
+    seed: int,
+    need_classes: bool = True,
+    reporter: Reporter = silent,
+) -> TrainingSet:
+    """Fresh random crops of a folder, flat only where no classes are needed.
 
     Raises:
         ImagesError: no usable images.
     """
     with reporter.task("scan", 0, "files") as advance:
-        folder = images.scan(data, on_image=advance)
+        folder = images.scan(data, need_classes=need_classes, on_image=advance)
     ids = crops.image_ids(folder.keys)
     order = crops.random_order(seed, ids)
     ids, sizes = ids[order], folder.size_N2[order]
@@ -219,6 +226,15 @@ def from_store(
         },
         jitter=boxes.jitter if boxes.jittered else None,
     )
+
+
+def take_fraction(training: TrainingSet, fraction: float, seed: int) -> TrainingSet:
+    """A share of the images of every class: the same images whatever store or folder lists them."""
+    keys = [str(key) for key in training.keys[training.rows]]
+    order = crops.random_order(seed, crops.image_ids(keys))
+    kept = images.per_class(training.class_N[training.rows], order, fraction)
+    facts = {**training.facts, "images": len(kept), "fraction": fraction}
+    return replace(training, rows=np.sort(training.rows[kept]), facts=facts)
 
 
 def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Tap]:

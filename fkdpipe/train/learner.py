@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,12 +21,25 @@ class Learner(nn.Module):
     """Pixels and targets in, logits and named loss terms out.
 
     The teacher is not in here: nothing that trains this module can train it or leave its eval mode.
+
+    Args:
+        probe: only the student's classifier trains; the rest stays in eval mode.
     """
 
-    def __init__(self, student: Tapped, method: Method) -> None:
+    def __init__(self, student: Tapped, method: Method, *, probe: bool = False) -> None:
         super().__init__()
         self.student = student
         self.method = method
+        self._probe = probe
+        if probe:
+            student.requires_grad_(False)
+            student.classifier.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Learner:
+        super().train(mode)
+        if self._probe:
+            self.student.eval()
+        return self
 
     def forward(
         self, pixels_B3HW: torch.Tensor, targets: Targets
@@ -63,9 +78,11 @@ def build(
         teacher=given,
         teacher_network=teacher.module.network if teacher else None,
         features=training.features.settings if training.features else None,
+        teacher_facts=_teacher_facts(teacher, training),
     )
     torch.manual_seed(settings.seed + 1)  # the helpers' weights
-    return Learner(student, methods.build(settings.method, context)).to(device)
+    probe = settings.train_only == "classifier"
+    return Learner(student, methods.build(settings.method, context), probe=probe).to(device)
 
 
 def parameters(learner: Learner) -> dict[str, int]:
@@ -74,3 +91,9 @@ def parameters(learner: Learner) -> dict[str, int]:
         "student": sum(p.numel() for p in learner.student.parameters()),
         "helpers": sum(p.numel() for p in learner.method.parameters()),
     }
+
+
+def _teacher_facts(teacher: Teacher | None, training: TrainingSet) -> dict[str, Any] | None:
+    if teacher is not None:
+        return teacher.facts()
+    return training.features.settings["teachers"][0] if training.features else None

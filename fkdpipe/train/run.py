@@ -118,6 +118,11 @@ def _check(
         )
     models.parse_spec(settings.student)
     parallel.check(settings, device)
+    if settings.train_only == "classifier" and not needs.classifier:
+        raise UsageError(
+            f"method {settings.method.get('name', 'fkd')} does not train the classifier, and "
+            "train_only classifier trains nothing else."
+        )
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
     if settings.mixing.on and not needs.mixing:
@@ -214,24 +219,33 @@ def _open(
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
-        return inputs.from_folder(data, law=settings.crop, seed=settings.seed, reporter=reporter)
-    training = inputs.from_store(
-        store,
-        data,
-        target=settings.parsed_target,
-        source=settings.source,
-        temperature=needs.soft if needs.soft is not None else settings.label_temperature,
-        features=_stored_tap(settings, needs),
-        cache_dir=cache_dir,
-        allow_partial=allow_partial,
-        reporter=reporter,
-    )
+        training = inputs.from_folder(
+            data,
+            law=settings.crop,
+            seed=settings.seed,
+            need_classes=needs.classifier,
+            reporter=reporter,
+        )
+    else:
+        training = inputs.from_store(
+            store,
+            data,
+            target=settings.parsed_target,
+            source=settings.source,
+            temperature=needs.soft if needs.soft is not None else settings.label_temperature,
+            features=_stored_tap(settings, needs),
+            cache_dir=cache_dir,
+            allow_partial=allow_partial,
+            reporter=reporter,
+        )
     recorded = training.crops_per_image
     if recorded is not None and settings.crops_per_image > recorded:
         raise UsageError(
             f"{settings.crops_per_image} crops per image in a batch, and the store records "
             f"{recorded}."
         )
+    if settings.fraction < 1:
+        training = inputs.take_fraction(training, settings.fraction, settings.seed)
     return training
 
 

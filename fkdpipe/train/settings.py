@@ -105,7 +105,10 @@ class TrainSettings:
         teacher_class_map: which of its outputs are the folder's classes; teacher_size: side of
         its input in pixels, None takes its own.
     window: units of images that are shuffled together.
+    fraction: share of the images of every class that is trained on, chosen by the seed.
     pretrained: begin from the library's published weights instead of random ones.
+    new_head: leave out the classifier of NAME=FILE; it may be of other classes.
+    train_only: `classifier` trains a linear probe: the rest keeps its weights, in eval mode.
     accumulate: parts that a process's share of a step is cut into, one backward pass each.
     ema: decay of an average of the weights, which is then what is evaluated and exported.
     compile: a backend of torch.compile, `inductor` or `aot_eager`.
@@ -135,7 +138,10 @@ class TrainSettings:
     replay: Literal["auto", "cpu", "dali"] = "auto"
     threads: int | None = None
     window: int = 8
+    fraction: float = 1.0
     pretrained: bool = False
+    new_head: bool = False
+    train_only: Literal["all", "classifier"] = "all"
     accumulate: int = 1
     ema: float | None = None
     compile: str | None = None
@@ -171,6 +177,10 @@ class TrainSettings:
             )
         if self.size is not None and self.size < 8:
             raise UsageError(f"size must be at least 8 pixels; found {self.size}.")
+        if not 0 < self.fraction <= 1:
+            raise UsageError(
+                f"fraction is a share above 0 and up to 1, such as 0.1; found {self.fraction}."
+            )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UsageError(
                 f"ema is a decay between 0 and 1, for example 0.9999; found {self.ema}."

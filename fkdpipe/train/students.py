@@ -30,6 +30,7 @@ def build(settings: TrainSettings, classes: int) -> Loaded:
         classes=classes,
         size=size,
         pretrained=settings.pretrained,
+        new_head=settings.new_head,
         options=settings.student_options,
     )
 

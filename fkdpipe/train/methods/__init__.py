@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fkdpipe import config
 from fkdpipe.errors import UsageError
-from fkdpipe.train.methods import dpk, fitnet, fkd, kd, meal, scalekd, selfsup
+from fkdpipe.train.methods import dpk, fitnet, fkd, kd, kdep, meal, scalekd, selfsup, srd
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
 
@@ -31,9 +31,11 @@ METHODS: dict[str, MethodFile] = {
     "fitnet": fitnet,
     "fkd": fkd,
     "kd": kd,
+    "kdep": kdep,
     "meal": meal,
     "scalekd": scalekd,
     "selfsup": selfsup,
+    "srd": srd,
 }
 
 

@@ -86,6 +86,7 @@ class Context:
         teacher: the same of the teacher or of the stored features, None without.
         student_network: the student itself. teacher_network: the live teacher, None without one.
         features: settings of the stored features' part (`storage.schema`), None when live.
+        teacher_facts: which teacher it is, live or stored (`teachers.Teacher.facts`).
     """
 
     classes: int
@@ -96,6 +97,7 @@ class Context:
     teacher: Outputs | None = None
     teacher_network: nn.Module | None = None
     features: dict[str, Any] | None = None
+    teacher_facts: dict[str, Any] | None = None
 
 
 class Method(nn.Module):

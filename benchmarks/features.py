@@ -1,0 +1,183 @@
+"""Stored features instead of a teacher: bytes per crop, reading, and the training step.
+
+    python benchmarks/features.py [--quick] [--rounds 5]
+
+A ResNet-50 with random weights is the teacher, a ResNet-18 the student, on pieces of photographs at
+64 pixels. Kept are its whole vectors (2,048) and 512 components of a basis, in float16 and int8.
+
+bytes     stored bytes per crop of the features, from `fkdpipe report`
+read      milliseconds to open a window of features and take its batches, per batch of 64 crops, and
+          the size of that against decoding and resizing the same batch's pixels
+step      seconds of a KDEP step (student and teacher's side) with the teacher online over that with
+          stored features: interleaved rounds in one process, medians of the ratios within rounds
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import photographs
+import timm
+import torch
+
+from fkdpipe import features, models, teachers
+from fkdpipe.labelgen import fit_basis, generate, plan
+from fkdpipe.labelgen.fit_basis import FitSettings
+from fkdpipe.labelgen.generate import Resources
+from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.models import parse_spec
+from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.report import measure
+from fkdpipe.storage.store import Store, open_store
+from fkdpipe.taps import Needs
+from fkdpipe.teachers import Teacher
+from fkdpipe.train import run, step
+from fkdpipe.train.feed import Batch
+from fkdpipe.train.settings import TrainSettings
+from fkdpipe.train.state import Run
+
+CPU = torch.device("cpu")
+BATCH, CROPS, SIDE = 64, 8, 64
+
+
+def kinds(components: int) -> dict[str, tuple[str, str]]:
+    return {
+        "whole_float16": ("pre", "float16"),
+        f"pre{components}_float16": (f"pre:{components}", "float16"),
+        f"pre{components}_int8": (f"pre:{components}", "int8"),
+    }
+
+
+def make_teacher(place: Path) -> tuple[str, Teacher]:
+    torch.manual_seed(0)
+    module = timm.create_model("resnet50", num_classes=10, zero_init_last=False)
+    file = place / "teacher.safetensors"
+    models.write_export(file, module, {"size": [SIDE, SIDE], "interpolation": "bilinear"})
+    text = f"resnet50={file}"
+    (loaded,) = teachers.load_teachers(
+        [parse_spec(text)], class_names=(), device=CPU, needs=Needs(pre=True)
+    )
+    return text, loaded
+
+
+def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
+    """One for each kind, and `basis` beside them."""
+    resources = Resources(device=CPU, threads=common.cores())
+    wanted = FitSettings(teacher="t", images="100%", crops=CROPS)
+    sample = fit_basis.from_folder(data, wanted)
+    basis = place / "basis.safetensors"
+    features.save_basis(basis, fit_basis.fit(sample, teacher, wanted, resources).basis)
+    stores = {}
+    for name, (text, code) in kinds(components).items():
+        generation = GenerateSettings(
+            teacher=("t",), source="t", form="none", features=(text,), features_code=code,
+            basis=basis, crops=CROPS,
+        )  # fmt: skip
+        location = LocalLocation(place / name)
+        planned = plan.prepare(location, data, generation, [teacher], device=CPU)
+        generate.generate(planned, [teacher], resources)
+        stores[name] = open_store(place / name)
+        common.say(f"{name}: made")
+    return stores
+
+
+def prepare(place: Path, data: Path, store: Store, teacher: str | None) -> Run:
+    settings = TrainSettings(
+        student="resnet18", size=SIDE, epochs=CROPS, batch_size=BATCH, teacher=teacher,
+        method={"name": "kdep", "weight": 1.0, "basis": str(place / "basis.safetensors")},
+    )  # fmt: skip
+    out = place / f"run-{Path(store.url).name}-{'online' if teacher else 'stored'}"
+    return run.prepare(settings, data, out, store=store, cache_dir=place / "cache", device=CPU)
+
+
+def read_seconds(prepared: Run, batches: list[Batch]) -> float:
+    """Seconds per batch of the features alone, windows opened anew."""
+    data, order = prepared.feed.data, prepared.feed.order
+    assert data.features is not None
+    begun = time.perf_counter()
+    window = order.window(batches[0].passed, 0)
+    opened = data.features.open_window(window.units, data.crops_of(window.passed))
+    for first in range(0, len(window.rows), BATCH):
+        opened.take(window.rows[first : first + BATCH])
+    return (time.perf_counter() - begun) / -(-len(window.rows) // BATCH)
+
+
+def step_seconds(prepared: Run, batch: Batch) -> float:
+    begun = time.perf_counter()
+    step.step(prepared, batch)
+    return time.perf_counter() - begun
+
+
+def pixel_seconds(prepared: Run, count: int) -> float:
+    """Seconds per batch of the whole feed."""
+    begun = time.perf_counter()
+    for _, _batch in zip(range(count), prepared.feed.run(), strict=False):
+        pass
+    return (time.perf_counter() - begun) / count
+
+
+def compare(
+    place: Path, data: Path, stores: dict[str, Store], teacher: str, rounds: int
+) -> list[dict[str, Any]]:
+    stored = {name: prepare(place, data, store, None) for name, store in stores.items()}
+    online = prepare(place, data, stores["whole_float16"], teacher)
+    runs = {**stored, "online": online}
+    batches = {
+        name: [b for _, b in zip(range(3), r.feed.run(), strict=False)] for name, r in runs.items()
+    }
+    for name, prepared in runs.items():
+        step_seconds(prepared, batches[name][0])
+    measures: dict[str, Callable[[], float]] = {}
+    for name, prepared in runs.items():
+        measures[f"step {name}"] = lambda r=prepared, b=batches[name][1]: step_seconds(r, b)
+        if prepared is not online:
+            measures[f"read {name}"] = lambda r=prepared, b=batches[name]: read_seconds(r, b)
+            measures[f"feed {name}"] = lambda r=prepared: pixel_seconds(r, 3)
+    found = common.interleaved(rounds, **measures)
+    rows = []
+    for name, store in stores.items():
+        size = sum(
+            field.bytes_per_crop
+            for field_name, field in measure(store).fields.items()
+            if field_name in ("value", "code", "scale")
+        )
+        read_s = statistics.median(found[f"read {name}"])
+        rows.append(
+            {
+                "features": name,
+                "bytes_per_crop": round(size, 1),
+                "read_ms_per_batch": 1000 * read_s,
+                "read_share_of_feed": read_s / statistics.median(found[f"feed {name}"]),
+                "step_vs_online": common.median_ratio(found["step online"], found[f"step {name}"]),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--rounds", type=int, default=5, help="Interleaved rounds.")
+
+    given = common.arguments(__doc__, add)
+    count, components = (64, 128) if given.quick else (512, 512)
+    with tempfile.TemporaryDirectory(prefix="fkdpipe-features-") as folder:
+        place = Path(folder)
+        photographs.write_folder(place / "images", count)
+        text, teacher = make_teacher(place)
+        stores = make_stores(place, place / "images", teacher, components)
+        rounds = 2 if given.quick else given.rounds
+        rows = compare(place, place / "images", stores, text, rounds)
+    names = ("bytes_per_crop", "read_ms_per_batch", "read_share_of_feed", "step_vs_online")
+    figures = {name: {row["features"]: row[name] for row in rows} for name in names}
+    common.finish("features", rows, figures, quick=given.quick)
+
+
+if __name__ == "__main__":
+    main()

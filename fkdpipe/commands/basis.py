@@ -1,0 +1,123 @@
+"""`fkdpipe fit-basis`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fkdpipe.commands import options, terminal
+
+if TYPE_CHECKING:
+    from fkdpipe.labelgen.fit_basis import Fitted
+
+
+@click.command("fit-basis")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("basis", type=click.Path(path_type=Path))
+@click.option("--teacher", metavar="NAME[=FILE]", help="timm model or a run folder.")
+@click.option("--images", metavar="P%", help="Share of every class.  [default: 10%]")
+@click.option("--tap", metavar="pre|post", help="Before or after the last ReLU.  [default: pre]")
+@click.option("--crops", type=int, metavar="M", help="Crops per image.  [default: 1]")
+@click.option("--seed", type=int, help="Of the images and the crops.  [default: 0]")
+@click.option("--store", help="Take this store's images and crops.")
+@click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
+@click.option("--components", type=int, metavar="D", help="Width to tell the Std Ratios for.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the deviations.")
+@options.device_option
+@options.json_option
+@options.recipe_options
+def fit_basis(
+    data: Path,
+    basis: Path,
+    store: str | None,
+    components: int | None,
+    plot: Path | None,
+    device: str,
+    as_json: bool,
+    recipe: Path | None,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Fit the SVD basis of a teacher's features on crops of DATA, into the file BASIS.
+
+    With the crop law and seed of a later `generate`, on the very crops it will draw; class folders
+    are not needed. Under torchrun, processes share the images.
+
+    \b
+    Example:
+      fkdpipe fit-basis images basis.safetensors --teacher resnet50 --images 10%
+    """
+    from fkdpipe.labelgen.fit_basis import FitSettings
+
+    settings = options.resolve(FitSettings, recipe, assignments, flags)
+    from fkdpipe import distributed, features, teachers
+    from fkdpipe.labelgen import basis_plot
+    from fkdpipe.labelgen import fit_basis as fitting
+    from fkdpipe.labelgen.generate import Resources
+    from fkdpipe.models import parse_spec
+    from fkdpipe.storage.store import open_store
+
+    rank = distributed.current()
+    reporter = terminal.reporter()
+    where = options.choose_device(device, rank.local)
+    (teacher,) = teachers.load_teachers(
+        [parse_spec(settings.teacher)],
+        class_names=(),
+        precision=settings.precision,
+        device=where,
+        needs=settings.needs,
+    )
+    if store:
+        sample = fitting.from_store(open_store(store), data, settings)
+    else:
+        sample = fitting.from_folder(data, settings, reporter)
+    threads = settings.threads or distributed.default_threads()
+    resources = Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
+    fitted = fitting.fit(sample, teacher, settings, resources, reporter=reporter)
+    if not rank.main:
+        return
+    features.save_basis(basis, fitted.basis)
+    width = components or fitted.basis.rank
+    if plot:
+        basis_plot.plot(fitted.basis, plot, width)
+    _print_fitted(basis, fitted, width, as_json=as_json)
+
+
+def _print_fitted(file: Path, fitted: Fitted, width: int, *, as_json: bool) -> None:
+    from fkdpipe import features
+
+    b = fitted.basis
+    ratios = features.std_ratios(b, width)
+    explained = 100 * float(b.explained_K[width - 1])
+    if as_json:
+        terminal.print_json(
+            {
+                "basis": str(file),
+                "digest": b.digest,
+                "images": fitted.images,
+                "vectors": b.count,
+                "channels": len(b.mean_D),
+                "rank": b.rank,
+                "components": width,
+                "explained_percent": explained,
+                "std_ratio": ratios,
+                "failed": fitted.failed,
+            }
+        )
+        return
+    click.echo(
+        f"{file}: {b.rank} components of {len(b.mean_D)} channels, fitted on {b.count:,} crops of "
+        f"{fitted.images:,} images; {len(fitted.failed)} left out."
+    )
+    click.echo(f"The leading {width} explain {explained:.2f} % of the variance.")
+    names = {
+        "raw": "all channels, before SVD",
+        "svd": f"{width} components",
+        "pts": "after PTS, n = 3, by its law for normal values",
+        "sn": "after scale normalisation",
+        "sm": "after Std Matching",
+    }
+    rows = [[text, f"{ratios[name]:,.2f}"] for name, text in names.items()]
+    terminal.print_table("", ["features", "Std Ratio"], rows)

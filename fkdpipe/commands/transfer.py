@@ -1,0 +1,91 @@
+"""`fkdpipe transfer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fkdpipe.commands import options, terminal
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--mode", "modes", multiple=True, help="fine-tune or probe.  [default: both]")
+@click.option("--epochs", type=int, help="Of every trial.  [default: 150]")
+@click.option("--batch-size", type=int, help="In images.  [default: 64]")
+@click.option("--lr", type=float, multiple=True, help="Tried in turn.  [default: 0.01, 0.001]")
+@click.option("--seed", "seeds", type=int, multiple=True, help="One trial each.  [default: 0]")
+@click.option("--size", type=int, help="Side of the input in pixels.  [default: the model's]")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the runs here, and resume them.")
+@options.device_option
+@options.json_option
+@options.recipe_options
+def transfer(
+    model: str,
+    data: tuple[Path, ...],
+    out: Path | None,
+    device: str,
+    as_json: bool,
+    recipe: Path | None,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Fine-tune MODEL on each of DATA, and train a linear probe on it.
+
+    MODEL is a run folder, or NAME=FILE; its classifier is left out. DATA are image folders with
+    train/ and val/. Of several learning rates the best mean over seeds is shown.
+
+    \b
+    Example:
+      fkdpipe transfer runs/student pets flowers --seed 0 --seed 1 --seed 2
+    """
+    from fkdpipe.train.transfer import TransferSettings
+
+    settings = options.resolve(TransferSettings, recipe, assignments, flags)
+    import dataclasses
+    import tempfile
+
+    from fkdpipe import distributed
+    from fkdpipe.progress import silent
+    from fkdpipe.train import parallel
+    from fkdpipe.train import transfer as transferring
+
+    rank = distributed.current()
+    where = options.choose_device(device, rank.local)
+    reporter = terminal.reporter() if rank.main else silent
+    with (
+        tempfile.TemporaryDirectory(prefix="fkdpipe-transfer-") as place,
+        parallel.group(rank, where),
+    ):
+        trials = transferring.transfer(
+            model, data, out or Path(place), settings, device=where, rank=rank, reporter=reporter
+        )
+    if not rank.main:
+        return
+    rows = transferring.summarise(trials)
+    if as_json:
+        terminal.print_json(
+            {
+                "model": model,
+                "rows": [dataclasses.asdict(row) for row in rows],
+                "trials": [dataclasses.asdict(trial) for trial in trials],
+            }
+        )
+        return
+    columns = ["data", "mode", "learning rate", "top-1 %", "± over seeds", "top-5 %", "seeds"]
+    cells = [
+        [
+            row.data,
+            row.mode,
+            f"{row.lr:g}",
+            f"{row.top1:.2f}",
+            "" if row.std is None else f"{row.std:.2f}",
+            f"{row.top5:.2f}",
+            str(row.seeds),
+        ]
+        for row in rows
+    ]
+    terminal.print_table(f"transfer of {model}", columns, cells)

@@ -1,0 +1,306 @@
+"""The basis of a teacher's features, in one streaming pass over crops.
+
+Sums and second moments are kept in float64, so memory does not grow with the number of images.
+Crops are those that `generate` draws with the same law and seed, before there is a store, or those
+of a store. Several processes (torchrun) each sum whole batches of theirs and add up at the end;
+their basis agrees with that of one process to float64 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from fkdpipe import crops, features, images, replay, taps
+from fkdpipe.crops import CropLaw, Crops
+from fkdpipe.distributed import Rank
+from fkdpipe.errors import ImagesError, StoreMismatchError, UsageError
+from fkdpipe.features import Basis, Tap
+from fkdpipe.labelgen import outputs
+from fkdpipe.labelgen.generate import Resources
+from fkdpipe.progress import Advance, Reporter, silent
+from fkdpipe.replay import Backend, Request
+from fkdpipe.storage import rounds, writer
+from fkdpipe.storage.store import Store
+from fkdpipe.taps import Needs
+from fkdpipe.teachers import Precision, Teacher
+
+MAX_FAILED_SHARE = 0.5  # of the images: more looks like the wrong folder
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What a basis is fitted on.
+
+    teacher: NAME or NAME=FILE. tap: features before or after the last activation.
+    images: share of the images of every class, in percent.
+    crops: M, crops of each image. crop: the law they are drawn by, without a store.
+    seed: of the choice of images and of the crops.
+    batch: crops per teacher batch. threads: of the replay, None takes the machine's cores.
+    """
+
+    teacher: str
+    images: str = "10%"
+    tap: Tap = "pre"
+    crops: int = 1
+    crop: CropLaw = field(default_factory=CropLaw)
+    seed: int = 0
+    precision: Precision = "float32"
+    batch: int = 64
+    replay: Literal["auto", "cpu", "dali"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        parse_share(self.images)
+        for name in ("crops", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(pre=self.tap == "pre", penultimate=self.tap == "post")
+
+
+def parse_share(text: str) -> float:
+    """`10%` as 0.1.
+
+    Raises:
+        UsageError: no percentage above 0 and up to 100.
+    """
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise UsageError(f"images takes a percentage of the images, such as 10%; found {text!r}.")
+    return share
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Crops to fit on. N images, M crops of each.
+
+    Attributes:
+        root: folder that keys are relative to. facts: how they were chosen, for the basis.
+    """
+
+    root: Path
+    keys: np.ndarray
+    size_N2: np.ndarray
+    drawn: Crops
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A basis and what it was made of. failed: images left out, by key, with the reason."""
+
+    basis: Basis
+    images: int
+    failed: dict[str, str]
+
+
+def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) -> Sample:
+    """A share of a folder, classes or not, on the crops that `generate` will draw.
+
+    Raises:
+        ImagesError: no usable images.
+    """
+    with reporter.task("scan", 0, "files") as advance:
+        folder = images.scan(data, need_classes=False, on_image=advance)
+    ids = crops.image_ids(folder.keys)
+    rows = _choose(ids, folder.class_N, settings)
+    drawn = crops.sample(
+        settings.crop,
+        seed=settings.seed,
+        image_id_N=ids[rows],
+        size_N2=folder.size_N2[rows],
+        crops_M=np.arange(settings.crops),
+    )
+    law = rounds.crop_settings(
+        settings.crop, seed=settings.seed, first=0, count=settings.crops, derived=False
+    )
+    return _sample(
+        folder.root, np.array(folder.keys, dtype=object)[rows], folder.size_N2[rows], drawn,
+        settings, law, folder.fingerprint,
+    )  # fmt: skip
+
+
+def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
+    """A share of a store's images, on the first crops of its first round.
+
+    Raises:
+        StoreMismatchError: it has fewer crops.
+    """
+    (first, *_) = store.rounds()
+    if settings.crops > int(first.settings["crops"]):
+        raise StoreMismatchError(
+            f"the first round of {store.url} has {first.settings['crops']} crops per image, "
+            f"{settings.crops} are asked for.",
+            code="settings",
+        )
+    listed = store.images
+    rows = _choose(crops.image_ids(list(listed.keys)), listed.class_N, settings)
+    shape = (len(rows), settings.crops)
+    values = {
+        field.name: np.empty((*shape, *field.shape), dtype=field.dtype)
+        for field in rounds.fields_of(first.settings)
+    }
+    for unit in np.unique(rows // store.unit_size).tolist():
+        of_unit = rounds.values_of(rounds.crops_of(store, first, unit))
+        here = np.flatnonzero(rows // store.unit_size == unit)
+        for name, array in values.items():
+            array[here] = of_unit[name][rows[here] % store.unit_size, : settings.crops]
+    drawn = Crops(values["box"], values["flip"], values.get("jitter"))
+    return _sample(
+        images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows], drawn,
+        settings, dict(first.settings), str(store.facts["fingerprint"]),
+    )  # fmt: skip
+
+
+def _choose(ids: np.ndarray, class_N: np.ndarray, settings: FitSettings) -> np.ndarray:
+    order = crops.random_order(settings.seed, ids)
+    return images.per_class(class_N, order, parse_share(settings.images))
+
+
+def _sample(
+    root: Path,
+    keys: np.ndarray,
+    size_N2: np.ndarray,
+    drawn: Crops,
+    settings: FitSettings,
+    law: dict[str, Any],
+    fingerprint: str,
+) -> Sample:
+    facts = {"images": settings.images, "crops": law, "fingerprint": fingerprint}
+    return Sample(root, keys, size_N2, drawn, facts)
+
+
+def fit(
+    sample: Sample,
+    teacher: Teacher,
+    settings: FitSettings,
+    resources: Resources,
+    *,
+    reporter: Reporter = silent,
+) -> Fitted:
+    """The basis of a teacher's features on a sample, the same on every process.
+
+    Raises:
+        UsageError: fewer than two feature vectors.
+        ImagesError: most images cannot be read.
+    """
+    backend = replay.choose_backend(settings.replay, resources.device, _request(sample, 0, 8))
+    sums = _Sums.zeros(taps.width(teacher.module.network))
+    failed: dict[str, str] = {}
+    per_rank = -(-sample.drawn.flip_NM.size // resources.rank.world)
+    with reporter.task("teacher", per_rank, "crops") as advance:
+        for vectors_BD in _vectors(sample, teacher, settings, resources, backend, failed, advance):
+            sums.add(vectors_BD)
+    failed = _add_up(sums, failed, resources.rank)
+    if len(failed) > MAX_FAILED_SHARE * len(sample.keys):
+        key, why = next(iter(failed.items()))
+        raise ImagesError(
+            f"{len(failed)} of {len(sample.keys)} images cannot be used, for example {key}: {why}. "
+            f"Is {sample.root} the folder you mean?",
+            code="wrong-folder",
+        )
+    facts = {
+        **sample.facts,
+        "teacher": teacher.facts(),
+        "tap": settings.tap,
+        "precision": teacher.precision,
+        "seed": settings.seed,
+        "replay": replay.versions(backend),
+        "packages": writer.package_versions(),
+    }
+    basis = features.fit(int(sums.count), sums.sum_D.numpy(), sums.product_DD.numpy(), facts)
+    return Fitted(basis, len(sample.keys) - len(failed), failed)
+
+
+@dataclass
+class _Sums:
+    """Float64 sums over vectors seen so far: (), (D,) and (D, D)."""
+
+    count: torch.Tensor
+    sum_D: torch.Tensor
+    product_DD: torch.Tensor
+
+    @classmethod
+    def zeros(cls, width: int) -> _Sums:
+        return cls(
+            *(torch.zeros(shape, dtype=torch.float64) for shape in ((), width, (width,) * 2))
+        )
+
+    def add(self, vectors_BD: torch.Tensor) -> None:
+        x_BD = vectors_BD.double()
+        self.count += len(x_BD)
+        self.sum_D += x_BD.sum(0).cpu()
+        self.product_DD += (x_BD.T @ x_BD).cpu()
+
+
+def _vectors(
+    sample: Sample,
+    teacher: Teacher,
+    settings: FitSettings,
+    resources: Resources,
+    backend: Backend,
+    failed: dict[str, str],
+    advance: Advance,
+) -> Iterator[torch.Tensor]:
+    """(B, D) features of whole batches, every world-th one; `failed` is filled on the way."""
+    step = max(1, resources.batch // sample.drawn.flip_NM.shape[1])
+    rank = resources.rank
+    firsts = range(rank.index * step, len(sample.keys), rank.world * step)
+    (view,) = views = outputs.views_of([teacher])
+    with replay.open_replay(
+        backend, views, threads=resources.threads, device=resources.device
+    ) as replayer:
+        for pixels in replayer.run(_request(sample, first, step) for first in firsts):
+            rows: np.ndarray = pixels.request.tag  # type: ignore[assignment]
+            for f in pixels.failures:
+                failed[str(sample.keys[rows[f.image]])] = f"{f.code}: {f.detail}"
+            good = np.setdiff1d(np.arange(len(rows)), [f.image for f in pixels.failures])
+            if len(good):
+                crops_M = pixels.request.flip_Im.shape[1]
+                within = (good[:, None] * crops_M + np.arange(crops_M)).ravel()
+                seen = pixels.views[0]
+                seen = seen if len(good) == len(rows) else seen[torch.from_numpy(within)]
+                factors = outputs.factors(sample.drawn, rows[0] * crops_M + within)
+                (out,) = outputs.teach([teacher], {view: seen.to(resources.device)}, factors)
+                vectors_BD = out.pre if settings.tap == "pre" else out.penultimate
+                assert vectors_BD is not None
+                yield vectors_BD
+            advance(pixels.request.flip_Im.size)
+
+
+def _request(sample: Sample, first: int, count: int) -> Request:
+    rows = np.arange(first, min(first + count, len(sample.keys)))
+    return Request(
+        paths=[images.path_of(sample.root, key) for key in sample.keys[rows]],
+        size_I2=sample.size_N2[rows],
+        box_Im4=sample.drawn.box_NM4[rows],
+        flip_Im=sample.drawn.flip_NM[rows],
+        tag=rows,
+    )
+
+
+def _add_up(sums: _Sums, failed: dict[str, str], rank: Rank) -> dict[str, str]:
+    """Add the sums of all processes in place; returns what failed anywhere."""
+    if rank.world == 1:
+        return failed
+    dist.init_process_group("gloo", rank=rank.index, world_size=rank.world)
+    for value in (sums.count, sums.sum_D, sums.product_DD):
+        dist.all_reduce(value)
+    gathered: list[dict[str, str]] = [{} for _ in range(rank.world)]
+    dist.all_gather_object(gathered, failed)
+    dist.destroy_process_group()
+    return {key: why for part in gathered for key, why in part.items()}

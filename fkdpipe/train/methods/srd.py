@@ -1,0 +1,193 @@
+"""SRD: a linear projector, batch normalisation without parameters, and a soft maximum.
+
+With p = W z_s the student's projected features, ^ batch normalisation over the batch, and d = p^ -
+z_t^ over all B samples and D dimensions,
+    form elementwise   L_rep = log(sum_bd |d_bd|^alpha)
+    form corr          L_rep = log(sum_d |c_d - 1|^alpha + 1e-5), c_d = mean_b p^_bd z_t^_bd
+    loss               CE + 2 L_rep + KL (T = 1); weight 1 with form corr, as the authors' DeiT code
+
+Statistics are those of the batch, also on the teacher's side and also in the last pass: neither
+normalisation is ever in eval mode. They couple the batch, so its crops must be of distinct images.
+
+Reference:
+    Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation"
+    ("A closer look at the training dynamics of knowledge distillation"), equation 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fkdpipe.errors import UsageError
+from fkdpipe.taps import Needs, Outputs
+from fkdpipe.train import losses
+from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
+
+Normalisation = Literal["bn", "group", "l2", "none"]
+
+_TINY = 1e-12  # times the number of elements, so that equal features have a logarithm
+
+
+@dataclass(frozen=True)
+class Settings:
+    """form: see above. alpha: of the soft maximum. log: without, the mean of |d|^alpha.
+    normalise: of both sides. groups: of normalise group.
+    projector: linear, or mlp of one hidden layer of `hidden` units.
+    student: tokens takes the mean of a transformer's patch tokens after its final norm, as the
+    authors do for DeiT.
+    weight: of L_rep, None takes 2, and 1 with form corr. hard_weight, soft_weight: of the
+    cross-entropy with the folder's classes and of the KL divergence from the teacher."""
+
+    form: Literal["elementwise", "corr"] = "elementwise"
+    alpha: float = 4.0
+    log: bool = True
+    normalise: Normalisation = "bn"
+    groups: int = 32
+    projector: Literal["linear", "mlp"] = "linear"
+    hidden: int = 1024
+    student: Literal["penultimate", "tokens"] = "penultimate"
+    weight: float | None = None
+    hard_weight: float = 1.0
+    soft_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.alpha < 1:
+            raise UsageError(f"alpha must be at least 1; found {self.alpha}.")
+        for name in ("weight", "hard_weight", "soft_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} must not be negative; found {value}.")
+        for name in ("groups", "hidden"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
+        if self.form == "corr" and self.normalise != "bn":
+            raise UsageError("form corr is a correlation over the batch: it needs normalise bn.")
+
+    @property
+    def rep_weight(self) -> float:
+        default = 1.0 if self.form == "corr" else 2.0
+        return default if self.weight is None else self.weight
+
+    @property
+    def eps(self) -> float:
+        """Of the batch normalisation, as the authors' ImageNet and DeiT codes have it."""
+        return 0.0 if self.form == "corr" else 1e-4
+
+
+def needs(settings: Settings) -> MethodNeeds:
+    tokens = settings.student == "tokens"
+    return MethodNeeds(
+        student=Needs(penultimate=not tokens, final=tokens),
+        teacher=Needs(penultimate=True),
+        soft=1.0 if settings.soft_weight else None,
+        independent=True,
+    )
+
+
+class Srd(Method):
+    def __init__(self, settings: Settings, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.projector = _projector(settings, student_width, teacher_width)
+
+    def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
+        s = self.settings
+        assert targets.teacher is not None
+        assert targets.teacher.penultimate is not None
+        projected_BD = self.projector(_represent(student, s))
+        terms = {"rep": s.rep_weight * self.distance(projected_BD, targets.teacher.penultimate)}
+        if s.hard_weight:
+            hard_B = losses.soft_cross_entropy(student.logits, targets.truth_BC)
+            terms["hard"] = s.hard_weight * hard_B
+        if s.soft_weight:
+            soft_B = losses.kl_divergence(student.logits, targets.soft(1.0))
+            terms["soft"] = s.soft_weight * soft_B
+        return terms
+
+    def distance(self, projected_BD: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
+        """float32 scalar: L_rep, one value for the whole batch."""
+        s = self.settings
+        with torch.autocast(projected_BD.device.type, enabled=False):  # |d|^4 needs the range
+            ours, theirs = (normalise(x.float(), s) for x in (projected_BD, teacher_BD.detach()))
+            if s.form == "corr":
+                return correlation_distance(ours, theirs, s.alpha)
+            return log_sum(ours - theirs, s.alpha) if s.log else mean_power(ours - theirs, s.alpha)
+
+
+def log_sum(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Scalar: log(sum |d|^alpha) over batch and dimensions.
+
+    Its gradient g satisfies <d, g> = alpha whatever the scale of d.
+    """
+    total = difference_BD.abs().pow(alpha).sum()
+    return torch.log(total + _TINY * difference_BD.numel())
+
+
+def mean_power(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Scalar: mean |d|^alpha, the soft maximum left out (the paper's "w/o LogSum")."""
+    return difference_BD.abs().pow(alpha).mean()
+
+
+def correlation_distance(
+    ours_BD: torch.Tensor, theirs_BD: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Scalar: log(sum_d |c_d - 1|^alpha + 1e-5), c_d the correlation of dimension d."""
+    correlation_D = (ours_BD * theirs_BD).mean(dim=0)
+    return torch.log((correlation_D - 1).abs().pow(alpha).sum() + 1e-5)
+
+
+def normalise(features_BD: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """(B, D), each dimension over the batch (bn), each sample (l2, group), or as it is (none).
+
+    Raises:
+        UsageError: batch statistics of a single sample.
+    """
+    kind = settings.normalise
+    if kind == "bn":
+        if len(features_BD) < 2:
+            raise UsageError("srd needs at least two crops per process: raise --batch-size.")
+        eps = max(settings.eps, torch.finfo(torch.float32).tiny)  # a dead channel stays 0, not NaN
+        return functional.batch_norm(features_BD, None, None, training=True, eps=eps)
+    if kind == "group":
+        return functional.group_norm(features_BD, settings.groups)
+    if kind == "l2":
+        return functional.normalize(features_BD, dim=1)
+    return features_BD
+
+
+def _represent(student: Outputs, settings: Settings) -> torch.Tensor:
+    if settings.student == "tokens":
+        assert student.final is not None
+        return student.final.mean(dim=(2, 3))
+    assert student.penultimate is not None
+    return student.penultimate
+
+
+def _projector(settings: Settings, student_width: int, teacher_width: int) -> nn.Module:
+    if settings.projector == "linear":
+        return nn.Linear(student_width, teacher_width)
+    return nn.Sequential(
+        nn.Linear(student_width, settings.hidden),
+        nn.ReLU(),
+        nn.Linear(settings.hidden, teacher_width),
+    )
+
+
+def build(settings: Settings, context: Context) -> Srd:
+    """Raises UsageError when the features are components of a basis, or groups do not divide."""
+    assert context.teacher is not None
+    assert context.teacher.penultimate is not None
+    width = context.teacher.penultimate.shape[1]
+    if context.features is not None and context.features["basis"] is not None:
+        raise UsageError(
+            "srd normalises the teacher's own channels, and the store keeps components of a "
+            "basis. Generate --features post, without :D."
+        )
+    if settings.normalise == "group" and width % settings.groups:
+        raise UsageError(f"{width} channels cannot be split into {settings.groups} groups.")
+    return Srd(settings, _represent(context.student, settings).shape[1], width)
