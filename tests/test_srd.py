@@ -187,9 +187,20 @@ def test_without_log_and_without_terms():
     assert srd.needs(srd.Settings()).independent
 
 
+def test_a_pass_may_end_in_a_single_crop_which_says_nothing_of_a_batch():
+    made, ours = method(), random(1, D_T).requires_grad_()
+    made.distance(ours, random(1, D_T, seed=1)).backward()
+    assert ours.grad.abs().sum() == 0
+
+
+def test_runs_of_single_crops_are_refused(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher], features=("post",))
+    wanted = train_settings(method={"name": "srd"}, batch_size=2, accumulate=2)
+    with pytest.raises(UsageError, match="Raise --batch-size"):
+        prepare_run(tmp_path / "run", folder, store, wanted)
+
+
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="at least two crops"):
-        method().distance(random(1, D_T), random(1, D_T))
     context = Context(
         classes=C, scores=C, epochs=1, student=sides()[0], teacher=sides()[1].teacher,
         student_network=torch.nn.Identity(), features={"basis": "0" * 64},

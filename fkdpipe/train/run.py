@@ -110,7 +110,7 @@ def _check(
     device: torch.device,
 ) -> None:
     """What can be refused before anything is opened."""
-    target = settings.parsed_target
+    target, name = settings.parsed_target, settings.method.get("name", "fkd")
     if store is None and target.kind != "ground-truth":
         raise UsageError(
             f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
@@ -120,19 +120,24 @@ def _check(
     parallel.check(settings, device)
     if settings.train_only == "classifier" and not needs.classifier:
         raise UsageError(
-            f"method {settings.method.get('name', 'fkd')} does not train the classifier, and "
-            "train_only classifier trains nothing else."
+            f"method {name} does not train the classifier, and train_only classifier trains "
+            "nothing else."
         )
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
+    if needs.independent and settings.batch_size < 2 * rank.world * settings.accumulate:
+        raise UsageError(
+            f"method {name} takes statistics over the crops that a process sees at once: batch "
+            f"size {settings.batch_size} over {rank.world} processes and {settings.accumulate} "
+            "accumulated parts leaves one. Raise --batch-size."
+        )
     if settings.mixing.on and not needs.mixing:
         raise UsageError(
-            f"method {settings.method.get('name', 'fkd')} cannot mix images: what the teacher says "
+            f"method {name} cannot mix images: what the teacher says "
             "of a mixed image is no mix of what it says of each."
         )
     if settings.mixing.on and needs.teacher is not None and settings.teacher is None:
         raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
-    name = settings.method.get("name", "fkd")
     if settings.teacher is not None:
         models.parse_spec(settings.teacher)
         if needs.teacher is None and needs.soft is None:

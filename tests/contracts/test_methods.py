@@ -62,9 +62,11 @@ CASES = {
         "resnet",
         {"ratio": "fixed", "fixed_ratio": 0.75, "mask": "grid"},
     ),
+    "kdep": Case({"alignment": "conv-pre"}, "resnet"),
     "meal": Case({"shrink": 1}),
     "scalekd": Case({}, "swin"),
     "selfsup": Case({"hidden": 16}, form="logits", target="full"),
+    "srd": Case({}, "resnet"),
 }
 
 
@@ -286,7 +288,15 @@ def test_compiled_steps_train_alike(tmp_path, folder, store, settings, name):
 @pytest.mark.slow
 def test_two_processes_train_every_method(tmp_path, folder, stores, settings):
     """Their gradients meet: both end at the same weights, helpers included. One start for all."""
-    recipes = {name: config.to_table(settings(name, threads=1, batch_size=24)) for name in METHODS}
+    recipes = {
+        name: [
+            str(tmp_path / CASES[name].form),
+            config.to_table(settings(name, threads=1, batch_size=24)),
+        ]
+        for name in METHODS
+    }
+    for form, store in stores.items():
+        (tmp_path / form).symlink_to(store.location.url)
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
     script = tmp_path / "two.py"
     script.write_text(TWO)

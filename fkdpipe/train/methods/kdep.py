@@ -151,7 +151,7 @@ def _parametric(settings: Settings, context: Context) -> Kdep:
     assert ours is not None
     assert theirs is not None
     width = theirs.shape[1]
-    project = nn.Sequential(nn.Linear(ours.shape[1], width, bias=False), nn.BatchNorm1d(width))
+    project = nn.Sequential(nn.Linear(ours.shape[1], width, bias=False), _BatchNorm(width))
     return Kdep(settings, nn.Identity(), nn.Identity(), project)
 
 
@@ -251,6 +251,17 @@ def _required(basis: Basis | None, what: str) -> Basis:
     if basis is None:
         raise UsageError(f"{what} needs a basis: fkdpipe fit-basis, then --set method.basis=FILE.")
     return basis
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """With running statistics for a single vector, in which a pass over the images may end."""
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        if len(x_BD) > 1:
+            return super().forward(x_BD)
+        return nn.functional.batch_norm(
+            x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 class _Constant:

@@ -112,6 +112,8 @@ class Srd(Method):
     def distance(self, projected_BD: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
         """float32 scalar: L_rep, one value for the whole batch."""
         s = self.settings
+        if s.normalise == "bn" and len(projected_BD) < 2:
+            return 0.0 * projected_BD.float().sum()  # the end of a pass: one crop has no deviation
         with torch.autocast(projected_BD.device.type, enabled=False):  # |d|^4 needs the range
             ours, theirs = (normalise(x.float(), s) for x in (projected_BD, teacher_BD.detach()))
             if s.form == "corr":
@@ -149,8 +151,6 @@ def normalise(features_BD: torch.Tensor, settings: Settings) -> torch.Tensor:
     """
     kind = settings.normalise
     if kind == "bn":
-        if len(features_BD) < 2:
-            raise UsageError("srd needs at least two crops per process: raise --batch-size.")
         eps = max(settings.eps, torch.finfo(torch.float32).tiny)  # a dead channel stays 0, not NaN
         return functional.batch_norm(features_BD, None, None, training=True, eps=eps)
     if kind == "group":
