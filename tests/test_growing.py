@@ -209,12 +209,12 @@ def test_out_of_gpu_memory_halves_the_batch_and_records_it(
     plain = making.outputs.teach
     tried = []
 
-    def small(teachers, pixels):
+    def small(teachers, pixels, factor):
         count = len(next(iter(pixels.values())))
         tried.append(count)
         if count > 10:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return plain(teachers, pixels)
+        return plain(teachers, pixels, factor)
 
     monkeypatch.setattr(making.outputs, "teach", small)
     store = make_store(tmp_path / "store", folder, [teacher], batch=32)

@@ -193,13 +193,6 @@ def test_a_pass_may_end_in_a_single_crop_which_says_nothing_of_a_batch():
     assert ours.grad.abs().sum() == 0
 
 
-def test_runs_of_single_crops_are_refused(tmp_path, folder, teacher):
-    store = make_store(tmp_path / "store", folder, [teacher], features=("post",))
-    wanted = train_settings(method={"name": "srd"}, batch_size=2, accumulate=2)
-    with pytest.raises(UsageError, match="Raise --batch-size"):
-        prepare_run(tmp_path / "run", folder, store, wanted)
-
-
 def test_what_cannot_be_is_refused():
     context = Context(
         classes=C, scores=C, epochs=1, student=sides()[0], teacher=sides()[1].teacher,
@@ -297,3 +290,9 @@ def test_a_transformer_student_gives_its_mean_patch_token(tmp_path, folder, stor
         tokens = run.module.network.forward_features(pixels)[:, 1:]  # without the class token
     assert torch.allclose(srd._represent(made, run.method.settings), tokens.mean(1), atol=1e-6)
     assert loop.train(run).steps == 4
+
+
+def test_runs_of_single_crops_are_refused(tmp_path, folder, store):
+    wanted = train_settings(method={"name": "srd"}, batch_size=2, accumulate=2)
+    with pytest.raises(UsageError, match="Raise --batch-size"):
+        prepare_run(tmp_path / "run", folder, store, wanted)
