@@ -1,7 +1,8 @@
 """Replay on the CPU: decode once, then torch's uint8 antialias resize, in threads.
 
 torchvision decodes JPEG and WebP, Pillow PNG: torchvision's PNG decoder crashes the process on
-damaged files. All give the pixels of DALI's CPU decoder. A crop is a view of the decoded image, and the resize writes straight into one row of the batch, without worker processes.
+damaged files. All give the pixels of DALI's CPU decoder. A crop is a view of the decoded image,
+and the resize writes straight into one row of the batch, without worker processes.
 For a single crop of a JPEG only its region is decoded, where nvImageCodec is installed (it comes
 with DALI); the pixels are the same. `benchmarks/feed.py` measures both.
 """
