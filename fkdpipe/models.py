@@ -115,7 +115,11 @@ def parse_spec(text: str) -> ModelSpec:
 
 def _check_name(name: str, library: str) -> None:
     if library != "torchvision":
-        if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(name.split(".")[0]):
+        plain, _, tag = name.partition(".")
+        if name.startswith(("hf-hub:", "hf_hub:")) or (timm.is_model(plain) and not tag):
+            return
+        if timm.is_model(plain):
+            _check_tag(plain, tag)
             return
         known = timm.list_models()
     else:
@@ -125,6 +129,17 @@ def _check_name(name: str, library: str) -> None:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise ModelError(f"{library} has no model {name!r}.{hint}", code="unknown-model")
+
+
+def _check_tag(plain: str, tag: str) -> None:
+    try:
+        timm.get_pretrained_cfg(f"{plain}.{tag}")
+    except RuntimeError:
+        known = [name.partition(".")[2] for name in timm.list_pretrained(f"{plain}.*")]
+        raise ModelError(
+            f"timm has no weights {tag!r} of {plain}; it has {', '.join(known) or 'none'}.",
+            code="unknown-model",
+        ) from None
 
 
 def build(

@@ -143,3 +143,27 @@ def test_damaged_pngs_fail_alone(backend, tmp_path, cut):
         assert [image for image, _, _ in failures] == [1, 2, 3, 4, 5]
         assert {code for _, code, _ in failures} == {"unreadable"}
         assert all(detail and "object at" not in detail for _, _, detail in failures)
+
+
+def test_a_broken_png_is_skipped_by_evaluation_and_inspection(tmp_path, cut):
+    """Pillow raises SyntaxError where a chunk is broken."""
+    from fkdpipe import images
+    from fkdpipe.errors import ReplayError
+    from fkdpipe.inspect import views
+    from fkdpipe.models import Preprocessing
+    from fkdpipe.train import evaluate
+
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(noise).save(tmp_path / "a" / "bad.png")
+    png = (tmp_path / "a" / "bad.png").read_bytes()
+    second = png.find(b"IDAT", png.find(b"IDAT") + 4)
+    (tmp_path / "a" / "bad.png").write_bytes(png[:second] + b"\1\2\3\4" + png[second + 4 :])
+    cut(1, 40, 50).save(tmp_path / "a" / "good.jpg")
+    folder = images.scan(tmp_path)
+    assert folder.keys == ("a/bad.png", "a/good.jpg")
+    ways = Preprocessing((32, 32), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    ((pixels, rows),) = evaluate.batches(ways, folder, batch=4, threads=1)
+    assert (len(pixels), rows.tolist()) == (1, [1])
+    with pytest.raises(ReplayError, match="cannot be decoded"):
+        views.whole(images.path_of(folder.root, "a/bad.png"), folder.size_N2[0], 100)

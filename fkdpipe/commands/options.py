@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,20 @@ def choose_device(text: str, local_rank: int = 0) -> Any:
         device = torch.device(text)
     except RuntimeError as error:
         raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here.")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        many = "s" if count > 1 else ""
+        raise UsageError(f"--device {text}: torch sees {count or 'no'} CUDA device{many} here.")
     return device
+
+
+def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuse nan and infinity, which Python takes for numbers."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.")
+    return value
 
 
 def cache_dir(given: Path | None) -> Path:

@@ -58,6 +58,7 @@ def prepare(
         TrainingError: the run folder holds another run.
         StoreError, ImagesError, ModelError: what they say.
     """
+    _check_out(out, data)
     needs = methods.needs(settings.method)
     _check(settings, needs, store, rank, device)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
@@ -100,6 +101,16 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+
+
+def _check_out(out: Path, data: Path) -> None:
+    """Raises UsageError for what cannot be a run folder: a file, or a place among the images."""
+    there = next((place for place in (out, *out.parents) if place.exists()), out)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"{there} is a file; name a folder for the run: --out RUN.")
+    root = images.split_root(data, "train").resolve()
+    if out.resolve() == data.resolve() or out.resolve().is_relative_to(root):
+        raise UsageError(f"{out} is among the images of {data}; keep the run elsewhere: --out RUN.")
 
 
 def _check(

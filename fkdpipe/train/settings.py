@@ -167,6 +167,7 @@ class TrainSettings:
             "eval_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "threads",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
@@ -175,6 +176,8 @@ class TrainSettings:
                 f"batch_size counts crops: {self.batch_size} is no multiple of "
                 f"{self.crops_per_image} crops per image."
             )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
         if self.size is not None and self.size < 8:
             raise UsageError(f"size must be at least 8 pixels; found {self.size}.")
         if not 0 < self.fraction <= 1:
