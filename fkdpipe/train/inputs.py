@@ -174,12 +174,14 @@ def from_store(
     features: Tap | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
+    crops_per_image: int | None = None,
     reporter: Reporter = silent,
 ) -> TrainingSet:
     """Recorded crops, with stored labels unless the target is `ground-truth`.
 
     Args:
         features: which of the source's features are wanted too.
+        crops_per_image: as many as a run began with, where the store may have grown since.
 
     Raises:
         StoreError: not sealed, no such source, damaged, or made for another folder.
@@ -196,7 +198,7 @@ def from_store(
         wanted.append(("labels", reader.choose_source(store, source), ""))
     if features is not None:
         wanted.append(("features", *_feature_source(store, source, features)))
-    found = reader.finished(store, wanted, allow_partial=allow_partial)
+    found = reader.finished(store, wanted, allow_partial=allow_partial, crops=crops_per_image)
     if not len(found.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
     with reporter.task("labels", store.num_images * (len(found.crops) * 2), "images") as advance:
@@ -222,7 +224,10 @@ def from_store(
             "left_out": len(found.failed),
             "crops_per_image": found.crops_per_image,
             "sources": ["/".join(filter(None, part)) for part in wanted],
-            "manifests": [s.manifest.settings for s in found.crops],
+            "manifests": [
+                [segment.manifest.settings for segment in segments]
+                for segments in (found.crops, *found.labels)
+            ],
         },
         jitter=boxes.jitter if boxes.jittered else None,
     )
