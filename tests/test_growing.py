@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import CLASSES, load_teacher
 from pipeline import CPU, arrays_of, make_store, prepare_run, train_settings
 
+from fkdpipe.distributed import Rank
 from fkdpipe.errors import FkdpipeError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import check, dry_run, generate
 from fkdpipe.labelgen import unit as making
@@ -399,3 +401,17 @@ def test_a_run_is_not_continued_on_other_labels(tmp_path, folder, teacher, check
     prepare_run(tmp_path / "run", folder, stores[0], train_settings())
     with pytest.raises(TrainingError, match=r"data\.manifests\.1\.0"):
         prepare_run(tmp_path / "run", folder, stores[1], train_settings())
+
+
+def test_a_dry_run_of_one_part_measures_a_whole_sample_after_its_first_batch(
+    folder, teacher, monkeypatch
+):
+    times = iter([0.0, 100.0, 104.0])  # the task begins, its first batch is done, all is done
+    clock = types.SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr(dry_run, "time", clock)
+    settings = GenerateSettings(teacher=("t",), crops=20, source="t", form="topk:3")
+    resources = generate.Resources(device=CPU, batch=16, rank=Rank(1, 2))
+    predicted = dry_run.forecast(folder, settings, [teacher], resources)
+    assert predicted.sampled_crops == 32 * 16
+    assert predicted.crops_per_s == (32 * 16 - 16) / 4
+    assert predicted.bytes_per_crop > 4  # labels too, not the boxes alone
