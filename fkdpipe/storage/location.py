@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fkdpipe.errors import StoreError
+from fkdpipe.storage import process
 
-PARTIAL = ".partial"  # ends the names of files that are being written
+# Ends the names of files that are being written: `<name>.<machine>-<process>.partial`.
+PARTIAL = ".partial"
 
 
 class Location(Protocol):
@@ -114,7 +116,7 @@ class LocalLocation:
         """Write a temporary file, flush it, and give it its name; False when that is to be new and
         is taken."""
         path = self.root / key
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+        partial = path.with_name(f"{path.name}.{process.machine()}-{os.getpid()}{PARTIAL}")
         try:
             made = _make_folders(path.parent)
             with open(partial, "wb") as file:

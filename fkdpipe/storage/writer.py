@@ -17,8 +17,9 @@ import numpy as np
 from fkdpipe import crops
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import DamagedStoreError, StoreMismatchError
-from fkdpipe.storage import begin, commits, schema
+from fkdpipe.storage import begin, commits, process, schema
 from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage.claims import STALE_SECONDS
 from fkdpipe.storage.commits import Marker
 from fkdpipe.storage.location import PARTIAL, Location
 from fkdpipe.storage.rounds import crop_settings, fields_of
@@ -279,20 +280,29 @@ def committed_units(store: Store, part: Part, units: Iterable[int]) -> set[int]:
 
 
 def sweep(store: Store, index: int, world: int) -> int:
-    """Remove partial files that killed writers of our units left behind; returns how many.
+    """Remove partial files that killed writers left behind; returns how many.
 
-    The caller holds the claim of part `index` of `world`, so nobody is writing them. Part 0 also
-    removes those that belong to no unit.
+    The caller holds the claim of part `index` of `world`, so nobody is writing those of its units.
+    Part 0 also removes those of no unit, where their writer is gone: others may be starting a part.
     """
     swept = 0
     for key, _ in list(store.location.list()):
         if key.endswith(PARTIAL):
             unit = re.search(r"/c/(\d+)/|/(\d+)\.json\.", key)
             owner = int(unit[1] or unit[2]) % world if unit else 0
-            if owner == index:
+            if owner == index and (unit or _abandoned(store.location, key)):
                 store.location.delete(key)
                 swept += 1
     return swept
+
+
+def _abandoned(location: Location, key: str) -> bool:
+    """Is the writer of a partial file gone: dead on this machine, or silent for long elsewhere?"""
+    name = re.search(r"\.([0-9a-f]{8})-(\d+)\.partial$", key)
+    if name and name[1] == process.machine():
+        return process.started(int(name[2])) is None
+    age = location.age_seconds(key)
+    return age is not None and age >= STALE_SECONDS
 
 
 def package_versions() -> Json:
