@@ -296,6 +296,7 @@ def _record(
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
         "parameters": counted,
+        "files": methods.digests(settings.method),
     }
     # These may differ between two starts of one run.
     free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
@@ -309,10 +310,8 @@ def _record(
         old = json.loads(file.read_text())
         if old.get("digest") != digest:
             fresh = json.loads(json.dumps(record))
-            changed = schema.differences(
-                {k: old.get(k) for k in ("settings", "data", "teacher")},
-                {k: fresh[k] for k in ("settings", "data", "teacher")},
-            )
+            told = ("settings", "data", "teacher", "files")
+            changed = schema.differences({k: old.get(k) for k in told}, {k: fresh[k] for k in told})
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
                 "Name another --out folder, or delete this one.",
