@@ -43,7 +43,7 @@ from fkdpipe.storage.report import measure as measure_store
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import run
 from fkdpipe.train.learner import parameters
-from fkdpipe.train.settings import OptimizerSettings, TrainSettings
+from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
 from fkdpipe.train.state import Run
 from fkdpipe.train.step import step
 
@@ -181,8 +181,9 @@ def train_teacher(root: Path, name: str, epochs: int) -> float:
         "window_size": 4, "drop_path_rate": 0.0,
     }  # fmt: skip
     made = accuracy.settings(
-        student=SWIN, student_options=options, size=32, epochs=epochs, crop=LAW,
-        optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, decay_all=False),
+        student=SWIN, student_options=options, size=32, epochs=epochs, crop=LAW, crops_per_image=1,
+        optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.02),
+        schedule=ScheduleSettings(warmup_epochs=1, warmup_lr=2e-4),
     )  # fmt: skip
     result = accuracy.train(root, name, made, None, images="teacher-images")
     assert result.top1 is not None
