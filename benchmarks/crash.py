@@ -93,11 +93,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a scenario plays: bench, folder, the store it must come to, and its dice."""
+    """Where a scenario plays: bench, folder, the store it must come to, and its dice.
+
+    seconds: that making the store took, so that a stop falls into its making.
+    """
 
     bench: Bench
     root: Path
     whole: dict[str, bytes]
+    seconds: float
     chance: random.Random
 
     def watches(self, store: Path) -> list[Watch]:
@@ -143,8 +147,11 @@ def stop_aimed(stage: Stage, children: list[int]) -> list[int]:
     return [codes[child] for child in children]
 
 
-def stop_random(stage: Stage, children: list[int], number: int) -> list[int]:
-    time.sleep(stage.chance.uniform(0.3, 2.5))
+def stop_random(
+    stage: Stage, children: list[int], number: int, within: tuple[float, float]
+) -> list[int]:
+    """within: shares of the time that making the store takes."""
+    time.sleep(stage.chance.uniform(*within) * stage.seconds)
     for child in children:
         small.kill(child, number)
     return [small.wait(child) for child in children]
@@ -160,13 +167,13 @@ def attempt(stage: Stage, trial: Trial, how: str) -> bool:
     before = faults.snapshot(trial.store)
     children = start(stage, trial.store, watches)
     if how == "random":
-        codes = stop_random(stage, children, signal.SIGKILL)
+        codes = stop_random(stage, children, signal.SIGKILL, within=(0.1, 1.0))
     elif how == "SIGTERM":
         until = time.monotonic() + 60  # before its first write, one may not know of signals yet
         while not all(w.journal.exists() and w.journal.stat().st_size for w in watches):
             assert time.monotonic() < until, _logs(stage)
             time.sleep(0.01)
-        codes = stop_random(stage, children, signal.SIGTERM)
+        codes = stop_random(stage, children, signal.SIGTERM, within=(0.0, 0.3))
     else:
         codes = stop_aimed(stage, children)
     trial.counts["attempts"] += 1
@@ -362,8 +369,10 @@ def main() -> None:
         bench = small.prepare(root, images=images)
         log = root / "whole.txt"
         words = small.generate_words(bench, root / "whole")
+        began = time.monotonic()
         assert small.wait(small.fork(small.command(words), log)) == DONE, log.read_text()
-        stage = Stage(bench, root, contents(root / "whole"), random.Random(0))
+        seconds = time.monotonic() - began
+        stage = Stage(bench, root, contents(root / "whole"), seconds, random.Random(0))
         for how, kills in budget.items():
             rows.append({"what": how, **run(stage, how, kills)})
         filled = full_disk(stage, disks)
