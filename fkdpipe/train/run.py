@@ -59,6 +59,7 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
+    _check_place(out, data)
     _check(settings, needs, store, rank, device)
     training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
@@ -101,6 +102,14 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+
+
+def _check_place(out: Path, data: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; --out names a folder.")
+    place = out.resolve()
+    if data.resolve() in (place, *place.parents):
+        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
 
 
 def _check(
