@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import functional
 from fkdpipe import crops, images, replay
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import ReplayError, UsageError
-from fkdpipe.replay import Request, View, open_replay
+from fkdpipe.replay import Request, View, cpu, open_replay
 
 BACKENDS = ("cpu", "dali")
 VIEWS = (View((32, 32)), View((40, 28), "bicubic"))
@@ -217,6 +218,70 @@ def test_broken_files_fail_alone(backend, everything, tmp_path, capfd):
         assert not kept[[1, 2, 3]].any()
         assert torch.equal(after[1][view], before[1][view])
     capfd.readouterr()  # the decoder prints on stderr by itself
+
+
+def failing_reads(monkeypatch, name: str, times: int) -> None:
+    """The first reads of a file end in an error of the disk."""
+    left, plain = [times], cpu._load
+
+    def load(path: bytes) -> np.ndarray:
+        if path.endswith(name.encode()) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", path)
+        return plain(path)
+
+    monkeypatch.setattr(cpu, "_load", load)
+    monkeypatch.setattr(cpu, "_RETRY_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(("times", "codes"), [(1, []), (2, ["not-the-file"])])
+def test_an_error_of_the_disk_is_tried_again_and_never_taken_for_a_broken_file(
+    everything, monkeypatch, times, codes
+):
+    few = some(everything, range(4))
+    failing_reads(monkeypatch, os.path.basename(os.fsdecode(few.paths[2])), times)
+    with open_replay("cpu", VIEWS) as replayer:
+        (pixels,) = replayer.run([few])
+    assert [f.code for f in pixels.failures] == codes
+    if codes:
+        with pytest.raises(ReplayError, match="Input/output error"):
+            replay.refuse_passing(pixels)
+
+
+def test_what_dali_alone_cannot_make_is_no_broken_file(everything, tmp_path, monkeypatch):
+    from fkdpipe.replay import dali
+
+    few = some(everything, range(3))
+    few.paths[1] = os.fsencode(tmp_path / "gone.jpg")
+
+    plain = dali.DaliReplay._step
+
+    def broken(self, graph):
+        plain(self, graph)
+        raise RuntimeError("Error in operator x")
+
+    monkeypatch.setattr(dali.DaliReplay, "_step", broken)
+    with open_replay("dali", VIEWS) as replayer:
+        (pixels,) = replayer.run([few])
+    codes = [f.code for f in pixels.failures]
+    assert codes == ["not-the-file", "unreadable", "not-the-file"]
+
+
+def test_dalis_lack_of_gpu_memory_is_torchs_error(everything, monkeypatch):
+    """So that phase 1 halves its batch."""
+    from fkdpipe.replay import dali
+
+    class Graph:
+        def run(self, *stream):
+            raise RuntimeError(
+                "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"
+            )
+
+    monkeypatch.setattr(dali.DaliReplay, "_build", lambda self, *arguments: Graph())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    replayer = dali.DaliReplay(VIEWS, threads=1, prefetch=1, device=torch.device("cuda"))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="DALI"):
+        list(replayer.run([some(everything, range(3))]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
