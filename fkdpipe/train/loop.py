@@ -58,8 +58,8 @@ def train(run: Run) -> Result:
     metrics = _metrics(run)
     meter = Meter(run.device)
     total = len(run.feed)
-    with run.reporter.task("train", total, "steps") as advance, _stop_asked() as asked:
-        advance(run.step)
+    task = run.reporter.task("train", total, "steps", done=run.step)
+    with task as advance, _stop_asked() as asked:
         for batch, following in _with_next(_timed(run.feed.run(run.step), meter)):
             _one(run, batch, meter)
             _log_step(run, batch, meter, metrics, advance)
