@@ -338,6 +338,22 @@ def test_processes_ask_each_other_about_stopping_every_two_seconds(
     assert step in range(251, 251 + apart)
 
 
+@pytest.mark.parametrize(
+    ("rank", "order"),
+    [
+        (Rank(0, 4, 0), ["work", "meet"]),
+        (Rank(2, 4, 0), ["work", "meet"]),  # of the second machine
+        (Rank(3, 4, 1), ["meet", "work"]),
+    ],
+)
+def test_the_first_process_of_a_machine_copies_its_labels_and_reports(monkeypatch, rank, order):
+    seen = []
+    monkeypatch.setattr(parallel, "total", lambda *arguments: seen.append("meet"))
+    with parallel.local_first(rank, torch.device("cpu")):
+        seen.append("work")
+    assert seen == order
+
+
 @pytest.mark.slow
 def test_sigterm_stops_several_processes_at_the_same_step(tmp_path, folder, store):
     long = ("--epochs", "4000", "--set", "eval_every=4000")
