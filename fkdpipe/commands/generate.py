@@ -78,9 +78,10 @@ def generate(
     rank = distributed.parse_part(part) if part else distributed.current()
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
+    named = settings.form != "none"  # features alone have no classes to match
     loaded = teachers.load_teachers(
         [parse_spec(text) for text in settings.teacher],
-        class_names=images.class_folders(images.split_root(data, "train")),
+        class_names=images.class_folders(images.split_root(data, "train")) if named else (),
         weights=settings.teacher_weight,
         class_maps=[images.read_class_map(file) for file in settings.class_map],
         precision=settings.precision,

@@ -127,11 +127,12 @@ def _check(
         )
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
-    if needs.independent and settings.batch_size < 2 * rank.world * settings.accumulate:
+    at_once = settings.batch_size // (rank.world * settings.accumulate)
+    if at_once < needs.least:
         raise UsageError(
-            f"method {name} takes statistics over the crops that a process sees at once: batch "
-            f"size {settings.batch_size} over {rank.world} processes and {settings.accumulate} "
-            "accumulated parts leaves one. Raise --batch-size."
+            f"method {name} takes statistics over the crops that a process sees at once, at least "
+            f"{needs.least}: batch size {settings.batch_size} over {rank.world} processes and "
+            f"{settings.accumulate} accumulated parts leaves {at_once}. Raise --batch-size."
         )
     if settings.mixing.on and not needs.mixing:
         raise UsageError(
@@ -182,9 +183,10 @@ def _teacher(
     if settings.teacher is None:
         return None
     class_map = settings.teacher_class_map
+    asked = needs.soft is not None and settings.parsed_target.kind == "ground-truth"
     (teacher,) = load_teachers(
         [models.parse_spec(settings.teacher)],
-        class_names=training.class_names,
+        class_names=training.class_names if asked else (),
         class_maps=[images.read_class_map(class_map)] if class_map else [],
         precision=_precision(settings, device),
         device=device,
@@ -296,6 +298,7 @@ def _record(
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
         "parameters": counted,
+        "files": methods.digests(settings.method),
     }
     # These may differ between two starts of one run.
     free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
@@ -309,10 +312,8 @@ def _record(
         old = json.loads(file.read_text())
         if old.get("digest") != digest:
             fresh = json.loads(json.dumps(record))
-            changed = schema.differences(
-                {k: old.get(k) for k in ("settings", "data", "teacher")},
-                {k: fresh[k] for k in ("settings", "data", "teacher")},
-            )
+            told = ("settings", "data", "teacher", "files")
+            changed = schema.differences({k: old.get(k) for k in told}, {k: fresh[k] for k in told})
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
                 "Name another --out folder, or delete this one.",

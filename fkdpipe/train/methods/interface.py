@@ -28,6 +28,7 @@ class MethodNeeds:
         live: only a live teacher will do, for example for its last stage.
         classifier: whether the student's logits are in the loss; without, its classifier rests.
         independent: no two crops of one image in a batch, for losses that couple the batch.
+        least: crops that a process must see at once, of losses with statistics over the batch.
         mixing: whether mixup and CutMix make sense.
         scores: whether the stored labels may be scores of something else than the classes.
     """
@@ -38,6 +39,7 @@ class MethodNeeds:
     live: bool = False
     classifier: bool = True
     independent: bool = False
+    least: int = 1
     mixing: bool = True
     scores: bool = False
 
