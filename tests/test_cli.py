@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from conftest import CLASSES
 
 from fkdpipe.cli import cli
+from fkdpipe.commands import terminal
 
 COMMANDS = sorted(cli.commands)
 
@@ -267,6 +268,19 @@ def test_a_signal_ends_generation_with_a_message_and_keeps_what_is_committed(
     assert process.returncode == 1
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
+
+
+def test_what_an_earlier_run_did_is_no_part_of_rate_and_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal._Lines().task("train", 1000, "steps", done=900) as advance:
+        for _ in range(2):
+            now[0] += 20
+            advance(20)
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first == "train: 920/1,000 steps, 1 steps/s, 0:01:20 left"
+    assert second == "train: 940/1,000 steps, 1 steps/s, 0:01:00 left"
+    assert last == "train: 940/1,000 steps in 0:00:40"
 
 
 def test_python_dash_m_works():

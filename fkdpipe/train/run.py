@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -61,7 +62,8 @@ def prepare(
     needs = methods.needs(settings.method)
     _check_place(out, data)
     _check(settings, needs, store, rank, device)
-    training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
+    with parallel.local_first(rank, device) if store else contextlib.nullcontext():
+        training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
