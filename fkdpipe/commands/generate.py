@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
 @click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
-@click.option("--features", multiple=True, metavar="pre|post[:D]", help="Penultimate vectors too.")
+@click.option("--features", multiple=True, metavar="pre|post[:D]|map", help="Features too.")
 @click.option("--basis", type=click.Path(path_type=Path), help="Of fit-basis, for pre:D.")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.")
 @click.option("--seed", type=int, help="Of the crops and the order of images.  [default: 0]")
@@ -82,9 +82,10 @@ def generate(
         raise UsageError("--repair is for one process: start it without --part and torchrun.")
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
+    named = settings.form != "none"  # features alone have no classes to match
     loaded = teachers.load_teachers(
         [parse_spec(text) for text in settings.teacher],
-        class_names=images.class_folders(images.split_root(data, "train")),
+        class_names=images.class_folders(images.split_root(data, "train")) if named else (),
         weights=settings.teacher_weight,
         class_maps=[images.read_class_map(file) for file in settings.class_map],
         precision=settings.precision,

@@ -100,7 +100,7 @@ def _against_data(
     from fkdpipe.labelgen import check
     from fkdpipe.models import parse_spec
     from fkdpipe.storage.verify import Problem
-    from fkdpipe.taps import Needs
+    from fkdpipe.taps import needs_of
 
     try:
         problems = check.folder(store, data)
@@ -118,7 +118,6 @@ def _against_data(
         p for p in parts if [t["name"] for t in p.settings["teachers"]] == [s.name for s in specs]
     ]
     parts = named or parts
-    taps = {part.tap for part in parts}
     loaded = teachers.load_teachers(
         specs,
         class_names=store.images.class_names,
@@ -126,7 +125,7 @@ def _against_data(
         class_maps=[images.read_class_map(file) for file in class_map],
         precision=parts[0].settings["precision"] or "float32",  # unknown of imports
         device=where,
-        needs=Needs(pre="pre" in taps, penultimate="post" in taps),
+        needs=needs_of({part.tap for part in parts}),
     )
     fitted = features.load_basis(basis) if basis else None
     changed = {part.path: check.other_teachers(part, loaded) for part in parts}

@@ -124,9 +124,9 @@ class _Clock:
         self.since, self.crops = 0.0, 0
 
     @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def task(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
         begun = time.perf_counter()
-        with self._inner.task(name, total, unit) as advance:
+        with self._inner.task(name, total, unit, done=done) as advance:
 
             def count(crops: int) -> None:
                 if not self.since:  # of a sample of one batch there is nothing else to measure
