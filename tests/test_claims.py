@@ -135,3 +135,10 @@ def test_only_partial_files_of_writers_that_are_gone_are_swept(tmp_path, monkeyp
     monkeypatch.setattr(writer, "STALE_SECONDS", -1.0)
     assert writer.sweep(store, 0, 2) == 1
     assert location.length(f"zarr.json.{here}-{os.getpid()}.partial")
+
+
+def test_a_claim_that_is_being_written_is_not_taken_for_another_division(location):
+    body = json.dumps(process.facts()).encode()
+    location.write(f"{claims.FOLDER}/2-of-2.json.{process.machine()}-{os.getpid()}.partial", body)
+    with Claim(location, 0, 2) as claim:
+        claim.check()

@@ -16,7 +16,7 @@ from typing import Self
 
 from fkdpipe.errors import ClaimedError, StoreError
 from fkdpipe.storage import process
-from fkdpipe.storage.location import Location
+from fkdpipe.storage.location import PARTIAL, Location
 from fkdpipe.storage.schema import Json, canonical
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Claim:
     def _refuse_other_divisions(self) -> None:
         for key, _ in list(self._location.list(FOLDER)):
             name = key.rsplit("/", 1)[-1].removesuffix(".json")
-            if not name.endswith(f"-of-{self._world}"):
+            if not name.endswith((f"-of-{self._world}", PARTIAL)):  # those are no claims yet
                 holder = self._read(key)
                 if holder is not None and self._alive(holder, key):
                     raise ClaimedError(
