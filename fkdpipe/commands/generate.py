@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def generate(
 
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe import distributed, images, teachers
+    from fkdpipe.errors import UsageError
     from fkdpipe.labelgen import dry_run as forecasting
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
@@ -76,6 +78,8 @@ def generate(
     from fkdpipe.storage.location import open_location
 
     rank = distributed.parse_part(part) if part else distributed.current()
+    if repair and rank.world > 1:
+        raise UsageError("--repair is for one process: start it without --part and torchrun.")
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
     named = settings.form != "none"  # features alone have no classes to match
@@ -94,20 +98,25 @@ def generate(
     if dry_run:
         _print_forecast(forecasting.forecast(data, settings, loaded, resources, reporter=reporter))
         return
-    if repair:
-        broken = repairing.prepare(location, data)
-        resources = replace(resources, batch_of=broken.batch_of)
+    restored = repairing.restore(location, data) if repair else None
     plan = planning.prepare(
         location, data, settings, loaded, device=where, rank=rank, reporter=reporter
     )
+    if restored is not None:
+        withdrawn = repairing.withdraw(plan, restored)
+        resources = replace(resources, batch_of=withdrawn.batch_of)
     result = run.generate(plan, loaded, resources, reporter=reporter)
     state = "complete" if result.sealed else "other parts are still to be made"
     click.echo(
         f"{store}: {result.made} units made, {result.kept} kept, "
         f"{len(result.failed)} images left out; {state}."
     )
-    if repair:
-        click.echo(f"{len(broken.restored)} records restored, {len(broken.units)} units made again")
+    if restored is not None:
+        click.echo(
+            f"{len(restored.records)} records restored, {len(withdrawn.units)} units made again"
+        )
+        for path, count in Counter(path for path, _ in withdrawn.left).items():
+            click.echo(f"{path}: {count} units are still broken; --repair with what made them")
 
 
 def _print_forecast(f: Forecast) -> None:

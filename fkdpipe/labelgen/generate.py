@@ -18,7 +18,7 @@ from fkdpipe.progress import Advance, Reporter, silent
 from fkdpipe.replay import Replay
 from fkdpipe.storage import writer
 from fkdpipe.storage.claims import Claim
-from fkdpipe.storage.store import Part, Store
+from fkdpipe.storage.store import IMAGES, Part, Store
 from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ def generate(
             log.info("%d files of a run that was cut off are swept away", swept)
         todo = list(_todo(store, plan, ours))
         batch, failed = _make(plan, teachers, resources, todo, claim, reporter)
-        sealed = [writer.seal(store, part) for part in plan.parts]  # each as far as it is complete
+        parts = [store.part(IMAGES), *plan.parts]
+        sealed = [writer.seal(store, part) for part in parts]  # each as far as it is complete
     kept = len(ours) * len(plan.rounds) - len(todo)
     return Result(len(todo), kept, failed, all(sealed), batch)
 

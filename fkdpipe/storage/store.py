@@ -92,6 +92,8 @@ class Store:
         try:
             root = location.read("zarr.json")
         except FileNotFoundError:
+            if location.length(commits.marker_key(IMAGES, 0)) is not None:
+                raise self.damaged("zarr.json", "is missing") from None
             raise StoreError(
                 f"{location.url} is not a store: no zarr.json there. `fkdpipe generate` makes one.",
                 code="no-store",

@@ -62,8 +62,9 @@ def prepare(
     needs = methods.needs(settings.method)
     _check_place(out, data)
     _check(settings, needs, store, rank, device)
+    begun = _begun_crops(out)
     with parallel.local_first(rank, device) if store else contextlib.nullcontext():
-        training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
+        training = _open(settings, needs, data, store, cache_dir, allow_partial, begun, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
@@ -238,6 +239,7 @@ def _open(
     store: Store | None,
     cache_dir: Path,
     allow_partial: bool,
+    begun: int | None,
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
@@ -258,6 +260,7 @@ def _open(
             features=_stored_tap(settings, needs),
             cache_dir=cache_dir,
             allow_partial=allow_partial,
+            crops_per_image=begun,
             reporter=reporter,
         )
     recorded = training.crops_per_image
@@ -269,6 +272,12 @@ def _open(
     if settings.fraction < 1:
         training = inputs.take_fraction(training, settings.fraction, settings.seed)
     return training
+
+
+def _begun_crops(out: Path) -> int | None:
+    """Crops per image that the run in this folder began with: a store may have grown since."""
+    file = out / "settings.json"
+    return json.loads(file.read_text())["data"].get("crops_per_image") if file.exists() else None
 
 
 def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Kept | None:
