@@ -64,19 +64,18 @@ def main() -> None:
                 top1 = student(root, store, teacher, target, m=m, epochs=epochs, seed=seed)
                 rows.append({"target": name, "m": m, "seed": seed, "top1": top1})
                 common.say(f"{name}, seed {seed}: {top1:.2f}")
-    table = summary(rows)
+    table = summary(rows, ("target", "m"))
     common.finish("accuracy", table, {"rows": rows, **answers(table)}, quick=quick)
 
 
-def summary(rows: list[dict]) -> list[dict]:
-    """Mean, standard deviation and range over the seeds."""
+def summary(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """Mean, standard deviation and range over the seeds of rows that agree in `keys`."""
     made = []
-    for name in dict.fromkeys(row["target"] for row in rows):
-        found = [row["top1"] for row in rows if row["target"] == name]
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        found = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
         made.append(
             {
-                "target": name,
-                "m": next(row["m"] for row in rows if row["target"] == name),
+                **dict(zip(keys, group, strict=True)),
                 "seeds": len(found),
                 "top1_mean": round(statistics.fmean(found), 2),
                 "top1_std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
@@ -101,24 +100,43 @@ def answers(table: list[dict]) -> dict[str, float | bool]:
     }
 
 
-def make_images(root: Path) -> None:
-    """`train/` and `val/` of scans on photographs."""
+def make_images(
+    root: Path,
+    *,
+    learned: int = LEARNED,
+    copies: int = 1,
+    sides: tuple[int, int] = DIGIT_SIDES,
+    plain: bool = False,
+) -> None:
+    """`train/` and `val/` of scans on photographs; `val/` has the same scans whatever is learnt.
+
+    Args:
+        learned: scans in `train/`, at most LEARNED. copies: pictures of each of them.
+        sides: range of a digit's side in pixels. plain: grounds of one random grey.
+    """
     digits, photographs = load_digits(), load_sample_images().images
     random = np.random.default_rng(0)
     for place, index in enumerate(random.permutation(len(digits.images)).tolist()):
+        if learned <= place < LEARNED:
+            continue
         split = "train" if place < LEARNED else "val"
         folder = root / split / str(digits.target[index])
         folder.mkdir(parents=True, exist_ok=True)
-        picture(digits.images[index], photographs[place % 2], random).save(
-            folder / f"{index:04d}.jpg", quality=92
-        )
+        for copy in range(copies if split == "train" else 1):
+            ground = photographs[place % 2]
+            if plain:
+                ground = np.full_like(ground, int(random.integers(256)))
+            made = picture(digits.images[index], ground, random, sides)
+            made.save(folder / f"{index:04d}-{copy}.jpg", quality=92)
 
 
-def picture(scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator) -> Image.Image:
+def picture(
+    scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator, sides: tuple[int, int]
+) -> Image.Image:
     """A scan, lighter or darker than what is behind it, at a random spot and size."""
     top, left = (int(random.integers(side - SIDE)) for side in photograph.shape[:2])
     ground = photograph[top : top + SIDE, left : left + SIDE].astype(np.float32)
-    side = int(random.integers(*DIGIT_SIDES))
+    side = int(random.integers(*sides))
     ink = Image.fromarray((scan * (255 / 16)).astype(np.uint8)).resize((side, side))
     opacity = np.zeros((SIDE, SIDE, 1), dtype=np.float32)
     y, x = random.integers(SIDE - side, size=2)
@@ -142,10 +160,12 @@ def settings(**changes) -> TrainSettings:
     return TrainSettings(**{**defaults, **changes})
 
 
-def train(root: Path, name: str, made: TrainSettings, store: Store | None) -> loop.Result:
+def train(
+    root: Path, name: str, made: TrainSettings, store: Store | None, *, images: str = "images"
+) -> loop.Result:
     return loop.train(
         run.prepare(
-            made, root / "images", root / name, store=store, cache_dir=root / "cache", device=CPU
+            made, root / images, root / name, store=store, cache_dir=root / "cache", device=CPU
         )
     )
 
@@ -156,12 +176,14 @@ def train_teacher(root: Path, *, epochs: int) -> str:
     return f"resnet10t={result.student}"
 
 
-def make_store(root: Path, teacher: str) -> Store:
+def make_store(root: Path, teacher: str, **changes) -> Store:
+    defaults = {"crops": CROPS, "crop": LAW, "source": "t", "form": "full", "seed": 1}
+    wanted = GenerateSettings(teacher=(teacher,), **{**defaults, **changes})
     made = teachers.load_teachers(
-        [models.parse_spec(teacher)], class_names=[str(k) for k in range(10)], device=CPU
-    )
-    wanted = GenerateSettings(
-        teacher=(teacher,), crops=CROPS, crop=LAW, source="t", form="full", seed=1
+        [models.parse_spec(teacher)],
+        class_names=[str(k) for k in range(10)],
+        device=CPU,
+        needs=wanted.needs,
     )
     planned = plan.prepare(LocalLocation(root / "store"), root / "images", wanted, made, device=CPU)
     generate.generate(planned, made, generate.Resources(device=CPU, batch=64, threads=1))

@@ -12,6 +12,7 @@ Letters: B batch, C classes, D penultimate width, H, W map.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,11 @@ class Needs:
     pre: bool = False
     stages: tuple[int, ...] = ()
     final: bool = False
+
+
+def needs_of(kept: Collection[str]) -> Needs:
+    """What gives the features that a store keeps: pre, post or map."""
+    return Needs(pre="pre" in kept, penultimate="post" in kept, final="map" in kept)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
 @click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
-@click.option("--features", multiple=True, metavar="pre|post[:D]", help="Penultimate vectors too.")
+@click.option("--features", multiple=True, metavar="pre|post[:D]|map", help="Features too.")
 @click.option("--basis", type=click.Path(path_type=Path), help="Of fit-basis, for pre:D.")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.")
 @click.option("--seed", type=int, help="Of the crops and the order of images.  [default: 0]")

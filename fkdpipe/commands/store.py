@@ -99,7 +99,7 @@ def _against_data(
     from fkdpipe.errors import ModelError
     from fkdpipe.labelgen import check
     from fkdpipe.models import parse_spec
-    from fkdpipe.taps import Needs
+    from fkdpipe.taps import needs_of
 
     problems = check.folder(store, data)
     if not teacher:
@@ -107,7 +107,6 @@ def _against_data(
     where = options.choose_device(device)
     parts = [p for p in store.parts.values() if p.kind in ("labels", "features")]
     parts = [p for p in parts if source is None or p.source == source]
-    taps = {part.tap for part in parts}
     if not parts:
         raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
     loaded = teachers.load_teachers(
@@ -117,7 +116,7 @@ def _against_data(
         class_maps=[images.read_class_map(file) for file in class_map],
         precision=parts[0].settings["precision"] or "float32",  # unknown of imports
         device=where,
-        needs=Needs(pre="pre" in taps, penultimate="post" in taps),
+        needs=needs_of({part.tap for part in parts}),
     )
     fitted = features.load_basis(basis) if basis else None
     for part in parts:

@@ -65,8 +65,9 @@ def encode_part(
             float(part.settings["temperature"]),
         )
     (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
-    vectors_BD = made.pre if part.tap == "pre" else made.penultimate
-    assert vectors_BD is not None
+    kept = {"pre": made.pre, "post": made.penultimate, "map": made.final}[part.tap]
+    assert kept is not None
+    vectors_BD = kept.flatten(1)  # a map lies in the order C, H, W
     if part.settings["basis"] is not None:  # raw vectors may stand beside projected ones
         assert basis is not None
         vectors_BD = basis.project(vectors_BD, int(part.settings["dims"]))

@@ -6,6 +6,7 @@ Settings are compared here, before any hour is spent: what a store was made with
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def _wanted_features(
                 f"features {text}: the basis was fitted on {basis.facts['tap']} features."
             )
         basis.check_components(dims)
-    facts = {
+    facts: Json = {
         "tap": tap,
         "dims": dims or width,
         "width": width,
@@ -222,8 +223,19 @@ def _wanted_features(
         "basis": basis.digest if dims is not None and basis is not None else None,
         "pre_is_post": not taps.has_activation(teachers[0].module.network),
     }
-    fields = stored_features.fields(dims or width, settings.features_code)
+    if tap == "map":
+        facts |= _map_facts(teachers[0])
+    fields = stored_features.fields(int(facts["dims"]), settings.features_code)
     return _Wanted(f"features/{source}/{tap}", "features", {**shared, **facts}, fields)
+
+
+def _map_facts(teacher: Teacher) -> Json:
+    """shape: (C, H, W) of the teacher's last map at its own input size."""
+    device = next(teacher.module.parameters()).device
+    final = taps.example(teacher.module, teacher.preprocessing.size, device).final
+    assert final is not None  # the settings ask for it
+    shape = [int(n) for n in final.shape[1:]]
+    return {"shape": shape, "dims": math.prod(shape), "width": shape[0], "pre_is_post": False}
 
 
 def _classes(teachers: Sequence[Teacher]) -> int:

@@ -32,7 +32,7 @@ class Part:
         kind: "images", "crops", "labels" or "features".
         round: number of the round, -1 for `images`.
         source: name of the source, "" for images and crops.
-        tap: "pre" or "post" for features, else "".
+        tap: "pre", "post" or "map" for features, else "".
         settings: what two units of this part must have in common.
         provenance: what else is known of its making.
         fields: its arrays.

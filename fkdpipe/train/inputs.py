@@ -18,7 +18,7 @@ import torch
 from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
-from fkdpipe.features import Tap
+from fkdpipe.features import Kept, Tap, teachers_differ
 from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage import features as codes
@@ -171,7 +171,7 @@ def from_store(
     target: Target,
     source: str | None,
     temperature: float | None,
-    features: Tap | None = None,
+    features: Kept | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
     reporter: Reporter = silent,
@@ -237,8 +237,10 @@ def take_fraction(training: TrainingSet, fraction: float, seed: int) -> Training
     return replace(training, rows=np.sort(training.rows[kept]), facts=facts)
 
 
-def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Tap]:
+def _feature_source(store: Store, source: str | None, tap: Kept) -> tuple[str, Kept]:
     """(source, tap) of the features asked for; transformers' are the same before and after."""
+    if tap == "map":
+        return reader.choose_source(store, source, "features", tap), tap
     other: Tap = "post" if tap == "pre" else "pre"
     same = [
         part.source
@@ -320,14 +322,39 @@ def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
     """Stored features as a teacher's outputs, as the method asked for them; no logits.
 
     Where a network ends without an activation, one vector is both before and after it.
+
+    Args:
+        features: float32 (B, D); of a map D = C * H * W.
     """
     both = settings["pre_is_post"]
     tap = settings["tap"]
+    nothing = features.new_empty((len(features), 0))
+    if tap == "map":
+        return Outputs(logits=nothing, final=features.unflatten(1, settings["shape"]))
     return Outputs(
-        logits=features.new_empty((len(features), 0)),
+        logits=nothing,
         pre=features if both or tap == "pre" else None,
         penultimate=features if both or tap == "post" else None,
     )
+
+
+def check_teacher(settings: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse a live teacher that has not made the stored features.
+
+    Args:
+        settings: of the features' part. facts: of `fkdpipe.teachers.Teacher.facts`.
+
+    Raises:
+        StoreMismatchError: naming what differs.
+    """
+    (made_by,) = settings["teachers"]
+    differs = teachers_differ(made_by, facts)
+    if differs:
+        raise StoreMismatchError(
+            f"the stored {settings['tap']} is of {made_by['name']} with other "
+            f"{', '.join(differs)} than the live teacher. Name the teacher that made it, or "
+            "generate from this one."
+        )
 
 
 class _FeatureStore:

@@ -65,10 +65,12 @@ def build(
     if not needs.classifier:  # nothing trains it, and DDP wants to know
         student.classifier.requires_grad_(False)
     given = None
-    if teacher is not None:
-        given = taps.example(teacher.module, teacher.preprocessing.size, device)
-    elif training.features is not None:
+    if training.features is not None:
+        if teacher is not None:
+            inputs.check_teacher(training.features.settings, teacher.facts())
         given = inputs.stored_outputs(training.features.example(device), training.features.settings)
+    elif teacher is not None:
+        given = taps.example(teacher.module, teacher.preprocessing.size, device)
     context = Context(
         classes=loaded.classes,
         epochs=settings.epochs,

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from fkdpipe import config, images, models, replay
 from fkdpipe.distributed import Rank, default_threads
 from fkdpipe.errors import ImagesError, TrainingError, UsageError
-from fkdpipe.features import Tap
+from fkdpipe.features import Kept
 from fkdpipe.models import Loaded
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, Request, View
@@ -60,12 +60,14 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
+    _check_place(out, data)
     _check(settings, needs, store, rank, device)
     with parallel.local_first(rank, device) if store else contextlib.nullcontext():
         training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
+    running = None if needs.stored else teacher
     learner = build_learner(settings, needs, loaded, teacher, training, device)
     # A classifier that is not trained has nothing to be judged by.
     validation = _validation(data, training, reporter) if needs.classifier else None
@@ -75,7 +77,7 @@ def prepare(
     feed = Feed(
         training,
         _order(settings, needs, training),
-        _views(settings, loaded, teacher),
+        _views(settings, loaded, running),
         backend=_backend(settings, training, store, device),
         threads=settings.threads or default_threads(),
         device=device,
@@ -90,7 +92,7 @@ def prepare(
         student=loaded,
         learner=learner,
         wrapped=learner,
-        teacher=teacher,
+        teacher=running,
         optimizer=optim.build(learner, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "float16"),
         average=ModelEmaV3(learner.student, decay=settings.ema) if settings.ema else None,
@@ -102,6 +104,14 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+
+
+def _check_place(out: Path, data: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; --out names a folder.")
+    place = out.resolve()
+    if data.resolve() in (place, *place.parents):
+        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
 
 
 def _check(
@@ -139,24 +149,27 @@ def _check(
             f"method {name} cannot mix images: what the teacher says "
             "of a mixed image is no mix of what it says of each."
         )
-    if settings.mixing.on and needs.teacher is not None and settings.teacher is None:
+    runs = settings.teacher is not None and not needs.stored
+    if settings.mixing.on and needs.teacher is not None and not runs:
         raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
     if settings.teacher is not None:
         models.parse_spec(settings.teacher)
-        if needs.teacher is None and needs.soft is None:
+        unused = not needs.live if needs.stored else needs.teacher is None and needs.soft is None
+        if unused:
             raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
-        return
-    if needs.live:
+    elif needs.live:
         raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
+    if runs:
+        return
     if needs.teacher is not None and store is None:
         raise UsageError(
-            f"method {name} needs the teacher's features: a STORE made with --features, or "
-            "--teacher NAME=FILE."
+            f"method {name} needs the teacher's features: a STORE made with --features"
+            f"{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
         )
     if needs.soft is not None and target.kind == "ground-truth":
         raise UsageError(
             f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
-            "ground-truth, or --teacher NAME=FILE."
+            f"ground-truth{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
         )
 
 
@@ -258,10 +271,12 @@ def _open(
     return training
 
 
-def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Tap | None:
+def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Kept | None:
     """Which stored features stand in for a teacher that does not run."""
-    if needs.teacher is None or settings.teacher is not None:
+    if needs.teacher is None or (settings.teacher is not None and not needs.stored):
         return None
+    if needs.teacher.final:
+        return "map"
     return "pre" if needs.teacher.pre else "post"
 
 

@@ -37,6 +37,8 @@ LAYER_NORMED = ("ConvNeXt", "SwinTransformer", "SwinTransformerV2")  # students,
 class Settings:
     """Switches and weights.
 
+    target: where the teacher's map comes from: a teacher beside the student, or the store
+        (`generate --features map`); of a teacher given too only the tail runs then.
     projector: cap, or linear or conv to compare. dfm: the second path. tpp: the proxy path.
     adaptive_queries: the proxy path gives the queries; False learns fixed ones.
     spatial_weight, frequency_weight: of the two paths, on means over the map's places. The code's
@@ -49,6 +51,7 @@ class Settings:
     tail_blocks: of a plain transformer; a Swin's tail is its last stage.
     """
 
+    target: Literal["live", "stored"] = "live"
     projector: Literal["cap", "linear", "conv"] = "cap"
     dfm: bool = True
     tpp: bool = True
@@ -88,11 +91,13 @@ class Settings:
 
 
 def needs(settings: Settings) -> MethodNeeds:
+    stored = settings.target == "stored"
     return MethodNeeds(
         student=Needs(stages=(2,) if settings.tpp else (), final=True),
         teacher=Needs(final=True),
         soft=1.0 if settings.kd_weight else None,
-        live=True,
+        live=settings.tpp or not stored,
+        stored=stored,
     )
 
 
