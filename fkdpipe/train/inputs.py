@@ -174,10 +174,7 @@ def from_store(
             "left_out": len(found.failed),
             "crops_per_image": found.crops_per_image,
             "sources": ["/".join(filter(None, part)) for part in wanted],
-            "manifests": [
-                [segment.manifest.settings for segment in segments]
-                for segments in (found.crops, *found.labels)
-            ],
+            "manifests": [[s.manifest.settings for s in p] for p in (found.crops, *found.labels)],
         },
         jitter=boxes.jitter if boxes.jittered else None,
     )
