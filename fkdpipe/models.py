@@ -115,7 +115,16 @@ def parse_spec(text: str) -> ModelSpec:
 
 def _check_name(name: str, library: str) -> None:
     if library != "torchvision":
-        if name.startswith(("hf-hub:", "hf_hub:")) or timm.is_model(name.split(".")[0]):
+        if name.startswith(("hf-hub:", "hf_hub:")):
+            return
+        plain, _, tag = name.partition(".")
+        if timm.is_model(plain):
+            known = timm.list_pretrained(f"{plain}.*")
+            if tag and name not in known:
+                raise ModelError(
+                    f"timm has no weights {name!r}; it has {', '.join(known) or 'none of it'}.",
+                    code="unknown-model",
+                )
             return
         known = timm.list_models()
     else:

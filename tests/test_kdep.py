@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fkdpipe import features, models
 from fkdpipe.cli import cli
-from fkdpipe.errors import ModelError, StoreMismatchError, UsageError
+from fkdpipe.errors import ModelError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import fit_basis
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
@@ -238,6 +238,19 @@ def test_the_classifier_rests_and_the_export_is_a_plain_timm_model(
         assert torch.allclose(plain(pixels), ours.logits, atol=1e-5)
     assert (vectors >= 0).all()  # its last ReLU is back
     assert (ours.pre < 0).any()
+
+
+def test_a_run_does_not_go_on_with_another_basis_under_the_same_name(
+    tmp_path, folder, stores, checkpoint, basis_file
+):
+    file = tmp_path / "basis.safetensors"
+    file.write_bytes(basis_file.read_bytes())
+    run_of(tmp_path / "run", folder, stores, checkpoint, RAW, method={"basis": str(file)})
+    basis = features.load_basis(file)
+    turned = dataclasses.replace(basis, components_DK=-basis.components_DK)
+    features.save_basis(file, turned)
+    with pytest.raises(TrainingError, match="basis"):
+        run_of(tmp_path / "run", folder, stores, checkpoint, RAW, method={"basis": str(file)})
 
 
 def test_an_automatic_weight_starts_at_6_9_and_survives_a_stop(

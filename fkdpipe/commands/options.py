@@ -72,8 +72,12 @@ def choose_device(text: str, local_rank: int = 0) -> Any:
         device = torch.device(text)
     except RuntimeError as error:
         raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here.")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here."
+        )
     return device
 
 

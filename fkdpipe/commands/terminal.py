@@ -82,7 +82,9 @@ def _printable(text: str) -> str:
 
 class _Bars:
     @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def task(
+        self, name: str, total: int, unit: str, *, done: int = 0
+    ) -> Iterator[Callable[[int], None]]:
         from rich.console import Console
         from rich.logging import RichHandler
         from rich.progress import (
@@ -110,7 +112,7 @@ class _Bars:
         before, log.handlers[:] = list(log.handlers), [handler]
         try:
             with Progress(*columns, console=console, refresh_per_second=4) as progress:
-                bar = progress.add_task(name, total=total or None, rate="")
+                bar = progress.add_task(name, total=total or None, completed=done, rate="")
                 rate = _Rate(unit)
 
                 def advance(count: int) -> None:
@@ -125,9 +127,11 @@ class _Lines:
     EVERY = 10.0  # seconds
 
     @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def task(
+        self, name: str, total: int, unit: str, *, done: int = 0
+    ) -> Iterator[Callable[[int], None]]:
         begun = last = time.monotonic()
-        done = 0
+        earlier = done
         rate = _Rate(unit)
 
         def advance(count: int) -> None:
@@ -138,8 +142,8 @@ class _Lines:
             if now - last >= self.EVERY:
                 last = now
                 left = ""
-                if total and done:
-                    seconds = (now - begun) / done * max(total - done, 0)
+                if total and done > earlier:
+                    seconds = (now - begun) / (done - earlier) * max(total - done, 0)
                     left = f", {_duration(seconds)} left"
                 click.echo(f"{name}: {done:,}{_of(total)} {unit}, {speed}{left}", err=True)
 

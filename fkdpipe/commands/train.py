@@ -108,7 +108,9 @@ def train(
 @click.option(
     "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
 )
-@click.option("--batch", type=int, default=128, show_default=True, help="Images per batch.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."
+)
 @options.device_option
 @options.json_option
 def evaluate(

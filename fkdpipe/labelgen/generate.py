@@ -79,7 +79,8 @@ def generate(
     Raises:
         ClaimedError: another process makes these units.
         StoreError: the store cannot be written; everything committed is kept.
-        ImagesError: most images of a unit cannot be read.
+        ImagesError: too many images of a unit cannot be read.
+        ReplayError: an image could not be read for a reason that may pass; nothing is recorded.
     """
     store, rank = plan.store, resources.rank
     ours = range(rank.index, store.num_units, rank.world)

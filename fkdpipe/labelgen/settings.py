@@ -72,8 +72,10 @@ class GenerateSettings:
             raise UsageError(f"crops must be at least 1; found {self.crops}.")
         if not 0 < self.temperature < float("inf"):
             raise UsageError(f"temperature must be positive; found {self.temperature}.")
-        if self.batch < 1:
-            raise UsageError(f"batch must be at least 1; found {self.batch}.")
+        for name in ("batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1; found {value}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
         if self.source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -59,8 +60,10 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
+    _check_place(out, data)
     _check(settings, needs, store, rank, device)
-    training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
+    with parallel.local_first(rank, device) if store else contextlib.nullcontext():
+        training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
@@ -101,6 +104,14 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+
+
+def _check_place(out: Path, data: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; --out names a folder.")
+    place = out.resolve()
+    if data.resolve() in (place, *place.parents):
+        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
 
 
 def _check(
@@ -302,6 +313,7 @@ def _record(
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
         "parameters": counted,
+        "files": methods.digests(settings.method),
     }
     # These may differ between two starts of one run.
     free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
@@ -315,10 +327,8 @@ def _record(
         old = json.loads(file.read_text())
         if old.get("digest") != digest:
             fresh = json.loads(json.dumps(record))
-            changed = schema.differences(
-                {k: old.get(k) for k in ("settings", "data", "teacher")},
-                {k: fresh[k] for k in ("settings", "data", "teacher")},
-            )
+            told = ("settings", "data", "teacher", "files")
+            changed = schema.differences({k: old.get(k) for k in told}, {k: fresh[k] for k in told})
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
                 "Name another --out folder, or delete this one.",

@@ -6,6 +6,7 @@ over the images with m crops of each counts as m epochs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class OptimizerSettings:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.weight_decay < 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UsageError("lr must be positive and weight_decay not negative.")
         for name in ("helper_lr", "layer_decay", "clip_norm", "eps"):
             value = getattr(self, name)
@@ -167,6 +168,7 @@ class TrainSettings:
             "eval_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "threads",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
@@ -175,6 +177,8 @@ class TrainSettings:
                 f"batch_size counts crops: {self.batch_size} is no multiple of "
                 f"{self.crops_per_image} crops per image."
             )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
         if self.size is not None and self.size < 8:
             raise UsageError(f"size must be at least 8 pixels; found {self.size}.")
         if not 0 < self.fraction <= 1:
