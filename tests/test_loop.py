@@ -382,17 +382,17 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(
         monkeypatch.setenv(name, value)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["fkdpipe.train.run", "fkdpipe.train.loop"])
-    more = ("--set", "checkpoint_every=3", "--epochs", "60", "--set", "eval_every=60")
+    more = ("--set", "checkpoint_every=3", "--epochs", "40", "--set", "eval_every=40")
     words = command(folder, store, tmp_path / "run", *more, "--cache", str(tmp_path / "cache"))
     file = tmp_path / "run" / "metrics.jsonl"
     random = np.random.default_rng(0)
-    steps, killed_at = 192, []
+    steps, killed_at = 128, []
     for target in np.sort(random.choice(np.arange(1, steps - 20), 10, replace=False)).tolist():
         before = last_step(file)
         process = processes.Process(target=command_line, args=(words,))
         process.start()
         while process.is_alive() and (last_step(file) == before or last_step(file) < target):
-            process.join(0.01)
+            process.join(0.03)
         process.join(float(random.uniform(0, 0.1)))
         process.kill()
         process.join()

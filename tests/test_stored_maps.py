@@ -14,7 +14,7 @@ from fkdpipe.errors import FkdpipeError, StoreError, StoreMismatchError, UsageEr
 from fkdpipe.labelgen import check
 from fkdpipe.storage import features as codes
 from fkdpipe.taps import needs_of
-from fkdpipe.train import inputs, loop
+from fkdpipe.train import loop, stored
 from fkdpipe.train import step as steps
 from fkdpipe.train.methods.scalekd import without_mean
 from fkdpipe.train.settings import MixingSettings
@@ -177,9 +177,9 @@ def test_another_teacher_or_size_is_refused_by_name(prepare, tmp_path, stores, s
         prepare("weights", "stored", teacher=other)
     kept = stores["float16"].part("rounds/0/features/t/map").settings
     facts = load(swin).facts()
-    inputs.check_teacher(kept, facts)
+    stored.check_teacher(kept, facts)
     with pytest.raises(StoreMismatchError, match="with other size than the live teacher"):
-        inputs.check_teacher(kept, {**facts, "size": [128, 128]})
+        stored.check_teacher(kept, {**facts, "size": [128, 128]})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
     from fkdpipe.labelgen.dry_run import Forecast
+    from fkdpipe.labelgen.settings import GenerateSettings
+    from fkdpipe.teachers import Teacher
 
 
 @click.command()
@@ -68,13 +70,12 @@ def generate(
     from fkdpipe.labelgen.settings import GenerateSettings
 
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
-    from fkdpipe import distributed, images, teachers
+    from fkdpipe import distributed
     from fkdpipe.errors import UsageError
     from fkdpipe.labelgen import dry_run as forecasting
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
     from fkdpipe.labelgen import repair as repairing
-    from fkdpipe.models import parse_spec
     from fkdpipe.storage.location import open_location
 
     rank = distributed.parse_part(part) if part else distributed.current()
@@ -82,16 +83,7 @@ def generate(
         raise UsageError("--repair is for one process: start it without --part and torchrun.")
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
-    named = settings.form != "none"  # features alone have no classes to match
-    loaded = teachers.load_teachers(
-        [parse_spec(text) for text in settings.teacher],
-        class_names=images.class_folders(images.split_root(data, "train")) if named else (),
-        weights=settings.teacher_weight,
-        class_maps=[images.read_class_map(file) for file in settings.class_map],
-        precision=settings.precision,
-        device=where,
-        needs=settings.needs,
-    )
+    loaded = _load_teachers(data, settings, where)
     threads = settings.threads or distributed.default_threads()
     resources = run.Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
     location = open_location(store)
@@ -117,6 +109,22 @@ def generate(
         )
         for path, count in Counter(path for path, _ in withdrawn.left).items():
             click.echo(f"{path}: {count} units are still broken; --repair with what made them")
+
+
+def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[Teacher]:
+    from fkdpipe import images, teachers
+    from fkdpipe.models import parse_spec
+
+    named = settings.form != "none"  # features alone have no classes to match
+    return teachers.load_teachers(
+        [parse_spec(text) for text in settings.teacher],
+        class_names=images.class_folders(images.split_root(data, "train")) if named else (),
+        weights=settings.teacher_weight,
+        class_maps=[images.read_class_map(file) for file in settings.class_map],
+        precision=settings.precision,
+        device=device,
+        needs=settings.needs,
+    )
 
 
 def _print_forecast(f: Forecast) -> None:

@@ -120,7 +120,7 @@ def _against_data(
     parts = named or parts
     loaded = teachers.load_teachers(
         specs,
-        class_names=store.images.class_names,
+        class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
         class_maps=[images.read_class_map(file) for file in class_map],
         precision=parts[0].settings["precision"] or "float32",  # unknown of imports

@@ -21,9 +21,10 @@ from fkdpipe.distributed import Rank
 from fkdpipe.errors import StoreMismatchError, TrainingError, UsageError
 from fkdpipe.replay import Backend, Pixels, Request, View
 from fkdpipe.storage.labels import SparseLabels
-from fkdpipe.train.inputs import FeatureWindow, LabelBatch, LabelWindow, Scores, TrainingSet
+from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.order import Order, Piece, Step, Window, share
 from fkdpipe.train.schedule import Pass
+from fkdpipe.train.stored import FeatureWindow, LabelBatch, LabelWindow, Scores
 
 log = logging.getLogger(__name__)
 
