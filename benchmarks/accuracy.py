@@ -2,10 +2,11 @@
 
     python benchmarks/accuracy.py [--quick] [--seeds 3]
 
-A real task with headroom: scikit-learn's scans of handwritten digits, smaller than in the demo,
-A real task with headroom: scans of handwritten digits (scikit-learn), smaller than in the demo,
-ResNet-10 at 64 px, the student a quarter as wide at 32 px. All students see crops of the same law
-for the same number of epochs; mean and spread over the seeds.
+A real task with headroom: scikit-learn's scans of handwritten digits, small, faint of colour and
+anywhere on larger pieces of real photographs, so that many crops show little of them (the oracle
+stays well below 95 %, which is asserted). The teacher is a ResNet-10 at 64 px, the student a
+quarter as wide at 32 px. All students see crops of the same law for the same number of epochs; mean
+and spread over the seeds.
 
 first table    no distillation, FKD with each target, and the oracle, vanilla KD: a live teacher
                on the same crops (FKD paper, table 6 in small)
@@ -38,6 +39,7 @@ LAW = CropLaw(scale=(0.25, 1.0), flip=0.0)
 SIDE, DIGIT_SIDES, LEARNED = 96, (36, 64), 1000
 CROPS = 48
 NARROW = {"channels": [16, 32, 64, 128]}
+ORACLE = "vanilla KD (oracle)"
 TARGETS = ("full", "hard", "smoothing", "marginal-smoothing:5", "marginal-renorm:5")
 
 
@@ -54,7 +56,7 @@ def main() -> None:
         make_images(root / "images")
         teacher = train_teacher(root, epochs=4 if quick else 120)
         store = make_store(root, teacher)
-        asked = [("ground-truth", "ground-truth", 4), ("vanilla KD (oracle)", "kd", 4)]
+        asked = [("ground-truth", "ground-truth", 4), (ORACLE, "kd", 4)]
         asked += [(f"FKD {target}", target, 4) for target in TARGETS]
         asked += [(f"FKD full, m = {m}", "full", m) for m in (1, 2, 8)]
         for name, target, m in asked[:3] if quick else asked:
@@ -62,18 +64,18 @@ def main() -> None:
                 top1 = student(root, store, teacher, target, m=m, epochs=epochs, seed=seed)
                 rows.append({"target": name, "m": m, "seed": seed, "top1": top1})
                 common.say(f"{name}, seed {seed}: {top1:.2f}")
-    common.finish("accuracy", summary(rows), {"rows": rows}, quick=quick)
+    table = summary(rows, ("target", "m"))
+    common.finish("accuracy", table, {"rows": rows, **answers(table)}, quick=quick)
 
 
-def summary(rows: list[dict]) -> list[dict]:
-    """Mean, standard deviation and range over the seeds."""
+def summary(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """Mean, standard deviation and range over the seeds of rows that agree in `keys`."""
     made = []
-    for name in dict.fromkeys(row["target"] for row in rows):
-        found = [row["top1"] for row in rows if row["target"] == name]
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        found = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
         made.append(
             {
-                "target": name,
-                "m": next(row["m"] for row in rows if row["target"] == name),
+                **dict(zip(keys, group, strict=True)),
                 "seeds": len(found),
                 "top1_mean": round(statistics.fmean(found), 2),
                 "top1_std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
@@ -84,24 +86,57 @@ def summary(rows: list[dict]) -> list[dict]:
     return made
 
 
-def make_images(root: Path) -> None:
-    """`train/` and `val/` of scans on photographs."""
+def answers(table: list[dict]) -> dict[str, float | bool]:
+    """Does FKD with full labels match its oracle within the spread of both?"""
+    of = {row["target"]: row for row in table}
+    oracle, ours = of[ORACLE], of["FKD full"]
+    assert oracle["top1_mean"] < 95, "the task has no headroom"
+    spread = [row["top1_std"] for row in (oracle, ours) if row["top1_std"] is not None]
+    difference = round(ours["top1_mean"] - oracle["top1_mean"], 2)
+    return {
+        "fkd_full_minus_oracle": difference,
+        "spread": round(sum(spread), 2),
+        "fkd_matches_oracle": abs(difference) <= sum(spread),
+    }
+
+
+def make_images(
+    root: Path,
+    *,
+    learned: int = LEARNED,
+    copies: int = 1,
+    sides: tuple[int, int] = DIGIT_SIDES,
+    plain: bool = False,
+) -> None:
+    """`train/` and `val/` of scans on photographs; `val/` has the same scans whatever is learnt.
+
+    Args:
+        learned: scans in `train/`, at most LEARNED. copies: pictures of each of them.
+        sides: range of a digit's side in pixels. plain: grounds of one random grey.
+    """
     digits, photographs = load_digits(), load_sample_images().images
     random = np.random.default_rng(0)
     for place, index in enumerate(random.permutation(len(digits.images)).tolist()):
+        if learned <= place < LEARNED:
+            continue
         split = "train" if place < LEARNED else "val"
         folder = root / split / str(digits.target[index])
         folder.mkdir(parents=True, exist_ok=True)
-        picture(digits.images[index], photographs[place % 2], random).save(
-            folder / f"{index:04d}.jpg", quality=92
-        )
+        for copy in range(copies if split == "train" else 1):
+            ground = photographs[place % 2]
+            if plain:
+                ground = np.full_like(ground, int(random.integers(256)))
+            made = picture(digits.images[index], ground, random, sides)
+            made.save(folder / f"{index:04d}-{copy}.jpg", quality=92)
 
 
-def picture(scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator) -> Image.Image:
+def picture(
+    scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator, sides: tuple[int, int]
+) -> Image.Image:
     """A scan, lighter or darker than what is behind it, at a random spot and size."""
     top, left = (int(random.integers(side - SIDE)) for side in photograph.shape[:2])
     ground = photograph[top : top + SIDE, left : left + SIDE].astype(np.float32)
-    side = int(random.integers(*DIGIT_SIDES))
+    side = int(random.integers(*sides))
     ink = Image.fromarray((scan * (255 / 16)).astype(np.uint8)).resize((side, side))
     opacity = np.zeros((SIDE, SIDE, 1), dtype=np.float32)
     y, x = random.integers(SIDE - side, size=2)
@@ -125,10 +160,12 @@ def settings(**changes) -> TrainSettings:
     return TrainSettings(**{**defaults, **changes})
 
 
-def train(root: Path, name: str, made: TrainSettings, store: Store | None) -> loop.Result:
+def train(
+    root: Path, name: str, made: TrainSettings, store: Store | None, *, images: str = "images"
+) -> loop.Result:
     return loop.train(
         run.prepare(
-            made, root / "images", root / name, store=store, cache_dir=root / "cache", device=CPU
+            made, root / images, root / name, store=store, cache_dir=root / "cache", device=CPU
         )
     )
 
@@ -139,12 +176,14 @@ def train_teacher(root: Path, *, epochs: int) -> str:
     return f"resnet10t={result.student}"
 
 
-def make_store(root: Path, teacher: str) -> Store:
+def make_store(root: Path, teacher: str, **changes) -> Store:
+    defaults = {"crops": CROPS, "crop": LAW, "source": "t", "form": "full", "seed": 1}
+    wanted = GenerateSettings(teacher=(teacher,), **{**defaults, **changes})
     made = teachers.load_teachers(
-        [models.parse_spec(teacher)], class_names=[str(k) for k in range(10)], device=CPU
-    )
-    wanted = GenerateSettings(
-        teacher=(teacher,), crops=CROPS, crop=LAW, source="t", form="full", seed=1
+        [models.parse_spec(teacher)],
+        class_names=[str(k) for k in range(10)],
+        device=CPU,
+        needs=wanted.needs,
     )
     planned = plan.prepare(LocalLocation(root / "store"), root / "images", wanted, made, device=CPU)
     generate.generate(planned, made, generate.Resources(device=CPU, batch=64, threads=1))

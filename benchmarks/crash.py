@@ -210,7 +210,7 @@ def inside_write(store: Path, before: dict[str, int], children: list[int]) -> li
         key = Path(name).relative_to(store).as_posix()
         words = key.split("/")
         if key.endswith(".partial"):
-            pid = int(key.split(".")[-2])
+            pid = int(key.split(".")[-2].rpartition("-")[2])
             found[children.index(pid)] = True
         elif "c" in words and key not in known and words[0] == "rounds":
             found[int(words[words.index("c") + 1]) % PARTS] = True

@@ -65,11 +65,12 @@ def run(
     bench: Bench,
     teacher: Teacher,
     wanted: GenerateSettings,
-    batch_of: dict[tuple[str, int], int] | None = None,
+    restored: repair.Restored | None = None,
 ) -> None:
     cpu = torch.device("cpu")
     made = plan.prepare(LocalLocation(place), bench.data, wanted, [teacher], device=cpu)
-    resources = generate.Resources(device=cpu, batch=16, threads=1, batch_of=batch_of or {})
+    batch_of = repair.withdraw(made, restored).batch_of if restored is not None else {}
+    resources = generate.Resources(device=cpu, batch=16, threads=1, batch_of=batch_of)
     generate.generate(made, [teacher], resources)
 
 
@@ -239,9 +240,9 @@ def repair_some(
             undo()
             continue
         done += 1
-        broken = repair.prepare(LocalLocation(field.store), bench.data)
+        restored = repair.restore(LocalLocation(field.store), bench.data)
         for source, form in ((SPARSE, "topk:5"), (WIDE, "full")):
-            run(field.store, bench, teacher, settings(source, form, 0), broken.batch_of)
+            run(field.store, bench, teacher, settings(source, form, 0), restored)
         same += contents(field.store) == whole
         shutil.rmtree(field.store)
         for key, data in whole.items():

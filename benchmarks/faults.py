@@ -83,7 +83,7 @@ class Watch:
     def _replace(self, plain: Callable, note: Callable, steps: _Steps) -> Callable:
         def replace(source: str, target: str) -> None:
             old = None
-            if os.path.exists(target):
+            if os.path.exists(target) and not os.path.samefile(source, target):
                 old = str(self.journal.with_suffix(".old") / f"{os.getpid()}-{steps.count}")
                 shutil.copy2(target, old)
             note("replace", source=str(source), path=str(target), old=old)

@@ -8,6 +8,8 @@ A ResNet-50 with random weights is the teacher, a ResNet-18 the student, on piec
 bytes     stored bytes per crop of the features, from `fkdpipe report`
 read      milliseconds to open a window of features and take its batches, per batch of 64 crops, and
           the size of that against decoding and resizing the same batch's pixels
+loss      largest relative difference of a batch's loss from that with the teacher online, at the
+          same weights
 step      seconds of a KDEP step (student and teacher's side) with the teacher online over that with
           stored features: interleaved rounds in one process, medians of the ratios within rounds
 """
@@ -123,6 +125,20 @@ def pixel_seconds(prepared: Run, count: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
+def loss(prepared: Run, batch: Batch) -> float:
+    prepared.learner.train()
+    with torch.no_grad():
+        pixels, wanted = step.prepare(prepared, batch)
+        _, terms = prepared.learner(pixels, wanted)
+    return float(torch.stack([term.mean() for term in terms.values()]).sum())
+
+
+def loss_difference(stored: Run, online: Run, batches: list[tuple[Batch, Batch]]) -> float:
+    """Largest |stored / online - 1| of the losses of the same crops and weights."""
+    stored.learner.load_state_dict(online.learner.state_dict())
+    return max(abs(loss(stored, ours) / loss(online, theirs) - 1) for ours, theirs in batches)
+
+
 def compare(
     place: Path, data: Path, stores: dict[str, Store], teacher: str, rounds: int
 ) -> list[dict[str, Any]]:
@@ -131,6 +147,10 @@ def compare(
     runs = {**stored, "online": online}
     batches = {
         name: [b for _, b in zip(range(3), r.feed.run(), strict=False)] for name, r in runs.items()
+    }
+    differences = {
+        name: loss_difference(r, online, list(zip(batches[name], batches["online"], strict=True)))
+        for name, r in stored.items()
     }
     for name, prepared in runs.items():
         step_seconds(prepared, batches[name][0])
@@ -155,6 +175,7 @@ def compare(
                 "bytes_per_crop": round(size, 1),
                 "read_ms_per_batch": 1000 * read_s,
                 "read_share_of_feed": read_s / statistics.median(found[f"feed {name}"]),
+                "loss_difference": differences[name],
                 "step_vs_online": common.median_ratio(found["step online"], found[f"step {name}"]),
             }
         )
@@ -166,7 +187,7 @@ def main() -> None:
         parser.add_argument("--rounds", type=int, default=5, help="Interleaved rounds.")
 
     given = common.arguments(__doc__, add)
-    count, components = (64, 128) if given.quick else (512, 512)
+    count, components = (96 if given.quick else 512), 512  # components as wide as the student
     with tempfile.TemporaryDirectory(prefix="fkdpipe-features-") as folder:
         place = Path(folder)
         photographs.write_folder(place / "images", count)
@@ -174,7 +195,10 @@ def main() -> None:
         stores = make_stores(place, place / "images", teacher, components)
         rounds = 2 if given.quick else given.rounds
         rows = compare(place, place / "images", stores, text, rounds)
-    names = ("bytes_per_crop", "read_ms_per_batch", "read_share_of_feed", "step_vs_online")
+    names = (
+        "bytes_per_crop", "read_ms_per_batch", "read_share_of_feed", "loss_difference",
+        "step_vs_online",
+    )  # fmt: skip
     figures = {name: {row["features"]: row[name] for row in rows} for name in names}
     common.finish("features", rows, figures, quick=given.quick)
 

@@ -4,8 +4,8 @@
 
 Networks at full size and random weights, 8 pieces of real photographs of 64 pixels. A step is
 forward, backward and update; what is checked is that the loss is finite, that every trained
-parameter has a gradient and moves, and that the teacher has none and stays in eval mode. `--quick`
-takes the pairs of small networks.
+parameter has a gradient and moves (unless that gradient is zero), and that the teacher has none and
+stays in eval mode. `--quick` takes the pairs of small networks.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SIDE, BATCH, CLASSES = 64, 8, 10
 CPU = torch.device("cpu")
 
 TWO_STAGES = {"stages": [{"stage": 1}, {"stage": 2}]}
+DEIT = {"form": "corr", "student": "tokens"}  # the authors' settings for this pair
 SOFT = {"softmax_scale": 1.0}  # of ScaleKD's settings for plain transformers
 SWIN = "swin_small_patch4_window7_224"
 
@@ -59,6 +60,7 @@ PAIRS = (
     Pair(SWIN, "mobilenetv1_100", "scalekd"),
     Pair("vit_base_patch16_224", "resnet50", "scalekd", SOFT),
     Pair("beit_base_patch16_224", "resnet50", "scalekd", SOFT),
+    Pair("regnety_160", "deit_tiny_distilled_patch16_224", "srd", DEIT),
     Pair("resnet34", "resnet18", "fitnet", {"stages": [1, 2]}, quick=True),
 )
 

@@ -133,7 +133,7 @@ def run(out: Path, *, say: Callable[[str], None], reporter: Reporter = silent) -
         UsageError: `out` holds something else. FkdpipeError: a command failed.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a new folder with --out.")
+        raise UsageError(f"{out} is a file; --out names a folder.")
     if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
         raise UsageError(f"{out} is not empty; name a new folder with --out.")
     if not (out / "images").is_dir():

@@ -26,6 +26,7 @@ from torch.nn import functional
 from fkdpipe.errors import ModelError, UsageError
 
 Tap = Literal["pre", "post"]
+Kept = Literal["pre", "post", "map"]  # what a store keeps: penultimate vectors, or the last map
 Transformation = Literal["pts", "sn", "sm", "none"]
 
 _RESOLUTION = 1e-6  # deviations smaller than this share of the largest are float32 noise
@@ -100,8 +101,7 @@ class Basis:
             ModelError: naming what differs.
         """
         own = self.facts["teacher"]
-        names = ("name", "library", "weights", "size", "interpolation", "mean", "std")
-        differs = [name for name in names if own[name] != facts[name]]
+        differs = teachers_differ(own, facts)
         if differs:
             raise ModelError(
                 f"the basis was fitted on {own['name']} with other {', '.join(differs)}. Fit one "
@@ -142,6 +142,12 @@ def fit(
     )
 
 
+def teachers_differ(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of what makes features of two teachers (`teachers.Teacher.facts`) different ones."""
+    names = ("name", "library", "weights", "size", "interpolation", "mean", "std")
+    return [name for name in names if own[name] != other[name]]
+
+
 def save_basis(file: Path, basis: Basis) -> None:
     """As safetensors, facts in the header; complete or absent."""
     arrays = {
@@ -175,18 +181,23 @@ def load_basis(file: Path) -> Basis:
         raise ModelError(f"{file} is not a basis made by fkdpipe fit-basis ({error}).") from error
 
 
-def parse_features(text: str) -> tuple[Tap, int | None]:
-    """`pre`, `post`, `pre:512`: which features, and how many leading components of a basis.
+def parse_features(text: str) -> tuple[Kept, int | None]:
+    """`pre`, `post`, `map`, `pre:512`: which features, and how many leading components of a basis.
 
     Raises:
         UsageError: anything else.
     """
     tap, _, dims = text.partition(":")
+    if text == "map":
+        return "map", None
+    if tap == "map":
+        raise UsageError(f"{text!r}: a map is kept whole, and a basis is of vectors; take map.")
     if tap in get_args(Tap) and (not dims or (dims.isdigit() and int(dims) > 0)):
         return tap, int(dims) if dims else None  # type: ignore[return-value]
     raise UsageError(
         f"{text!r} names no features; take pre or post (before or after the last activation), "
-        "with :D for the leading D components of a basis, for example pre:512."
+        "with :D for the leading D components of a basis, for example pre:512, or map (the last "
+        "map after the final norm)."
     )
 
 

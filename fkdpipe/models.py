@@ -115,11 +115,16 @@ def parse_spec(text: str) -> ModelSpec:
 
 def _check_name(name: str, library: str) -> None:
     if library != "torchvision":
-        plain, _, tag = name.partition(".")
-        if name.startswith(("hf-hub:", "hf_hub:")) or (timm.is_model(plain) and not tag):
+        if name.startswith(("hf-hub:", "hf_hub:")):
             return
+        plain, _, tag = name.partition(".")
         if timm.is_model(plain):
-            _check_tag(plain, tag)
+            known = timm.list_pretrained(f"{plain}.*")
+            if tag and name not in known:
+                raise ModelError(
+                    f"timm has no weights {name!r}; it has {', '.join(known) or 'none of it'}.",
+                    code="unknown-model",
+                )
             return
         known = timm.list_models()
     else:
@@ -129,17 +134,6 @@ def _check_name(name: str, library: str) -> None:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise ModelError(f"{library} has no model {name!r}.{hint}", code="unknown-model")
-
-
-def _check_tag(plain: str, tag: str) -> None:
-    try:
-        timm.get_pretrained_cfg(f"{plain}.{tag}")
-    except RuntimeError:
-        known = [name.partition(".")[2] for name in timm.list_pretrained(f"{plain}.*")]
-        raise ModelError(
-            f"timm has no weights {tag!r} of {plain}; it has {', '.join(known) or 'none'}.",
-            code="unknown-model",
-        ) from None
 
 
 def build(

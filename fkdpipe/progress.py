@@ -15,13 +15,19 @@ Advance = Callable[[int], None]
 
 
 class Reporter(Protocol):
-    def task(self, name: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """A piece of work of `total` units; call the result with how many more are done."""
+    def task(
+        self, name: str, total: int, unit: str, *, done: int = 0
+    ) -> AbstractContextManager[Advance]:
+        """A piece of work of `total` units; call the result with how many more are done.
+
+        Args:
+            done: units an earlier run did; no part of the rate or of the time left.
+        """
 
 
 class _Silent:
     @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def task(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
         yield lambda count: None
 
 

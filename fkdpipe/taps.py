@@ -12,6 +12,7 @@ Letters: B batch, C classes, D penultimate width, H, W map.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,11 @@ class Needs:
     pre: bool = False
     stages: tuple[int, ...] = ()
     final: bool = False
+
+
+def needs_of(kept: Collection[str]) -> Needs:
+    """What gives the features that a store keeps: pre, post or map."""
+    return Needs(pre="pre" in kept, penultimate="post" in kept, final="map" in kept)
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,17 @@ class Tapped(nn.Module):
         self.needs = needs
         self._after_pooling = type(network).__name__ == "MobileNetV3"
         self._activation: nn.Module | None = None
+        self._ends_stage = False  # or does the activation come after the last stage's map
         if needs.pre:
-            self._activation = _take_activation(network)
+            self._activation, self._ends_stage = _take_activation(network)
         asked = needs.penultimate or needs.pre or needs.stages or needs.final
         if asked and not hasattr(network, "forward_intermediates"):
-            raise ModelError(f"{type(network).__name__} is no timm network; it has no taps.")
+            raise ModelError(
+                f"{type(network).__name__} is no timm network; its maps and features cannot be "
+                "taken. timm has the same networks under most of torchvision's names: take one "
+                "without the prefix torchvision:.",
+                code="no-tap",
+            )
         self._indices = [_stage_index(network, k) for k in sorted(needs.stages, reverse=True)]
 
     def forward(self, pixels_B3HW: torch.Tensor) -> Outputs:
@@ -115,20 +127,27 @@ class Tapped(nn.Module):
         else:
             final = network.forward_features(pixels_B3HW)
         pre, penultimate, logits = self._head(final)
-        if 1 in maps and self._activation is not None and not self._after_pooling:
+        if 1 in maps and self._activation is not None and self._ends_stage:
             maps[1] = self._activation(maps[1])
         return Outputs(
             logits=logits,
             penultimate=penultimate if needs.penultimate else None,
             pre=pre if needs.pre else None,
             stages=maps,
-            final=to_map(self._activated(final), network) if needs.final else None,
+            final=self._last_map(final) if needs.final else None,
         )
 
     @property
-    def classifier(self) -> nn.Module:
-        """The layer after the penultimate vector."""
-        return self.network.get_classifier()
+    def classifier(self) -> nn.ModuleList:
+        """The layers after the penultimate vector: one, or two of a network that was distilled."""
+        found = self.network.get_classifier()
+        return nn.ModuleList(found if isinstance(found, tuple) else [found])
+
+    def _last_map(self, final: torch.Tensor) -> torch.Tensor:
+        made = to_map(self._activated(final), self.network)
+        if type(self.network).__name__ == "ConvNeXt" and hasattr(self.network.head, "norm"):
+            made = self.network.head.norm(made)  # timm has it after pooling
+        return made
 
     def _activated(self, final: torch.Tensor) -> torch.Tensor:
         if self._activation is None or self._after_pooling:
@@ -213,11 +232,14 @@ def has_activation(network: Any) -> bool:
     return type(network).__name__ not in _WITHOUT_ACTIVATION
 
 
-def _take_activation(network: Any) -> nn.Module | None:
-    """Replace the last activation by the identity and return it; None where there is none."""
+def _take_activation(network: Any) -> tuple[nn.Module | None, bool]:
+    """Replace the last activation by the identity and return it; None where there is none.
+
+    And whether it is the end of the last stage.
+    """
     kind = type(network).__name__
     if kind in _WITHOUT_ACTIVATION:
-        return None
+        return None, False
     owner, name = _last_activation(network, kind)
     activation = getattr(owner, name)
     if isinstance(activation, nn.Identity):
@@ -225,7 +247,8 @@ def _take_activation(network: Any) -> nn.Module | None:
     if hasattr(activation, "inplace"):
         activation.inplace = False  # what is before it is wanted too
     setattr(owner, name, nn.Identity())
-    return activation
+    beyond = kind in ("MobileNetV3", "ResNetV2") or owner is getattr(network, "bn2", None)
+    return activation, not beyond
 
 
 def _last_activation(network: Any, kind: str) -> tuple[nn.Module, str]:

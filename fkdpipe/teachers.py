@@ -177,7 +177,7 @@ def match_classes(
     Raises:
         ModelError: no way to match them; says what to give.
     """
-    if not class_names and class_map is None:
+    if not class_names:
         return None
     if class_map is None and output_names:
         class_map = tuple(output_names)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from conftest import CLASSES
 
+from fkdpipe.cli import cli
 from fkdpipe.distributed import Rank
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
@@ -77,6 +78,11 @@ def train(out: Path, data: Path, store: Store | None, **changes) -> loop.Result:
     return loop.train(prepare_run(out, data, store, train_settings(**changes)))
 
 
+def command_line(words: list[str]) -> None:
+    """`fkdpipe ...`, for a process that a test starts and kills."""
+    cli(words)
+
+
 def arrays_of(store: Store) -> dict[str, np.ndarray]:
     """Every array of a store, read with plain zarr."""
     import zarr
@@ -89,4 +95,13 @@ def arrays_of(store: Store) -> dict[str, np.ndarray]:
     return values
 
 
-__all__ = ["CLASSES", "CPU", "arrays_of", "make_store", "prepare_run", "train", "train_settings"]
+__all__ = [
+    "CLASSES",
+    "CPU",
+    "arrays_of",
+    "command_line",
+    "make_store",
+    "prepare_run",
+    "train",
+    "train_settings",
+]

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
-from fkdpipe.errors import ClaimedError
-from fkdpipe.storage import claims
+from fkdpipe.errors import ClaimedError, StoreError
+from fkdpipe.storage import claims, process, writer
 from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import open_location
 
@@ -42,7 +44,7 @@ def test_another_division_of_the_work_is_refused(location):
 
 def put(location, **changes) -> str:
     key = f"{claims.FOLDER}/1-of-1.json"
-    body = {**claims._process(), "nonce": "theirs", **changes}
+    body = {**process.facts(), "nonce": "theirs", **changes}
     location.write(key, json.dumps(body).encode())
     return key
 
@@ -92,3 +94,51 @@ def test_a_held_claim_is_renewed(location, monkeypatch):
     with Claim(location, 0, 1):
         time.sleep(0.5)
         assert location.age_seconds(key) < 0.4
+
+
+def test_a_renewal_that_failed_is_tried_again(location, monkeypatch, caplog):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.01)
+    plain, tried = location.write, threading.Event()
+    renewed = threading.Event()
+
+    def write(key, data):
+        if not tried.is_set():
+            tried.set()
+            raise StoreError("the disk is full")
+        plain(key, data)
+        renewed.set()
+
+    monkeypatch.setattr(location, "write", write)
+    with Claim(location, 0, 1) as claim:
+        assert renewed.wait(30)
+        claim.check()
+    assert "will be tried again: the disk is full" in caplog.text
+
+
+def test_only_partial_files_of_writers_that_are_gone_are_swept(tmp_path, monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    here, other = process.machine(), "0" * 8
+    left = {
+        f"zarr.json.{here}-{os.getpid()}.partial": False,  # being written now
+        f"zarr.json.{here}-{child.pid}.partial": True,
+        f"commits/images/part.json.{other}-{child.pid}.partial": False,  # young, and elsewhere
+        f"rounds/0/labels/t/ids/c/2/0/0.{other}-7.partial": True,  # of a unit whose claim we hold
+        f"rounds/0/labels/t/ids/c/1/0/0.{other}-7.partial": False,  # of another part's unit
+    }
+    location = open_location(tmp_path / "store")
+    for name in left:
+        location.write(name, b"half")
+    store = types.SimpleNamespace(location=location)
+    assert writer.sweep(store, 0, 2) == 2
+    assert {key for key, _ in location.list()} == {key for key, gone in left.items() if not gone}
+    monkeypatch.setattr(writer, "STALE_SECONDS", -1.0)
+    assert writer.sweep(store, 0, 2) == 1
+    assert location.length(f"zarr.json.{here}-{os.getpid()}.partial")
+
+
+def test_a_claim_that_is_being_written_is_not_taken_for_another_division(location):
+    body = json.dumps(process.facts()).encode()
+    location.write(f"{claims.FOLDER}/2-of-2.json.{process.machine()}-{os.getpid()}.partial", body)
+    with Claim(location, 0, 2) as claim:
+        claim.check()

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from conftest import CLASSES
 
 from fkdpipe.cli import cli
+from fkdpipe.commands import terminal
 
 COMMANDS = sorted(cli.commands)
 
@@ -192,7 +193,7 @@ def mistakes(pipeline, folder, checkpoint, tmp_path):
         "offline": (1, "resnet18=weights", ["generate", folder, tmp_path / "s", "--teacher", "resnet18", "--crops", "2"]),
         "does not fit": (1, "does not fit", ["generate", folder, tmp_path / "s", "--teacher", f"test_resnet={small}", "--crops", "2"]),
         "precision": (2, "precision must be one of", [*generate, "--precision", "int4", "--crops", "2"]),
-        "device": (2, "no CUDA device", [*generate, "--crops", "2", "--device", "cuda"]),
+        "device": (2, "0 CUDA devices", [*generate, "--crops", "2", "--device", "cuda"]),
         "unknown target": (2, "is not a target", [*train, "--target", "soft", *out]),
         "poor form": (1, "cannot serve", [*train, "--target", "full", *out]),
         "no store": (1, "is not a store", ["train", folder, tmp_path / "x", "--student", "test_resnet", "--target", "hard", *out]),
@@ -206,6 +207,17 @@ def mistakes(pipeline, folder, checkpoint, tmp_path):
         "report": (1, "is not a store", ["report", folder]),
         "verify": (1, "is not a store", ["verify", folder]),
         "evaluate": (1, "Did you mean", ["evaluate", folder, "resnet_18"]),
+        "other device": (2, "take auto, cpu, cuda", [*generate, "--crops", "2", "--device", "meta"]),
+        "tag": (1, "has no weights", ["generate", folder, tmp_path / "s", "--teacher", "resnet18.nosuch", "--crops", "2"]),
+        "threads": (2, "threads must be at least 1", [*generate, "--crops", "2", "--set", "threads=0"]),
+        "seed": (2, "seed must be between", [*train, "--target", "hard", "--seed", "-1", *out]),
+        "rate": (2, "lr must be positive", [*train, "--target", "hard", "--lr", "nan", *out]),
+        "out is a file": (2, "is a file", [*train, "--target", "hard", "--out", small]),
+        "out is the data": (2, "inside the image folder", [*train, "--target", "hard", "--out", folder / "run"]),
+        "evaluate batch": (2, "--batch", ["evaluate", folder, f"test_resnet={checkpoint}", "--batch", "0"]),
+        "demo is a file": (2, "is a file", ["demo", "--out", small]),
+        "basis nowhere": (2, "a folder that exists", ["fit-basis", folder, tmp_path / "x" / "b", *teacher]),
+        "analyse nothing": (2, "--model", ["analyse", pipeline / "store", folder]),
         "no val": (1, "no val/ folder", ["evaluate", folder / "train", f"test_resnet={checkpoint}"]),
     }  # fmt: skip
 
@@ -214,7 +226,9 @@ NAMES = [
     "no folder", "no crops", "no teacher", "unknown form", "K above C", "no crops at all", "part",
     "unknown teacher", "offline", "does not fit", "precision", "device", "unknown target",
     "poor form", "no store", "labels without a store", "unknown student", "no student",
-    "other classes", "batch", "recipe", "set", "report", "verify", "evaluate", "no val",
+    "other classes", "batch", "recipe", "set", "report", "verify", "evaluate", "other device", "tag",
+    "threads", "seed", "rate", "out is a file", "out is the data", "evaluate batch",
+    "demo is a file", "basis nowhere", "analyse nothing", "no val",
 ]  # fmt: skip
 
 
@@ -259,6 +273,19 @@ def test_a_signal_ends_generation_with_a_message_and_keeps_what_is_committed(
     assert process.returncode == 1
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
+
+
+def test_what_an_earlier_run_did_is_no_part_of_rate_and_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal._Lines().task("train", 1000, "steps", done=900) as advance:
+        for _ in range(2):
+            now[0] += 20
+            advance(20)
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first == "train: 920/1,000 steps, 1 steps/s, 0:01:20 left"
+    assert second == "train: 940/1,000 steps, 1 steps/s, 0:01:00 left"
+    assert last == "train: 940/1,000 steps in 0:00:40"
 
 
 def test_python_dash_m_works():

@@ -196,6 +196,17 @@ def test_every_transform_and_fill_trains(transform, fill):
     assert all(p.grad is not None for p in method.parameters())
 
 
+@pytest.mark.parametrize("transform", ["encoder-decoder", "mlp"])
+def test_positions_are_learnt_where_the_paper_is_followed(transform):
+    fixed, _, _ = pair(transform=transform)
+    learnt, ours, theirs = pair(transform=transform, places="learnable")
+    sum(term.sum() for term in learnt.loss(ours, targets(theirs)).values()).backward()
+    of = {name: p for name, p in learnt.named_parameters() if name.endswith("places")}
+    assert of
+    assert all(p.grad.abs().sum() > 0 for p in of.values())
+    assert not any(name.endswith("places") for name, _ in fixed.named_parameters())
+
+
 def test_maps_of_other_grids_meet_on_the_coarser_one():
     method, ours, theirs = pair(student=(6, 8), teacher=(10, 4))
     assert [side.patch for side in method.patches[1]] == [2, 1]

@@ -21,7 +21,7 @@ from fkdpipe.replay import View
 from fkdpipe.storage import labels, reader
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import open_location
-from fkdpipe.train import targets
+from fkdpipe.train import loop, targets
 from fkdpipe.train.feed import Feed
 from fkdpipe.train.order import Order
 from fkdpipe.train.schedule import passes
@@ -166,6 +166,25 @@ def test_a_file_that_breaks_in_mid_run_is_replaced_by_name(tmp_path, folder, tea
         assert batch.pixels.flatten(1).float().std(1).min() > 0  # no empty rows
     assert set(run.feed.failed) == {victim}
     assert caplog.text.count(f"{victim} is replaced") == 1
+
+
+def test_a_share_of_one_broken_image_goes_along_without_weight(tmp_path, folder, teacher, caplog):
+    """Nothing is there to replace it by, and the run would stop at this step again and again."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    store = make_store(tmp_path / "store", data, [teacher])
+    settings = train_settings(epochs=2, batch_size=2)  # of one image
+    run = prepare_run(tmp_path / "run", data, store, settings)
+    os.truncate(images.path_of(data / "train", store.images.keys[7]), 700)
+    whole = {}
+    for batch in run.feed.run():
+        whole[7 in batch.rows_B.tolist()] = batch
+        assert batch.total == (0 if 7 in batch.rows_B.tolist() else 2)
+    assert not whole[True].pixels.any()
+    assert set(run.feed.failed) == {str(store.images.keys[7])}
+    loss, _ = loop.step(run, whole[True])
+    assert float(loss) == 0.0
+    assert not any(p.grad.any() for p in run.learner.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "resized"])

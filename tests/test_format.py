@@ -11,6 +11,7 @@ import json
 import math
 import re
 import zlib
+from decimal import Context, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import pytest
 import zarr
 from conftest import CLASSES
 from pipeline import make_store
+
+from fkdpipe.crops import CropLaw, Jitter
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
 FORMS = ["topk:3", "topk:3:compact", "hard", "full", "logits"]
@@ -149,6 +152,91 @@ def test_features_read_as_the_page_says(stores):
     scale = array(stores["hard"], "rounds/0/features/t/pre/scale")[..., None]
     made = (code / 127) ** 3 * scale
     assert np.abs(made - plain).max() <= 0.013 * scale.max()
+
+
+ALL, G = 2**64 - 1, 0x9E3779B97F4A7C15
+
+
+def mix(x: int) -> int:
+    x = (x + G) & ALL
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & ALL
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & ALL
+    return x ^ (x >> 31)
+
+
+def image_id(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+class Stream:
+    """One field of one crop."""
+
+    def __init__(self, seed: int, key: str, crop: int, field: int) -> None:
+        state = mix(mix(mix(seed) ^ image_id(key)) ^ mix((crop + G) & ALL))
+        self.start = mix(state ^ mix((field + 1) << 32))
+
+    def draw(self, n: int) -> int:
+        return mix((self.start + (n + 1) * G) & ALL)
+
+    def uniform(self, n: int) -> float:
+        return (self.draw(n) >> 11) / 2**53
+
+    def below(self, n: int, limit: int) -> int:
+        return ((self.draw(n) >> 32) * limit) >> 32
+
+
+def exp(x: float) -> float:
+    k = round(x / 0.6931471805599453)
+    r = x - k * 0.6931471805599453
+    y = 1.0
+    for n in range(14, 0, -1):
+        y = 1 + (y * r) / n
+    return y * 2.0**k
+
+
+def drawn_box(settings: dict, stream: Stream, H: int, W: int) -> list[int]:
+    low, high = settings["ratio"]
+    ln_low, ln_high = (float(Decimal(x).ln(Context(prec=40))) for x in (low, high))
+    least, most = settings["scale"]
+    for a in range(10):
+        area = (H * W) * (least + (most - least) * stream.uniform(4 * a))
+        aspect = exp(ln_low + (ln_high - ln_low) * stream.uniform(4 * a + 1))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= W and 0 < h <= H:
+            return [stream.below(4 * a + 2, H - h + 1), stream.below(4 * a + 3, W - w + 1), h, w]
+    h = min(H, round(W / low)) if low * H > W else H
+    w = min(W, round(H * high)) if high * H < W else W
+    return [(H - h) // 2, (W - w) // 2, h, w]
+
+
+def test_derived_boxes_are_drawn_from_the_page_alone(tmp_path, folder, teacher):
+    """With jitter, a ratio that often fits nothing, and a second round."""
+    jitter = {"brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}
+    law = CropLaw(scale=(0.6, 1.0), ratio=(1.5, 2.5), flip=0.3, jitter=Jitter(**jitter))
+    for crops in (3, 5):
+        make_store(
+            tmp_path, folder, [teacher], crop=law, crops=crops, seed=7, boxes="derived", form="hard"
+        )
+    keys, sizes = array(tmp_path, "images/key").tolist(), array(tmp_path, "images/size").tolist()
+    seed = group(tmp_path, "")["order_seed"]
+    assert keys == sorted(keys, key=lambda k: (mix(mix(seed) ^ image_id(k)), image_id(k)))
+    for number in (0, 1):
+        path = f"rounds/{number}/crops"
+        settings = group(tmp_path, path)["settings"]
+        first, seed = settings["first"], settings["seed"]
+        places = [(k, size, c + first) for k, size in zip(keys, sizes, strict=True)
+                  for c in range(settings["crops"])]  # fmt: skip
+        box = [drawn_box(settings, Stream(seed, k, c, 0), *size) for k, size, c in places]
+        flip = [Stream(seed, k, c, 1).uniform(0) < settings["flip"] for k, _, c in places]
+        factor = [
+            centre + settings["jitter"][name] * (2 * Stream(seed, k, c, 2 + f).uniform(0) - 1)
+            for k, _, c in places
+            for f, (name, centre) in enumerate(zip(jitter, (1, 1, 1, 0), strict=True))
+        ]
+        data = np.array(box, "<u2").tobytes() + np.array(flip).tobytes()
+        data += np.array(factor, "<f4").tobytes()
+        made = record(tmp_path / "commits" / path / "0.json")["made"]
+        assert made["crops_crc32c"] == crc32c(data)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 
@@ -17,13 +18,14 @@ from fkdpipe.distributed import Rank
 from fkdpipe.errors import (
     ImagesError,
     ModelError,
+    ReplayError,
     StoreError,
     StoreMismatchError,
     UsageError,
 )
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen import unit as making
-from fkdpipe.replay import Request, View
+from fkdpipe.replay import Request, View, cpu
 from fkdpipe.storage import labels, reader, report, verify
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.store import open_store
@@ -188,6 +190,37 @@ def test_broken_images_are_recorded_left_out_and_counted(tmp_path, folder, teach
     assert report.measure(store).failed == 2
     assert not verify.verify(store, full=True)
     capfd.readouterr()
+
+
+def test_an_error_of_the_disk_is_not_kept_as_a_broken_image(tmp_path, folder, teacher, monkeypatch):
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_IMAGES", 16)
+    plain = cpu._load
+
+    def failing(path: bytes) -> np.ndarray:
+        if path.endswith(b"beech/1.jpg"):
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path)
+
+    monkeypatch.setattr(cpu, "_RETRY_SECONDS", 0.0)
+    with monkeypatch.context() as disk:
+        disk.setattr(cpu, "_load", failing)
+        with pytest.raises(ReplayError, match=r"beech/1.jpg: .*Input/output error"):
+            make_store(tmp_path / "store", folder, [teacher])
+    before = open_store(tmp_path / "store")
+    made = [marker is not None for _, marker in before.markers(before.part("rounds/0/labels/t"))]
+    assert made == [True, True, True, False]
+    store = make_store(tmp_path / "store", folder, [teacher])
+    assert not reader.finished(store, [("labels", "t", "")]).failed
+
+
+def test_a_folder_that_goes_away_in_part_is_noticed(tmp_path, folder, teacher):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    store = make_store(tmp_path / "store", data, [teacher])
+    for key in store.images.keys[20:32]:
+        os.remove(images.path_of(data / "train", key))
+    with pytest.raises(ImagesError, match=r"12 of 51 images .* and all of it there"):
+        make_store(tmp_path / "store", data, [teacher], crops=6)
 
 
 def test_the_wrong_folder_is_noticed(tmp_path, folder, teacher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from conftest import CLASSES, load_teacher
 from pipeline import CPU, arrays_of, make_store, prepare_run, train_settings
 
-from fkdpipe.errors import FkdpipeError, StoreMismatchError, UsageError
+from fkdpipe.distributed import Rank
+from fkdpipe.errors import FkdpipeError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import check, dry_run, generate
 from fkdpipe.labelgen import unit as making
 from fkdpipe.labelgen.settings import GenerateSettings
@@ -18,6 +20,7 @@ from fkdpipe.replay import normalise
 from fkdpipe.storage import features, labels, reader, schema, thin, verify
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.store import open_store
 from fkdpipe.storage.thin import Thinning
 from fkdpipe.taps import Needs
 
@@ -166,7 +169,7 @@ def test_the_teacher_check_passes_and_can_fail(tmp_path, folder, teacher, checkp
         store = make_store(tmp_path / form, folder, [teacher], form=form)
         part = store.part("rounds/0/labels/t")
         checked = check.teacher(store, part, folder, [teacher], device=CPU, sample=20)
-        assert checked.crops >= 80
+        assert checked.crops == 20
         assert not checked.problems, form
         assert checked.worst <= checked.allowed
     with torch.no_grad():
@@ -351,3 +354,64 @@ def test_derived_boxes_generate_and_train_alike(tmp_path, folder, teacher):
     assert torch.equal(batches[0].pixels, batches[1].pixels)
     size = [sum(n for _, n in s.location.list()) for s in (stored, derived)]
     assert size[1] < size[0]
+
+
+@pytest.fixture
+def growing(tmp_path, folder, teacher, monkeypatch):
+    """A store of 4 crops an image whose growth to 7 was cut off after its first unit."""
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_IMAGES", 16)
+    make_store(tmp_path / "store", folder, [teacher])
+    plain = making.Unit.make
+
+    def stop(self, *args):
+        if self.number:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making.Unit, "make", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make_store(tmp_path / "store", folder, [teacher], crops=7)
+    return open_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("allow_partial", [False, True])
+def test_a_store_that_grows_can_be_read_as_far_as_it_was_finished(growing, caplog, allow_partial):
+    found = reader.finished(growing, [("labels", "t", "")], allow_partial=allow_partial)
+    assert found.crops_per_image == 4
+    assert len(found.rows) == growing.num_images
+    assert "still growing; its first 4 crops" in caplog.text
+
+
+def test_a_run_goes_on_with_the_crops_it_began_with(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher])
+    begun = prepare_run(tmp_path / "run", folder, store, train_settings())
+    store = make_store(tmp_path / "store", folder, [teacher], crops=7)
+    again = prepare_run(tmp_path / "run", folder, store, train_settings())
+    assert again.digest == begun.digest
+    assert again.feed.data.crops_per_image == 4
+    new = prepare_run(tmp_path / "new", folder, store, train_settings())
+    assert new.feed.data.crops_per_image == 7
+
+
+def test_a_run_is_not_continued_on_other_labels(tmp_path, folder, teacher, checkpoint):
+    """The same crops and source name, another teacher."""
+    halved = dataclasses.replace(load_teacher(checkpoint), digest="0" * 64)
+    stores = [make_store(tmp_path / t.digest, folder, [t]) for t in (teacher, halved)]
+    prepare_run(tmp_path / "run", folder, stores[0], train_settings())
+    with pytest.raises(TrainingError, match=r"data\.manifests\.1\.0"):
+        prepare_run(tmp_path / "run", folder, stores[1], train_settings())
+
+
+def test_a_dry_run_of_one_part_measures_a_whole_sample_after_its_first_batch(
+    folder, teacher, monkeypatch
+):
+    times = iter([0.0, 100.0, 104.0])  # the task begins, its first batch is done, all is done
+    clock = types.SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr(dry_run, "time", clock)
+    settings = GenerateSettings(teacher=("t",), crops=20, source="t", form="topk:3")
+    resources = generate.Resources(device=CPU, batch=16, rank=Rank(1, 2))
+    predicted = dry_run.forecast(folder, settings, [teacher], resources)
+    assert predicted.sampled_crops == 32 * 16
+    assert predicted.crops_per_s == (32 * 16 - 16) / 4
+    assert predicted.bytes_per_crop > 4  # labels too, not the boxes alone

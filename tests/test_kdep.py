@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from conftest import load_teacher
 from pipeline import CPU, make_store, prepare_run, train_settings
 from safetensors.torch import load_file
 
-from fkdpipe import features
-from fkdpipe.errors import ModelError, StoreMismatchError, UsageError
+from fkdpipe import features, models
+from fkdpipe.cli import cli
+from fkdpipe.errors import ModelError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import fit_basis
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.replay import normalise
+from fkdpipe.storage.store import open_store
 from fkdpipe.taps import Needs, Outputs
-from fkdpipe.train import loop
+from fkdpipe.train import loop, metrics
 from fkdpipe.train import step as stepping
 from fkdpipe.train.methods import kdep
 from fkdpipe.train.methods.interface import Context, Targets
@@ -237,6 +240,19 @@ def test_the_classifier_rests_and_the_export_is_a_plain_timm_model(
     assert (ours.pre < 0).any()
 
 
+def test_a_run_does_not_go_on_with_another_basis_under_the_same_name(
+    tmp_path, folder, stores, checkpoint, basis_file
+):
+    file = tmp_path / "basis.safetensors"
+    file.write_bytes(basis_file.read_bytes())
+    run_of(tmp_path / "run", folder, stores, checkpoint, RAW, method={"basis": str(file)})
+    basis = features.load_basis(file)
+    turned = dataclasses.replace(basis, components_DK=-basis.components_DK)
+    features.save_basis(file, turned)
+    with pytest.raises(TrainingError, match="basis"):
+        run_of(tmp_path / "run", folder, stores, checkpoint, RAW, method={"basis": str(file)})
+
+
 def test_an_automatic_weight_starts_at_6_9_and_survives_a_stop(
     tmp_path, folder, stores, checkpoint, monkeypatch
 ):
@@ -275,6 +291,28 @@ def test_unlabelled_images_in_a_flat_folder_will_do(tmp_path, checkpoint, basis_
     result = loop.train(run)
     plain = timm.create_model("test_resnet", num_classes=1, **NARROW)
     plain.load_state_dict(load_file(result.student))
+
+
+def test_the_teachers_classes_need_not_be_the_folders(tmp_path, folder):
+    """Nobody asks about them: neither stored features nor a live teacher are matched."""
+    file = tmp_path / "other.safetensors"
+    other = timm.create_model("test_resnet", num_classes=11)
+    models.write_export(file, other, {"student": "test_resnet", "size": [32, 32]})
+    store = tmp_path / "store"
+    made = ["generate", str(folder), str(store), "--teacher", f"test_resnet={file}", "--form",
+            "none", "--features", "pre", "--crops", "4", "--device", "cpu"]  # fmt: skip
+    done = CliRunner().invoke(cli, made)
+    assert done.exit_code == 0, done.output
+    wanted = {"name": "kdep", "alignment": "interpolation"}
+    stored = train_settings(target="ground-truth", student_options=NARROW, method=wanted)
+    live = dataclasses.replace(stored, teacher=f"test_resnet={file}")
+    losses = []
+    for name, settings in (("stored", stored), ("live", live)):
+        run = prepare_run(tmp_path / name, folder, open_store(store), settings)
+        loop.train(run)
+        lines = metrics.read(tmp_path / name / "metrics.jsonl")
+        losses.append([x["last_loss"] for x in lines if x["kind"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
 def test_what_does_not_go_together_is_refused(basis_file, tmp_path):

@@ -13,7 +13,7 @@ from fkdpipe.errors import StoreMismatchError, UsageError
 from fkdpipe.storage import labels
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.train import targets
-from fkdpipe.train.inputs import Scores
+from fkdpipe.train.stored import Scores
 
 CPU = torch.device("cpu")
 TARGETS = [

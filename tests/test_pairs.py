@@ -26,6 +26,7 @@ SIZE = {"encoder_depth": 1, "decoder_depth": 1, "encoder_heads": 2, "decoder_hea
 DPK = {"name": "dpk", "stages": [{"stage": 1, **SIZE}, {"stage": 2, **SIZE}]}
 FITNET = {"name": "fitnet", "stages": [1, 2], "kd_weight": 1.0}
 SCALEKD = {"name": "scalekd"}
+SRD = {"name": "srd", "form": "corr", "student": "tokens"}
 
 PAIRS = [
     *(("swin", student, SCALEKD) for student in tiny.NETWORKS if student != "beit"),
@@ -36,6 +37,7 @@ PAIRS = [
     ("convnext", "mixer", DPK),
     ("resnet", "vit", FITNET),
     ("beit", "convnext", FITNET),
+    ("regnet", "deit", SRD),
 ]
 
 

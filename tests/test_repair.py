@@ -6,12 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from pipeline import CPU, make_store
 
-from fkdpipe.errors import DamagedStoreError, FkdpipeError, StoreError
+from fkdpipe.cli import cli
+from fkdpipe.errors import ClaimedError, DamagedStoreError, FkdpipeError, StoreError
 from fkdpipe.labelgen import generate, plan, repair
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.storage import mend, reader, verify
+from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
 
@@ -47,9 +50,10 @@ def copy(whole, tmp_path) -> LocalLocation:
 
 
 def mended(location, folder, taught) -> dict[str, bytes]:
-    broken = repair.prepare(location, folder)
+    restored = repair.restore(location, folder)
     made = plan.prepare(location, folder, SETTINGS, [taught], device=CPU)
-    resources = generate.Resources(device=CPU, batch=5, batch_of=broken.batch_of)
+    again = repair.withdraw(made, restored)
+    resources = generate.Resources(device=CPU, batch=5, batch_of=again.batch_of)
     generate.generate(made, [taught], resources)  # another batch: the recorded one must be taken
     store = Store(location)
     assert not verify.verify(store, full=True)
@@ -200,7 +204,7 @@ def test_a_list_of_images_that_cannot_be_made_again_is_said(whole, tmp_path, fol
     shutil.copytree(folder, data)
     cut(99, 50, 50).save(data / "train" / "ash" / "new.jpg")
     with pytest.raises(StoreError, match="no longer holds the images"):
-        repair.prepare(location, data)
+        repair.restore(location, data)
     assert mended(location, folder, taught) == whole[1]
 
 
@@ -221,3 +225,38 @@ def test_damage_while_reading_names_the_unit_and_the_command(whole, tmp_path):
     with pytest.raises(DamagedStoreError, match=r"unit 2.*--repair") as raised:
         wide.unit(2, np.arange(4))
     assert raised.value.unit == 2
+
+
+def test_a_repair_makes_its_own_parts_and_names_the_others(
+    tmp_path, folder, teacher, checkpoint, monkeypatch
+):
+    monkeypatch.setattr("fkdpipe.storage.schema.UNIT_IMAGES", 16)
+    for source in ("a", "b"):
+        store = make_store(tmp_path / "store", folder, [teacher], source=source)
+    before = contents(store)
+    for source in ("a", "b"):
+        damage(store.location, f"rounds/0/labels/{source}/ids/c/1/0/0", "flip")
+    words = [
+        "generate", folder, store.url, "--teacher", f"test_resnet={checkpoint}", "--form", "topk:3",
+        "--repair",
+    ]  # fmt: skip
+    refused = CliRunner().invoke(cli, [*map(str, words), "--source", "a", "--part", "1/2"])
+    assert refused.exit_code == 2
+    made = CliRunner().invoke(cli, [*map(str, words), "--source", "a"])
+    assert made.exit_code == 0, made.output
+    assert "1 units made again" in made.stdout
+    assert "rounds/0/labels/b: 1 units are still broken" in made.stdout
+    found = verify.verify(Store(store.location), full=True)
+    assert [(p.code, p.part, p.unit) for p in found] == [("checksum", "rounds/0/labels/b", 1)]
+    made = CliRunner().invoke(cli, [*map(str, words), "--source", "b"])
+    assert "still broken" not in made.stdout
+    assert contents(store) == before
+
+
+def test_a_repair_waits_for_nobody_and_disturbs_nobody(whole, tmp_path, folder):
+    location = copy(whole, tmp_path)
+    damage(location, "rounds/0/labels/t/ids/c/1/0/0", "flip")
+    before = {key: location.read(key) for key, _ in location.list()}
+    with Claim(location, 1, 3), pytest.raises(ClaimedError, match="is being written by process"):
+        repair.restore(location, folder)
+    assert {key: location.read(key) for key, _ in location.list()} == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from torchvision.transforms.v2 import functional
 from fkdpipe import crops, images, replay
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import ReplayError, UsageError
-from fkdpipe.replay import Request, View, open_replay
+from fkdpipe.replay import Replay, Request, View, cpu, open_replay
 
 BACKENDS = ("cpu", "dali")
+WITH_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_GPU = pytest.param("dali on cuda", marks=[pytest.mark.gpu, WITH_CUDA])
 VIEWS = (View((32, 32)), View((40, 28), "bicubic"))
 M = 5
 
@@ -61,23 +65,36 @@ def decoded_by_pillow(path: bytes) -> torch.Tensor:
 @pytest.fixture(scope="module", params=BACKENDS)
 def made(request, everything):
     """(backend, pixels of every crop and view)."""
-    with open_replay(request.param, VIEWS) as replayer:
-        (pixels,) = replayer.run([everything])
+    return request.param, at_once(open_replay(request.param, VIEWS), everything)
+
+
+@pytest.fixture(scope="module", params=[*BACKENDS, ON_GPU])
+def anywhere(request, everything):
+    """(how to open the backend, pixels of every crop and view), on a GPU too."""
+    backend, _, device = request.param.partition(" on ")
+    opened = partial(open_replay, backend, device=torch.device(device or "cpu"))
+    return opened, at_once(opened(VIEWS), everything)
+
+
+def at_once(replayer: Replay, request: Request) -> list[torch.Tensor]:
+    with replayer:
+        (pixels,) = replayer.run([request])
     assert not pixels.failures
-    return request.param, [view.clone() for view in pixels.views]
+    return [view.clone() for view in pixels.views]
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (3, 4)])
 def test_pixels_do_not_depend_on_company_order_batch_m_or_threads(
-    made, everything, threads, prefetch
+    anywhere, everything, threads, prefetch
 ):
-    backend, whole = made
+    """On a GPU nvJPEG is pinned to its CUDA decoder (hw_decoder_load 0), see below."""
+    opened, whole = anywhere
     count = len(everything.paths)
     shuffled = np.random.default_rng(threads).permutation(count).tolist()
     requests = [some(everything, shuffled[k : k + 7]) for k in range(0, count, 7)]
     requests += [some(everything, [k], slice(2, 3)) for k in range(count)]
     requests += [some(everything, range(count), slice(1, 4))]
-    with open_replay(backend, VIEWS, threads=threads, prefetch=prefetch) as replayer:
+    with opened(VIEWS, threads=threads, prefetch=prefetch) as replayer:
         for pixels in replayer.run(requests):
             first = {1: 2, 3: 1}.get(pixels.request.box_Im4.shape[1], 0)
             m = pixels.request.box_Im4.shape[1]
@@ -86,11 +103,30 @@ def test_pixels_do_not_depend_on_company_order_batch_m_or_threads(
                 assert torch.equal(ours.unflatten(0, (-1, m)), expected[:, first : first + m])
 
 
-def test_a_view_does_not_depend_on_other_views(made, everything):
-    backend, whole = made
-    with open_replay(backend, VIEWS[1:]) as replayer:
-        (pixels,) = replayer.run([everything])
-    assert torch.equal(pixels.views[0], whole[1])
+def test_a_view_does_not_depend_on_other_views(anywhere, everything):
+    opened, whole = anywhere
+    (alone,) = at_once(opened(VIEWS[1:]), everything)
+    assert torch.equal(alone, whole[1])
+
+
+@pytest.mark.gpu
+@WITH_CUDA
+def test_with_dalis_default_split_pixels_depend_on_company(everything):
+    """Why hw_decoder_load is pinned: by default a share of each batch goes to the hardware decoder,
+    whose pixels differ from the CUDA decoder's."""
+    from fkdpipe.replay.dali import DaliReplay
+
+    split = partial(
+        DaliReplay, VIEWS[:1], threads=2, prefetch=2, device=torch.device("cuda"),
+        hw_decoder_load=0.65,
+    )  # fmt: skip
+    count = len(everything.paths)
+    (together,) = at_once(split(), everything)
+    alone = torch.cat([at_once(split(), some(everything, [k]))[0] for k in range(count)])
+    if torch.equal(together, alone):
+        pytest.skip("this GPU has no hardware JPEG decoder, or one with the same pixels")
+    differ = (together != alone).unflatten(0, (count, M)).flatten(1).any(1)
+    assert not differ.all()  # odd kinds of files never go to the hardware decoder
 
 
 @pytest.mark.parametrize("view", range(2))
@@ -217,6 +253,70 @@ def test_broken_files_fail_alone(backend, everything, tmp_path, capfd):
         assert not kept[[1, 2, 3]].any()
         assert torch.equal(after[1][view], before[1][view])
     capfd.readouterr()  # the decoder prints on stderr by itself
+
+
+def failing_reads(monkeypatch, name: str, times: int) -> None:
+    """The first reads of a file end in an error of the disk."""
+    left, plain = [times], cpu._load
+
+    def load(path: bytes) -> np.ndarray:
+        if path.endswith(name.encode()) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", path)
+        return plain(path)
+
+    monkeypatch.setattr(cpu, "_load", load)
+    monkeypatch.setattr(cpu, "_RETRY_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(("times", "codes"), [(1, []), (2, ["not-the-file"])])
+def test_an_error_of_the_disk_is_tried_again_and_never_taken_for_a_broken_file(
+    everything, monkeypatch, times, codes
+):
+    few = some(everything, range(4))
+    failing_reads(monkeypatch, os.path.basename(os.fsdecode(few.paths[2])), times)
+    with open_replay("cpu", VIEWS) as replayer:
+        (pixels,) = replayer.run([few])
+    assert [f.code for f in pixels.failures] == codes
+    if codes:
+        with pytest.raises(ReplayError, match="Input/output error"):
+            replay.refuse_passing(pixels)
+
+
+def test_what_dali_alone_cannot_make_is_no_broken_file(everything, tmp_path, monkeypatch):
+    from fkdpipe.replay import dali
+
+    few = some(everything, range(3))
+    few.paths[1] = os.fsencode(tmp_path / "gone.jpg")
+
+    plain = dali.DaliReplay._step
+
+    def broken(self, graph):
+        plain(self, graph)
+        raise RuntimeError("Error in operator x")
+
+    monkeypatch.setattr(dali.DaliReplay, "_step", broken)
+    with open_replay("dali", VIEWS) as replayer:
+        (pixels,) = replayer.run([few])
+    codes = [f.code for f in pixels.failures]
+    assert codes == ["not-the-file", "unreadable", "not-the-file"]
+
+
+def test_dalis_lack_of_gpu_memory_is_torchs_error(everything, monkeypatch):
+    """So that phase 1 halves its batch."""
+    from fkdpipe.replay import dali
+
+    class Graph:
+        def run(self, *stream):
+            raise RuntimeError(
+                "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"
+            )
+
+    monkeypatch.setattr(dali.DaliReplay, "_build", lambda self, *arguments: Graph())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    replayer = dali.DaliReplay(VIEWS, threads=1, prefetch=1, device=torch.device("cuda"))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="DALI"):
+        list(replayer.run([some(everything, range(3))]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -229,6 +229,14 @@ def test_terms_are_the_written_formula():
     assert torch.allclose(terms["hard"], 0.5 * hard, atol=1e-5)
 
 
+def test_the_papers_weights_of_the_tasks_can_be_had():
+    code, ours, given, _ = pair()
+    paper, _, _, _ = pair(kd_weight=1.0, hard_weight=1.0)
+    for name in ("hard", "kd"):
+        half, whole = (m.loss(ours, targets(given))[name] for m in (code, paper))
+        assert torch.allclose(whole, 2 * half)
+
+
 def test_kd_is_the_divergence_and_the_teachers_entropy():
     method, ours, given, _ = pair()
     terms = method.loss(ours, targets(given))
@@ -266,6 +274,7 @@ def test_the_stem_takes_the_students_kind_of_norm(student, norm):
     [
         ({"projector": "linear"}, "tpp = false"),
         ({"kd_weight": 2.0}, "within 0 and 1"),
+        ({"kd_weight": -1.0, "hard_weight": 1.0}, "must not be negative"),
         ({"heads": [0, 3]}, "at least 1"),
         ({"softmax_scale": 0.0}, "must be positive"),
         ({"spatial_weight": -1.0}, "must not be negative"),

@@ -187,6 +187,15 @@ def test_without_log_and_without_terms():
     assert srd.needs(srd.Settings()).independent
 
 
+def test_a_constant_channel_leaves_gradients_of_the_correlation_form_within_bounds():
+    made = method(form="corr")
+    ours = random(B, D_T)
+    ours[:, 3] = 1.5
+    ours.requires_grad_()
+    made.distance(ours, random(B, D_T, seed=1)).backward()
+    assert ours.grad.abs().max() < 1e6
+
+
 def test_a_pass_may_end_in_a_single_crop_which_says_nothing_of_a_batch():
     made, ours = method(), random(1, D_T).requires_grad_()
     made.distance(ours, random(1, D_T, seed=1)).backward()

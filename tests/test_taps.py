@@ -100,6 +100,31 @@ def test_pre_is_the_pooled_map_before_the_last_relu():
     assert torch.allclose(made.stages[1], seen["map"].relu(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "side"), WITH)
+def test_the_last_stages_map_is_the_same_with_and_without_the_tap(name, side):
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        plain = Tapped(network(name), Needs(stages=(1,)))(x)
+        tapped = Tapped(network(name), Needs(pre=True, stages=(1,)))(x)
+    assert torch.allclose(plain.stages[1], tapped.stages[1], atol=1e-5)
+
+
+def test_the_final_map_of_a_convnext_is_normed_though_its_head_pools_first():
+    model = network("convnext_atto")
+    with torch.no_grad():
+        made = Tapped(model, Needs(stages=(1,), final=True))(torch.randn(2, 3, 64, 64))
+        mean = made.final.mean(1)
+        assert torch.allclose(made.final, model.head.norm(made.stages[1]), atol=1e-5)
+    assert torch.allclose(mean, torch.zeros_like(mean), atol=1e-5)
+
+
+def test_a_distilled_network_has_two_classifiers():
+    made = Tapped(network("deit_tiny_distilled_patch16_224"), Needs(penultimate=True))
+    made.classifier.requires_grad_(False)
+    resting = {name for name, p in made.network.named_parameters() if not p.requires_grad}
+    assert resting == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
 def test_the_final_map_is_normed_and_stages_are_not():
     model = network("swin_tiny_patch4_window7_224")
     x = torch.randn(1, 3, 224, 224)

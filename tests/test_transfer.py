@@ -43,6 +43,10 @@ def settings(**changes) -> TransferSettings:
     )
 
 
+def test_rates_never_fall_before_the_first_epoch():
+    assert [transfer.drops(n) for n in (150, 3, 2, 1)] == [(50, 100), (1, 2), (1,), ()]
+
+
 def test_a_checkpoint_of_other_classes_needs_a_new_head(tmp_path, folder, backbone):
     model, truth = f"test_resnet={backbone}", {"target": "ground-truth"}
     with pytest.raises(ModelError, match="does not fit"):

@@ -16,7 +16,8 @@ from fkdpipe.storage import verify
 from fkdpipe.storage.store import Store, open_store
 
 # `fkdpipe` with units of a few images. With TWICE, two processes of it at once, and a pause in each
-# unit so that they really overlap; forked, since to import everything takes longest.
+# unit so that they really overlap; forked, since to import everything takes longest. With SEEDS,
+# each of the two has another seed.
 FEW_IMAGES = """
 import os
 import sys
@@ -32,9 +33,10 @@ if "TWICE" not in os.environ:
 plain = unit.Unit.make
 unit.Unit.make = lambda self, *args: (time.sleep(0.2), plain(self, *args))[1]
 children = []
-for _ in range(2):
+for seed in range(2):
     child = os.fork()
     if not child:
+        sys.argv += ["--seed", str(seed)] if "SEEDS" in os.environ else []
         main()
     children.append(child)
 print(sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
@@ -110,3 +112,17 @@ def test_two_processes_started_on_the_same_part_are_never_mixed(tmp_path, whole,
     assert "is being written by process" in made.stderr
     assert "Traceback" not in made.stderr
     assert_same(open_store(place), whole)
+
+
+@pytest.mark.slow
+def test_of_two_starts_with_other_seeds_one_wins_and_one_is_refused(tmp_path, generate):
+    """On an empty folder, where both list the images at the same time."""
+    made = generate(tmp_path / "store", TWICE="yes", SEEDS="yes")
+    assert made.stdout.splitlines()[-1] == "[0, 1]", made.stderr
+    assert "Traceback" not in made.stderr
+    store = open_store(tmp_path / "store")
+    assert not verify.verify(store, full=True)
+    (crops,) = store.rounds()
+    assert crops.settings["seed"] == store.facts["order_seed"]
+    loser = 1 - crops.settings["seed"]
+    assert f"seed: {crops.settings['seed']}, now {loser}" in made.stderr

@@ -20,8 +20,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "beit": ("beit_base_patch16_224", PLAIN, 64),
     "mixer": ("mixer_s16_224", {}, 64),
     "convnext": ("test_convnext", {}, 64),
+    "regnet": ("regnety_002", {}, 64),
+    "deit": ("deit_tiny_distilled_patch16_224", PLAIN, 64),
 }
-SIZED = ("swin", "swinv2", "vit", "beit", "mixer")  # built for one input size
+SIZED = ("swin", "swinv2", "vit", "beit", "mixer", "deit")  # built for one input size
 
 
 def options(family: str) -> dict[str, Any]:

@@ -49,9 +49,12 @@ def fit_basis(
     Example:
       fkdpipe fit-basis images basis.safetensors --teacher resnet50 --images 10%
     """
+    from fkdpipe.errors import UsageError
     from fkdpipe.labelgen.fit_basis import FitSettings
 
     settings = options.resolve(FitSettings, recipe, assignments, flags)
+    if basis.is_dir() or not basis.parent.is_dir():
+        raise UsageError(f"{basis}: name a file in a folder that exists.")
     from fkdpipe import distributed, features, teachers
     from fkdpipe.labelgen import basis_plot
     from fkdpipe.labelgen import fit_basis as fitting
@@ -59,7 +62,6 @@ def fit_basis(
     from fkdpipe.models import parse_spec
     from fkdpipe.storage.store import open_store
 
-    terminal.check_file(basis)
     if plot:
         terminal.check_file(plot, (".png", ".pdf", ".svg"))
     rank = distributed.current()

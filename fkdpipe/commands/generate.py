@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
     from fkdpipe.labelgen.dry_run import Forecast
+    from fkdpipe.labelgen.settings import GenerateSettings
+    from fkdpipe.teachers import Teacher
 
 
 @click.command()
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
 @click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
-@click.option("--features", multiple=True, metavar="pre|post[:D]", help="Penultimate vectors too.")
+@click.option("--features", multiple=True, metavar="pre|post[:D]|map", help="Features too.")
 @click.option("--basis", type=click.Path(path_type=Path), help="Of fit-basis, for pre:D.")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.")
 @click.option("--seed", type=int, help="Of the crops and the order of images.  [default: 0]")
@@ -67,46 +70,61 @@ def generate(
     from fkdpipe.labelgen.settings import GenerateSettings
 
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
-    from fkdpipe import distributed, images, teachers
+    from fkdpipe import distributed
+    from fkdpipe.errors import UsageError
     from fkdpipe.labelgen import dry_run as forecasting
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
     from fkdpipe.labelgen import repair as repairing
-    from fkdpipe.models import parse_spec
     from fkdpipe.storage.location import open_location
 
     rank = distributed.parse_part(part) if part else distributed.current()
+    if repair and rank.world > 1:
+        raise UsageError("--repair is for one process: start it without --part and torchrun.")
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
-    loaded = teachers.load_teachers(
-        [parse_spec(text) for text in settings.teacher],
-        class_names=images.class_folders(images.split_root(data, "train")),
-        weights=settings.teacher_weight,
-        class_maps=[images.read_class_map(file) for file in settings.class_map],
-        precision=settings.precision,
-        device=where,
-        needs=settings.needs,
-    )
+    loaded = _load_teachers(data, settings, where)
     threads = settings.threads or distributed.default_threads()
     resources = run.Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
     location = open_location(store)
     if dry_run:
         _print_forecast(forecasting.forecast(data, settings, loaded, resources, reporter=reporter))
         return
-    if repair:
-        broken = repairing.prepare(location, data)
-        resources = replace(resources, batch_of=broken.batch_of)
+    restored = repairing.restore(location, data) if repair else None
     plan = planning.prepare(
         location, data, settings, loaded, device=where, rank=rank, reporter=reporter
     )
+    if restored is not None:
+        withdrawn = repairing.withdraw(plan, restored)
+        resources = replace(resources, batch_of=withdrawn.batch_of)
     result = run.generate(plan, loaded, resources, reporter=reporter)
     state = "complete" if result.sealed else "other parts are still to be made"
     click.echo(
         f"{store}: {result.made} units made, {result.kept} kept, "
         f"{len(result.failed)} images left out; {state}."
     )
-    if repair:
-        click.echo(f"{len(broken.restored)} records restored, {len(broken.units)} units made again")
+    if restored is not None:
+        click.echo(
+            f"{len(restored.records)} records restored, {len(withdrawn.units)} units made again"
+        )
+        for path, count in Counter(path for path, _ in withdrawn.left).items():
+            click.echo(f"{path}: {count} units are still broken; --repair with what made them")
+
+
+def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[Teacher]:
+    from fkdpipe import images, teachers
+    from fkdpipe.models import parse_spec
+
+    named = settings.form != "none"  # features alone have no classes to match
+    return teachers.load_teachers(
+        [parse_spec(text) for text in settings.teacher],
+        class_names=images.class_folders(images.split_root(data, "train")) if named else (),
+        weights=settings.teacher_weight,
+        class_maps=[images.read_class_map(file) for file in settings.class_map],
+        precision=settings.precision,
+        device=device,
+        needs=settings.needs,
+    )
 
 
 def _print_forecast(f: Forecast) -> None:

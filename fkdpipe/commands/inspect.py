@@ -165,7 +165,7 @@ def analyse(
     if model and data is None:
         raise UsageError("--model needs DATA: the images its crops are cut from.")
     if not model and (data is not None or class_map):
-        raise UsageError("DATA and --class-map are for --model; without one, leave them out.")
+        raise UsageError("DATA and --class-map are for the networks of --model; name one.")
     if out is not None:
         terminal.check_file(out, KINDS)
     reporter = terminal.reporter()

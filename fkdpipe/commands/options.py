@@ -75,14 +75,16 @@ def choose_device(text: str, local_rank: int = 0) -> Any:
         raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        many = "s" if count > 1 else ""
-        raise UsageError(f"--device {text}: torch sees {count or 'no'} CUDA device{many} here.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here."
+        )
     return device
 
 
-def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+def finite(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
     """Refuse nan and infinity, which Python takes for numbers."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no finite number.")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Images run again.",
+    help="Crops run again.",
 )
 @options.cache_option
 @options.device_option
@@ -102,31 +102,45 @@ def _against_data(
     device: str,
 ) -> list[Problem]:
     from fkdpipe import features, images, teachers
-    from fkdpipe.errors import ModelError
+    from fkdpipe.errors import ModelError, StoreError
     from fkdpipe.labelgen import check
     from fkdpipe.models import parse_spec
-    from fkdpipe.taps import Needs
+    from fkdpipe.storage.verify import Problem
+    from fkdpipe.taps import needs_of
 
-    problems = check.folder(store, data)
+    try:
+        problems = check.folder(store, data)
+    except StoreError as error:
+        return [Problem("no-record", "images", 0, str(error))]
     if not teacher:
         return problems
     where = options.choose_device(device)
     parts = [p for p in store.parts.values() if p.kind in ("labels", "features")]
     parts = [p for p in parts if source is None or p.source == source]
-    taps = {part.tap for part in parts}
     if not parts:
         raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
+    specs = [parse_spec(text) for text in teacher]
+    named = [
+        p for p in parts if [t["name"] for t in p.settings["teachers"]] == [s.name for s in specs]
+    ]
+    parts = named or parts
     loaded = teachers.load_teachers(
-        [parse_spec(text) for text in teacher],
-        class_names=store.images.class_names,
+        specs,
+        class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
         class_maps=[images.read_class_map(file) for file in class_map],
         precision=parts[0].settings["precision"] or "float32",  # unknown of imports
         device=where,
-        needs=Needs(pre="pre" in taps, penultimate="post" in taps),
+        needs=needs_of({part.tap for part in parts}),
     )
     fitted = features.load_basis(basis) if basis else None
-    for part in parts:
+    changed = {part.path: check.other_teachers(part, loaded) for part in parts}
+    if all(changed.values()):
+        return problems + [
+            Problem("teacher-differs", path, -1, f"made by other teachers: {'; '.join(found)}")
+            for path, found in changed.items()
+        ]
+    for part in (part for part in parts if not changed[part.path]):
         checked = check.teacher(
             store, part, data, loaded, device=where, basis=fitted, sample=sample
         )

@@ -36,16 +36,13 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value))
 
 
-def check_file(out: Path, kinds: tuple[str, ...] = ()) -> None:
+def check_file(out: Path, kinds: tuple[str, ...]) -> None:
     """Refuse a file to write before hours are spent on what goes into it.
-
-    Args:
-        kinds: endings it may have; any when empty.
 
     Raises:
         UsageError: another kind of file, a folder, or one in no folder.
     """
-    if kinds and out.suffix not in kinds:
+    if out.suffix not in kinds:
         raise UsageError(f"{out}: write {' or '.join(f'FILE{kind}' for kind in kinds)}.")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: there is no folder {out.parent}.")
@@ -87,7 +84,9 @@ def _printable(text: str) -> str:
 
 class _Bars:
     @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def task(
+        self, name: str, total: int, unit: str, *, done: int = 0
+    ) -> Iterator[Callable[[int], None]]:
         from rich.console import Console
         from rich.logging import RichHandler
         from rich.progress import (
@@ -115,7 +114,7 @@ class _Bars:
         before, log.handlers[:] = list(log.handlers), [handler]
         try:
             with Progress(*columns, console=console, refresh_per_second=4) as progress:
-                bar = progress.add_task(name, total=total or None, rate="")
+                bar = progress.add_task(name, total=total or None, completed=done, rate="")
                 rate = _Rate(unit)
 
                 def advance(count: int) -> None:
@@ -130,9 +129,11 @@ class _Lines:
     EVERY = 10.0  # seconds
 
     @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def task(
+        self, name: str, total: int, unit: str, *, done: int = 0
+    ) -> Iterator[Callable[[int], None]]:
         begun = last = time.monotonic()
-        done = 0
+        earlier = done
         rate = _Rate(unit)
 
         def advance(count: int) -> None:
@@ -143,8 +144,8 @@ class _Lines:
             if now - last >= self.EVERY:
                 last = now
                 left = ""
-                if total and done:
-                    seconds = (now - begun) / done * max(total - done, 0)
+                if total and done > earlier:
+                    seconds = (now - begun) / (done - earlier) * max(total - done, 0)
                     left = f", {_duration(seconds)} left"
                 click.echo(f"{name}: {done:,}{_of(total)} {unit}, {speed}{left}", err=True)
 

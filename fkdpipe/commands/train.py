@@ -109,11 +109,7 @@ def train(
     "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
 )
 @click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Images per batch.",
+    "--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."
 )
 @options.device_option
 @options.json_option

@@ -29,7 +29,7 @@ from fkdpipe.interchange.source import (
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.progress import Reporter, silent
-from fkdpipe.storage import labels, rounds, schema, writer
+from fkdpipe.storage import begin, labels, rounds, schema, writer
 from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Json
@@ -108,7 +108,7 @@ def import_labels(
                 claim.check()
                 unit_.commit(found, parts, result)
             advance(rows.stop - rows.start)
-        for part in parts:
+        for part in (store.part(IMAGES), *parts):
             writer.seal(store, part)
     result.kept = len(done)
     return result
@@ -117,16 +117,14 @@ def import_labels(
 def _open_or_create(
     location: Location, folder: ImageFolder, source: LabelSource, settings: ImportSettings
 ) -> Store:
-    writer.refuse_foreign(location)
-    if location.length("zarr.json") is not None:
-        store = Store(location)
-        if IMAGES in store.parts and store.marker(store.part(IMAGES), 0) is not None:
-            if store.facts["fingerprint"] != folder.fingerprint:
-                raise StoreMismatchError(
-                    f"{store.url} holds labels of other images than those in {folder.root}.",
-                    code="other-images",
-                )
-            return store
+    store = begin.find_store(location)
+    if store is not None:
+        if store.facts["fingerprint"] != folder.fingerprint:
+            raise StoreMismatchError(
+                f"{store.url} holds labels of other images than those in {folder.root}.",
+                code="other-images",
+            )
+        return store
     fields = [*schema.crop_fields(), *source.fields]
     fields += schema.label_fields(source.form, source.classes)
     columns = writer.ImageColumns(

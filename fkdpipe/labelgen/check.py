@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,18 @@ import numpy as np
 import torch
 
 from fkdpipe import images, replay
-from fkdpipe.errors import StoreMismatchError
+from fkdpipe import teachers as teachers_
+from fkdpipe.crops import Crops
+from fkdpipe.errors import DamagedStoreError, StoreMismatchError
 from fkdpipe.features import Basis
 from fkdpipe.labelgen import outputs
 from fkdpipe.replay import Request
 from fkdpipe.storage import features, labels, rounds, schema
-from fkdpipe.storage.labels import Form
+from fkdpipe.storage.labels import Form, Target
+from fkdpipe.storage.schema import Field
 from fkdpipe.storage.store import Part, Store
 from fkdpipe.storage.verify import Problem
+from fkdpipe.taps import Outputs
 from fkdpipe.teachers import Teacher
 
 # What a label may differ by beyond its form's bound, since batches are composed otherwise than
@@ -31,8 +34,9 @@ class Checked:
     """How a sample of a part compared.
 
     Attributes:
-        crops: looked at. worst: largest difference: total variation of labels; of features the
-            largest error as a share of the vector's largest value.
+        crops: looked at. worst: largest difference: total variation of labels, or what a kept class
+            lacks to one that should have been kept; of features the largest error as a share of
+            the vector's largest value.
         allowed: bound of the stored form plus the tolerance of the precision.
     """
 
@@ -61,6 +65,12 @@ def folder(store: Store, data: Path) -> list[Problem]:
     return problems
 
 
+def other_teachers(part: Part, teachers: Sequence[Teacher]) -> list[str]:
+    """Where these teachers differ from those that made a part; empty when they are the same."""
+    ours = [t.facts() for t in teachers]
+    return schema.differences({"teachers": part.settings["teachers"]}, {"teachers": ours})
+
+
 def teacher(
     store: Store,
     part: Part,
@@ -75,30 +85,46 @@ def teacher(
     """Run the teachers again on some crops of a part and compare.
 
     Args:
-        sample: images looked at, spread over the units. Up to four crops of each.
+        sample: crops looked at, drawn from all of the part; the same at every call.
 
     Raises:
         StoreMismatchError: the part was made by other teachers.
     """
-    ours = [t.facts() for t in teachers]
-    changed = schema.differences({"teachers": part.settings["teachers"]}, {"teachers": ours})
+    changed = other_teachers(part, teachers)
     if changed:
         raise StoreMismatchError(
             f"{part.path} was made by other teachers: {'; '.join(changed)}.", code="settings"
         )
-    precision = part.settings["precision"]
-    allowed = _allowed(part) + TOLERANCE[precision]
+    allowed = _allowed(part) + TOLERANCE[part.settings["precision"]]
     worst, seen = 0.0, 0
     problems = []
-    for unit, difference_B in _compare(store, part, data, teachers, device, basis, sample, threads):
-        seen += len(difference_B)
-        if not len(difference_B):
-            continue
-        worst = max(worst, float(difference_B.max()))
-        bad = int((difference_B > allowed).sum())
-        if bad:
-            detail = f"{bad} of {len(difference_B)} crops differ by up to {difference_B.max():.3g}"
-            problems.append(Problem("teacher-differs", part.path, unit, detail))
+    root = images.split_root(data, "train")
+    views = outputs.views_of(teachers)
+    with replay.open_replay(
+        part.settings["replay"], views, threads=threads, device=device
+    ) as replayer:
+        for unit, row_B, crop_B in _places(store, part, sample):
+            try:
+                request, drawn = _request(store, part, root, unit, row_B, crop_B)
+                stored = {
+                    field.name: _stored(store, part, field, unit, row_B, crop_B)
+                    for field in part.fields
+                }
+            except DamagedStoreError as error:
+                problems.append(Problem("checksum", part.path, unit, str(error)))
+                continue
+            (pixels,) = replayer.run([request])
+            given = dict(zip(views, (p.to(device) for p in pixels.views), strict=True))
+            place_B = (row_B - store.unit_rows(unit).start) * drawn.flip_NM.shape[1] + crop_B
+            made = outputs.teach(teachers, given, outputs.factors(drawn, place_B))
+            difference_B = _difference(part, stored, made, teachers, basis)
+            seen += len(difference_B)
+            worst = max(worst, float(difference_B.max()))
+            bad = int((difference_B > allowed).sum())
+            if bad:
+                detail = f"{bad} of {len(difference_B)} crops differ by up to "
+                detail += f"{difference_B.max():.3g}"
+                problems.append(Problem("teacher-differs", part.path, unit, detail))
     return Checked(part.path, seen, worst, allowed, tuple(problems))
 
 
@@ -109,83 +135,101 @@ def _allowed(part: Part) -> float:
     return labels.error_bound(form, int(part.settings["classes"]))
 
 
-def _compare(
-    store: Store,
-    part: Part,
-    data: Path,
-    teachers: Sequence[Teacher],
-    device: torch.device,
-    basis: Basis | None,
-    sample: int,
-    threads: int,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(unit, difference of each crop looked at)."""
-    root = images.split_root(data, "train")
-    views = outputs.views_of(teachers)
+def _places(store: Store, part: Part, sample: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(unit, its rows of the store, their crops): random ones of all that were labelled."""
+    labelled = np.zeros(store.num_images, dtype=bool)
+    for unit, marker in store.markers(part):
+        if marker is not None:
+            labelled[store.unit_rows(unit)] = True
+            labelled[list(marker.failed)] = False
+    good, crops_M = np.flatnonzero(labelled), int(part.settings["crops"])
+    everything = len(good) * crops_M
+    drawn = np.random.default_rng(0).choice(everything, min(sample, everything), replace=False)
+    row_B, crop_B = np.divmod(np.sort(drawn), crops_M)
+    row_B = good[row_B]
+    unit_B = row_B // store.unit_size
+    for unit in np.unique(unit_B).tolist():
+        yield unit, row_B[unit_B == unit], crop_B[unit_B == unit]
+
+
+def _request(
+    store: Store, part: Part, root: Path, unit: int, row_B: np.ndarray, crop_B: np.ndarray
+) -> tuple[Request, Crops]:
+    """One crop of each row, and all crops of the unit."""
     crops_part = next(p for p in store.rounds() if p.round == part.round)
-    per_unit = math.ceil(sample / store.num_units)
-    backend = part.settings["replay"]
-    with replay.open_replay(backend, views, threads=threads, device=device) as replayer:
-        for unit, marker in store.markers(part):
-            if marker is None:
-                continue
-            rows = store.unit_rows(unit)
-            good = np.setdiff1d(np.arange(rows.start, rows.stop), list(marker.failed))[:per_unit]
-            drawn = rounds.crops_of(store, crops_part, unit)
-            which = np.arange(min(4, drawn.flip_NM.shape[1]))
-            local = good - rows.start
-            request = Request(
-                paths=[images.path_of(root, key) for key in store.images.keys[good]],
-                size_I2=store.images.size_N2[good],
-                box_Im4=drawn.box_NM4[local][:, which],
-                flip_Im=drawn.flip_NM[local][:, which],
-            )
-            (pixels,) = replayer.run([request])
-            seen = dict(zip(views, (p.to(device) for p in pixels.views), strict=True))
-            places_B = (local[:, None] * drawn.flip_NM.shape[1] + which).ravel()
-            made = outputs.teach(teachers, seen, outputs.factors(drawn, places_B))
-            fresh = outputs.encode_part(part, made, teachers, basis)
-            stored = {
-                name: _stored(store, part, marker.files, unit, name, local, which) for name in fresh
-            }
-            yield unit, _difference(part, stored, fresh)
+    drawn = rounds.crops_of(store, crops_part, unit)
+    local_B = row_B - store.unit_rows(unit).start
+    request = Request(
+        paths=[images.path_of(root, key) for key in store.images.keys[row_B]],
+        size_I2=store.images.size_N2[row_B],
+        box_Im4=drawn.box_NM4[local_B, crop_B][:, None],
+        flip_Im=drawn.flip_NM[local_B, crop_B][:, None],
+    )
+    return request, drawn
 
 
 def _stored(
-    store: Store,
-    part: Part,
-    files: dict,
-    unit: int,
-    name: str,
-    local: np.ndarray,
-    which: np.ndarray,
+    store: Store, part: Part, field: Field, unit: int, row_B: np.ndarray, crop_B: np.ndarray
 ) -> np.ndarray:
-    prefix = f"{part.path}/{name}/c/{unit}/"
-    shards = {k: store.read_checked(k, files, unit) for k in files if k.startswith(prefix)}
-    whole = store.arrays.decode(f"{part.path}/{name}", (store.unit_rows(unit),), shards)
-    taken = whole[local][:, which]
-    return taken.reshape(-1, *taken.shape[2:])
+    """(B, ...) values of a field, from the crop groups they lie in."""
+    marker = store.marker(part, unit)
+    assert marker is not None  # the places are of committed units
+    rows, crops_M = store.unit_rows(unit), int(part.settings["crops"])
+    span = min(store.group_size, crops_M) if field.wide else crops_M
+    values = np.empty((len(row_B), *field.shape), dtype=field.dtype)
+    for group in np.unique(crop_B // span).tolist():
+        key = schema.shard_key(part.path, field, unit, group)
+        shards = {key: store.read_checked(key, marker.files, unit)}
+        crops = slice(group * span, min((group + 1) * span, crops_M))
+        block = store.arrays.decode(f"{part.path}/{field.name}", (rows, crops), shards)
+        here = crop_B // span == group
+        values[here] = block[row_B[here] - rows.start, crop_B[here] - crops.start]
+    return values
 
 
-def _difference(part: Part, stored: dict, fresh: dict) -> np.ndarray:
-    if part.kind == "features":
-        code = part.settings["code"]
-        a, b = (features.decode(code, values) for values in (stored, fresh))
-        scale = np.abs(b).max(axis=1)
-        return np.abs(a - b).max(axis=1) / np.maximum(scale, 1e-12)
-    form, classes = labels.parse_form(part.settings["form"]), int(part.settings["classes"])
-    a, b = (_dense(form, values, classes) for values in (stored, fresh))
-    return 0.5 * np.abs(a - b).sum(axis=1)
+def _difference(
+    part: Part,
+    stored: dict[str, np.ndarray],
+    made: Sequence[Outputs],
+    teachers: Sequence[Teacher],
+    basis: Basis | None,
+) -> np.ndarray:
+    if part.kind == "labels":
+        form = labels.parse_form(part.settings["form"])
+        temperature = 1.0 if form.kind == "logits" else float(part.settings["temperature"])
+        shares = [t.weight for t in teachers]
+        log_prob_BC = teachers_.average([each.logits for each in made], shares, temperature)
+        return label_difference(form, stored, log_prob_BC.exp().cpu().numpy())
+    fresh = outputs.encode_part(part, made, teachers, basis)
+    code = part.settings["code"]
+    a, b = (features.decode(code, values) for values in (stored, fresh))
+    scale = np.abs(b).max(axis=1)
+    return np.abs(a - b).max(axis=1) / np.maximum(scale, 1e-12)
 
 
-def _dense(form: Form, values: dict, classes: int) -> np.ndarray:
+def label_difference(form: Form, stored: dict[str, np.ndarray], prob_BC: np.ndarray) -> np.ndarray:
+    """How far stored labels are from probabilities, float (B,).
+
+    Of kept classes, their probabilities are compared, and what they lack to the classes that should
+    have been kept: where two are nearly as probable, either will do.
+    """
     if not form.sparse:
-        return labels.softmax(values["log_prob" if form.kind == "full" else "logit"])
-    if form.kind == "hard":
-        return labels.to_dense(
-            labels.sparse_target(labels.Target("hard"), values["ids"], values["ids"], classes),
-            classes,
+        kept_BC = labels.softmax(stored["log_prob" if form.kind == "full" else "logit"])
+        return 0.5 * np.abs(kept_BC - prob_BC).sum(axis=1)
+    classes = prob_BC.shape[1]
+    known_B = (stored["ids"] < classes).all(axis=1)
+    ids_BK = np.minimum(stored["ids"], classes - 1).astype(np.int64)
+    exact_BK = np.take_along_axis(prob_BC, ids_BK, axis=1)
+    best_BC = -np.sort(-prob_BC, axis=1)
+    difference_B = np.maximum(
+        best_BC[:, 0] - exact_BK[:, 0], best_BC[:, form.k - 1] - exact_BK.min(axis=1)
+    )
+    if form.kind == "topk":
+        prob_BK = labels.decode_probabilities(form, stored["stick" if form.compact else "prob"])
+        target = Target("marginal-smoothing", form.k)
+        a, b = (
+            labels.to_dense(labels.sparse_target(target, ids_BK, each, classes), classes)
+            for each in (prob_BK, exact_BK)
         )
-    prob = labels.decode_probabilities(form, values["stick" if form.compact else "prob"])
-    target = labels.Target("marginal-smoothing", form.k)
-    return labels.to_dense(labels.sparse_target(target, values["ids"], prob, classes), classes)
+        difference_B = np.maximum(difference_B, 0.5 * np.abs(a - b).sum(axis=1))
+    return np.where(known_B, difference_B, 1.0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 
 from fkdpipe import images
+from fkdpipe.distributed import Rank
 from fkdpipe.images import ImageFolder
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.progress import Advance, Reporter, silent
 from fkdpipe.storage import report, schema
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.teachers import Teacher
@@ -32,7 +34,7 @@ class Forecast:
 
     Attributes:
         stored_bytes: of the finished store; compression as in the sample.
-        seconds: of one process as it was measured on the sample.
+        seconds: of one process as it was measured on the sample, from its second batch on.
         buffer_bytes: memory of a unit in the making (on disk above one GiB).
         gpu_bytes: peak memory of the GPU on the sample, 0 without one.
         rejected: files of the folder that cannot be used.
@@ -78,9 +80,10 @@ def forecast(
         made = plan.prepare(
             location, data, few, teachers, device=resources.device, folder=some, reporter=reporter
         )
-        begun = time.perf_counter()
-        generate.generate(made, teachers, resources, reporter=reporter)
-        seconds = time.perf_counter() - begun
+        clock = _Clock(reporter)
+        alone = replace(resources, rank=Rank())  # the sample is small, whoever shares the real run
+        generate.generate(made, teachers, alone, reporter=clock)
+        ended = time.perf_counter()
         size = report.measure(made.store)
         fields = [field for part in made.parts for field in part.fields]
     sampled = size.images * size.crops_per_image
@@ -89,7 +92,7 @@ def forecast(
     )
     per_image = size.fields["images"].stored_bytes / size.images
     crops = len(folder) * crops_M
-    rate = sampled / seconds
+    rate = max(1, sampled - clock.crops) / (ended - clock.since)
     per_image_buffer = schema.bytes_per_image(fields, crops_M)
     unit = schema.unit_images(per_image_buffer)
     cuda = resources.device.type == "cuda"
@@ -107,6 +110,32 @@ def forecast(
         rejected=len(folder.rejected),
         sampled_crops=sampled,
     )
+
+
+class _Clock:
+    """A reporter that lets the first batch pass before time counts: start-up is no part of it.
+
+    Attributes:
+        since: when that batch was done. crops: how many it had.
+    """
+
+    def __init__(self, inner: Reporter) -> None:
+        self._inner = inner
+        self.since, self.crops = 0.0, 0
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
+        begun = time.perf_counter()
+        with self._inner.task(name, total, unit, done=done) as advance:
+
+            def count(crops: int) -> None:
+                if not self.since:  # of a sample of one batch there is nothing else to measure
+                    self.since, self.crops = begun, 0
+                    if crops < total:
+                        self.since, self.crops = time.perf_counter(), crops
+                advance(crops)
+
+            yield count
 
 
 def _subset(folder: ImageFolder, count: int) -> ImageFolder:

@@ -266,6 +266,7 @@ def _vectors(
         backend, views, threads=resources.threads, device=resources.device
     ) as replayer:
         for pixels in replayer.run(_request(sample, first, step) for first in firsts):
+            replay.refuse_passing(pixels)
             rows: np.ndarray = pixels.request.tag  # type: ignore[assignment]
             for f in pixels.failures:
                 failed[str(sample.keys[rows[f.image]])] = f"{f.code}: {f.detail}"

@@ -18,7 +18,7 @@ from fkdpipe.progress import Advance, Reporter, silent
 from fkdpipe.replay import Replay
 from fkdpipe.storage import writer
 from fkdpipe.storage.claims import Claim
-from fkdpipe.storage.store import Part, Store
+from fkdpipe.storage.store import IMAGES, Part, Store
 from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def generate(
     Raises:
         ClaimedError: another process makes these units.
         StoreError: the store cannot be written; everything committed is kept.
-        ImagesError: most images of a unit cannot be read.
+        ImagesError: too many images of a unit cannot be read.
+        ReplayError: an image could not be read for a reason that may pass; nothing is recorded.
     """
     store, rank = plan.store, resources.rank
     ours = range(rank.index, store.num_units, rank.world)
@@ -89,7 +90,8 @@ def generate(
             log.info("%d files of a run that was cut off are swept away", swept)
         todo = list(_todo(store, plan, ours))
         batch, failed = _make(plan, teachers, resources, todo, claim, reporter)
-        sealed = [writer.seal(store, part) for part in plan.parts]  # each as far as it is complete
+        parts = [store.part(IMAGES), *plan.parts]
+        sealed = [writer.seal(store, part) for part in parts]  # each as far as it is complete
     kept = len(ours) * len(plan.rounds) - len(todo)
     return Result(len(todo), kept, failed, all(sealed), batch)
 

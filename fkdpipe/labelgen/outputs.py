@@ -59,7 +59,8 @@ def teach(
 
 def _refuse_infinite(teachers: Sequence[Teacher], made: Sequence[Outputs]) -> None:
     """One NaN in a weight, or one overflow, and every label of a crop is worthless."""
-    values = [[o.logits, *(v for v in (o.pre, o.penultimate) if v is not None)] for o in made]
+    asked = [(o.logits, o.pre, o.penultimate, o.final) for o in made]
+    values = [[v for v in some if v is not None] for some in asked]
     finite = torch.stack([torch.stack([v.isfinite().all() for v in some]).all() for some in values])
     for teacher, good in zip(teachers, finite.tolist(), strict=True):  # waits for the device once
         if not good:
@@ -84,8 +85,9 @@ def encode_part(
             float(part.settings["temperature"]),
         )
     (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
-    vectors_BD = made.pre if part.tap == "pre" else made.penultimate
-    assert vectors_BD is not None
+    kept = {"pre": made.pre, "post": made.penultimate, "map": made.final}[part.tap]
+    assert kept is not None
+    vectors_BD = kept.flatten(1)  # a map lies in the order C, H, W
     if part.settings["basis"] is not None:  # raw vectors may stand beside projected ones
         assert basis is not None
         vectors_BD = basis.project(vectors_BD, int(part.settings["dims"]))

@@ -6,6 +6,7 @@ Settings are compared here, before any hour is spent: what a store was made with
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,12 @@ from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, BackendChoice, Request
+from fkdpipe.storage import begin, labels, rounds, schema, writer
 from fkdpipe.storage import features as stored_features
-from fkdpipe.storage import labels, rounds, schema, writer
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Field, Json
-from fkdpipe.storage.store import IMAGES, Part, Store
+from fkdpipe.storage.store import Part, Store
 from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ def _form(
         return None
     if settings.form is not None:
         return labels.parse_form(settings.form)
-    for part in Store(location).parts.values() if _ready(location) else ():
+    store = begin.find_store(location)
+    for part in store.parts.values() if store is not None else ():
         if part.kind == "labels" and part.source == source:
             return labels.parse_form(part.settings["form"])
     return (
@@ -214,7 +216,7 @@ def _wanted_features(
                 f"features {text}: the basis was fitted on {basis.facts['tap']} features."
             )
         basis.check_components(dims)
-    facts = {
+    facts: Json = {
         "tap": tap,
         "dims": dims or width,
         "width": width,
@@ -222,8 +224,19 @@ def _wanted_features(
         "basis": basis.digest if dims is not None and basis is not None else None,
         "pre_is_post": not taps.has_activation(teachers[0].module.network),
     }
-    fields = stored_features.fields(dims or width, settings.features_code)
+    if tap == "map":
+        facts |= _map_facts(teachers[0])
+    fields = stored_features.fields(int(facts["dims"]), settings.features_code)
     return _Wanted(f"features/{source}/{tap}", "features", {**shared, **facts}, fields)
+
+
+def _map_facts(teacher: Teacher) -> Json:
+    """shape: (C, H, W) of the teacher's last map at its own input size."""
+    device = next(teacher.module.parameters()).device
+    final = taps.example(teacher.module, teacher.preprocessing.size, device).final
+    assert final is not None  # the settings ask for it
+    shape = [int(n) for n in final.shape[1:]]
+    return {"shape": shape, "dims": math.prod(shape), "width": shape[0], "pre_is_post": False}
 
 
 def _classes(teachers: Sequence[Teacher]) -> int:
@@ -242,13 +255,13 @@ def _open_or_create(
     folder: images.ImageFolder | None,
     reporter: Reporter,
 ) -> Store:
-    if _ready(location):
-        return Store(location)
-    if not rank.main:
+    store = begin.find_store(location)
+    if store is None and not rank.main:
         log.info("waiting for part 1 to list the images")
-        while not _ready(location):
+        while (store := begin.find_store(location)) is None:
             time.sleep(1)
-        return Store(location)
+    if store is not None:
+        return store
     if settings.crops is None:
         raise UsageError("say how many crops per image to record: --crops M.")
     if folder is None:
@@ -288,15 +301,6 @@ def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:
         rejected=[(r.key, r.reason, r.detail) for r in folder.rejected],
         fingerprint=folder.fingerprint,
     )
-
-
-def _ready(location: Location) -> bool:
-    """Is there a store whose list of images is complete?"""
-    writer.refuse_foreign(location)
-    if location.length("zarr.json") is None:
-        return False
-    store = Store(location)
-    return IMAGES in store.parts and store.marker(store.part(IMAGES), 0) is not None
 
 
 def _rounds(store: Store, settings: GenerateSettings) -> list[Part]:

@@ -3,73 +3,90 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fkdpipe import images
 from fkdpipe.errors import DamagedStoreError, StoreError
-from fkdpipe.labelgen.plan import image_columns
+from fkdpipe.labelgen.plan import Plan, image_columns
 from fkdpipe.storage import commits, mend, verify, writer
+from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.store import IMAGES, Part, Store
-from fkdpipe.storage.verify import Problem
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Broken:
-    """What a repair found.
+class Restored:
+    """A store whose records are right again.
 
     Attributes:
-        restored: records that were put right from their copies.
-        units: (part path, unit) that have to be made again.
-        batch_of: the teacher batch each was made with, where that is known.
+        records: those that were put right from their copies.
+        broken: (part path, unit) that only a teacher can make again.
     """
 
-    restored: tuple[str, ...]
+    records: tuple[str, ...]
+    broken: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Withdrawn:
+    """What a generation makes again.
+
+    Attributes:
+        units: (part path, unit) whose commits are withdrawn.
+        left: broken ones of other parts, which another teacher made; their commits stay.
+        batch_of: the teacher batch each unit was made with, where that is known.
+    """
+
     units: tuple[tuple[str, int], ...]
+    left: tuple[tuple[str, int], ...]
     batch_of: dict[tuple[str, int], int]
 
 
-def prepare(location: Location, data: Path) -> Broken:
-    """Restore records and the list of images, and withdraw the commits of broken units.
-
-    After it, an ordinary `generate` with the same settings makes what is missing.
+def restore(location: Location, data: Path) -> Restored:
+    """Put records and the list of images right, and find the units that are broken.
 
     Args:
         data: the image folder, needed when the list of images itself is damaged.
 
     Raises:
         StoreError: what is broken cannot be put right from here.
+        ClaimedError: another process writes the store.
     """
-    restored = mend.metadata(location)
-    store = Store(location)
-    restored += mend.records(store)
-    problems = verify.verify(store, full=True)
-    if any(problem.part == IMAGES for problem in problems):
-        restored += _images(store, data)
-    units, batch_of = _withdraw(store, problems)
-    for path, unit in units:
-        log.info("%s unit %d is made again", path, unit)
-    return Broken(tuple(restored), tuple(units), batch_of)
+    if next(iter(location.list("commits")), None) is None:
+        Store(location)  # says that there is none
+    with Claim(location, 0, 1):
+        records = mend.metadata(location)
+        store = Store(location)
+        records += mend.records(store)
+        problems = verify.verify(store, full=True)
+        if any(problem.part == IMAGES for problem in problems):
+            records += _images(store, data)
+    broken = {(p.part, p.unit) for p in problems if p.unit >= 0 and p.part != IMAGES}
+    return Restored(tuple(records), tuple(sorted(broken)))
 
 
-def _withdraw(
-    store: Store, problems: Sequence[Problem]
-) -> tuple[list[tuple[str, int]], dict[tuple[str, int], int]]:
-    broken = sorted({(p.part, p.unit) for p in problems if p.unit >= 0 and p.part != IMAGES})
+def withdraw(plan: Plan, restored: Restored) -> Withdrawn:
+    """Take back the commits of broken units that a plan makes; `generate` makes them again.
+
+    Raises:
+        ClaimedError: another process writes the store.
+    """
+    store, ours = plan.store, {part.path for part in plan.parts}
+    units = tuple(place for place in restored.broken if place[0] in ours)
     batch_of = {}
-    for path, unit in broken:
-        part = store.part(path)
-        made = _made(store, part, unit)
-        if "batch" in made:
-            batch_of[path, unit] = int(made["batch"])
-    for path, unit in broken:
-        store.location.delete(commits.manifest_key(path))
-        store.location.delete(commits.marker_key(path, unit))
-    return broken, batch_of
+    with Claim(store.location, 0, 1):
+        for path, unit in units:
+            made = _made(store, store.part(path), unit)
+            if "batch" in made:
+                batch_of[path, unit] = int(made["batch"])
+        for path, unit in units:
+            store.location.delete(commits.manifest_key(path))
+            store.location.delete(commits.marker_key(path, unit))
+            log.info("%s unit %d is made again", path, unit)
+    return Withdrawn(units, tuple(sorted({*restored.broken} - {*units})), batch_of)
 
 
 def _made(store: Store, part: Part, unit: int) -> dict:

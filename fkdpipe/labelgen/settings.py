@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fkdpipe import taps
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import UsageError
 from fkdpipe.features import parse_features
@@ -25,7 +26,8 @@ class GenerateSettings:
     holds of this source, or topk:10.
     temperature: logits are divided by it before softmax.
     features: "pre" or "post" (before or after the last activation), ":D" for the leading D
-    components of `basis`. features_code: float16, or int8 after a cube root.
+    components of `basis`, or "map" (the last map after the final norm).
+    features_code: float16, or int8 after a cube root.
     crops: M, crops per image in all; None keeps what the store has.
     crop: the law they are drawn by, colour jitter included (crop.jitter).
     boxes: stored, or derived from the seed with a checksum.
@@ -82,5 +84,4 @@ class GenerateSettings:
     @property
     def needs(self) -> Needs:
         """What is asked of the teachers beside logits."""
-        taps = {parse_features(text)[0] for text in self.features}
-        return Needs(pre="pre" in taps, penultimate="post" in taps)
+        return taps.needs_of({parse_features(text)[0] for text in self.features})

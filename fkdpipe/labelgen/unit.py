@@ -21,14 +21,15 @@ from fkdpipe.features import Basis
 from fkdpipe.labelgen import outputs, spool
 from fkdpipe.labelgen.plan import RoundPlan
 from fkdpipe.progress import Advance
-from fkdpipe.replay import Replay, Request, View
+from fkdpipe.replay import Replay, Request, View, refuse_passing
 from fkdpipe.storage import rounds, writer
 from fkdpipe.storage.store import Part, Store
 from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_SHARE = 0.5  # of a unit: more looks like the wrong folder, not like broken files
+MAX_FAILED_SHARE = 0.1  # of a unit: more looks like a folder that went away, not like broken files
+FEW = 10  # broken images that a unit may have whatever its size, though not most of it
 
 Failures = dict[int, tuple[str, str]]  # place within the unit to (code, detail)
 
@@ -57,7 +58,8 @@ class Unit:
 
         Raises:
             torch.cuda.OutOfMemoryError: nothing of labels or features is committed then.
-            ImagesError: most images cannot be used.
+            ImagesError: too many images cannot be used.
+            ReplayError: an image could not be read for a reason that may pass.
         """
         drawn = rounds.crops_of(self.store, self.plan.crops, self.number)
         if self.plan.crops in missing:
@@ -66,7 +68,8 @@ class Unit:
         if not taught:
             return {}
         images_, crops_M = drawn.flip_NM.shape
-        failures = self._without_crops()
+        known = self._without_crops()
+        failures = dict(known)
         with spool.buffers(taught, images_, crops_M) as values:
             for places_B, pixels in _Batches(self, drawn, replayer, failures):
                 made = outputs.teach(self.teachers, pixels, outputs.factors(drawn, places_B))
@@ -76,7 +79,7 @@ class Unit:
                         array = values[part.path][name]
                         array.reshape(-1, *array.shape[2:])[places_B] = rows
                 advance(len(places_B))
-            return self._commit(taught, values, failures)
+            return self._commit(taught, values, failures, known)
 
     def _commit_crops(self, drawn: Crops) -> None:
         part = self.plan.crops
@@ -97,17 +100,18 @@ class Unit:
         return {row - first: why for row, why in marker.failed.items()} if marker else {}
 
     def _commit(
-        self, taught: Sequence[Part], values: spool.Buffers, failures: Failures
+        self, taught: Sequence[Part], values: spool.Buffers, failures: Failures, known: Failures
     ) -> dict[str, str]:
         rows = self.store.unit_rows(self.number)
         count = rows.stop - rows.start
         keys = self.store.images.keys[rows]
-        if len(failures) > MAX_FAILED_SHARE * count:
-            place, (code, detail) = next(iter(failures.items()))
+        broken = {place: why for place, why in failures.items() if place not in known}
+        if len(broken) > max(MAX_FAILED_SHARE * count, min(FEW, count / 2)):
+            place, (code, detail) = next(iter(broken.items()))
             raise ImagesError(
-                f"{len(failures)} of {count} images of unit {self.number} cannot be used, for "
+                f"{len(broken)} of {count} images of unit {self.number} cannot be used, for "
                 f"example {keys[place]}: {code}, {detail}. Is {self.root} the folder this store "
-                "was made for?",
+                "was made for, and all of it there?",
                 code="wrong-folder",
             )
         made = {
@@ -145,6 +149,7 @@ class _Batches:
         views = outputs.views_of(self.unit.teachers)
         held: list[list[torch.Tensor]] = [[] for _ in views]
         for pixels in self.replayer.run(self._requests()):
+            refuse_passing(pixels)
             taken: np.ndarray = pixels.request.tag  # type: ignore[assignment]
             self.failures |= {int(taken[f.image]): (f.code, f.detail) for f in pixels.failures}
             good = np.setdiff1d(np.arange(len(taken)), [f.image for f in pixels.failures])

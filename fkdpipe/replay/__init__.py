@@ -33,7 +33,8 @@ from fkdpipe.errors import ReplayError, UsageError
 Backend = Literal["cpu", "dali"]
 BackendChoice = Literal["auto", "cpu", "dali"]
 Interpolation = Literal["bilinear", "bicubic"]
-FailureCode = Literal["unreadable", "size-differs", "16-bit"]
+# "not-the-file": the disk or the decoder failed; the next run may well read the same file.
+FailureCode = Literal["unreadable", "size-differs", "16-bit", "not-the-file"]
 
 # Whatever Pillow's parsers raise on a damaged file.
 DECODE_ERRORS: tuple[type[Exception], ...] = (
@@ -179,6 +180,22 @@ def check(request: Request) -> None:
             "(height, width).",
             code="box-outside",
         )
+
+
+def refuse_passing(pixels: Pixels) -> None:
+    """For what is made once and kept: only what is wrong with a file itself may be recorded of it.
+
+    Raises:
+        ReplayError: naming the first image whose failure may pass.
+    """
+    for failure in pixels.failures:
+        if failure.code == "not-the-file":
+            raise ReplayError(
+                f"{os.fsdecode(pixels.request.paths[failure.image])}: {failure.detail}. This may "
+                "pass, so the image is not left out for good. The same command goes on from here; "
+                "if it fails again, mend the file or remove it.",
+                code=failure.code,
+            )
 
 
 def choose_backend(choice: BackendChoice, device: torch.device, sample: Request) -> Backend:

@@ -10,9 +10,11 @@ with DALI); the pixels are the same. `benchmarks/feed.py` measures both.
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +54,11 @@ _KERNELS = {
 # torchvision.io.decode_image without its warning: torchvision 0.29 deprecates its decoders in
 # favour of torchcodec, which older torch releases do not have. This is the one place to change.
 _decode = torch.ops.image.decode_image
+
+
+# Errors that belong to a file. All others (EIO, ESTALE, EMFILE) are the disk's or the system's.
+_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_RETRY_SECONDS = 1.0
 
 
 class CpuReplay:
@@ -212,10 +219,25 @@ def decode(path: bytes, size: tuple[int, int]) -> torch.Tensor | tuple[FailureCo
 
 def _read(path: bytes) -> np.ndarray | tuple[FailureCode, str]:
     try:
-        encoded = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
+        try:
+            encoded = _load(path)
+        except _OF_THE_FILE:
+            raise
+        except OSError:
+            time.sleep(_RETRY_SECONDS)
+            encoded = _load(path)
+    except _OF_THE_FILE as error:
         return "unreadable", _plain(str(error))
+    except OSError as error:
+        return "not-the-file", _plain(str(error))
     return encoded if encoded.size else ("unreadable", "empty file")
+
+
+def _load(path: bytes) -> np.ndarray:
+    """uint8 content of a file. Unlike np.fromfile, an error in the middle is no shorter file."""
+    with open(path, "rb") as file:
+        encoded = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8)
+        return encoded[: file.readinto(encoded.data)]
 
 
 def _decode_whole(

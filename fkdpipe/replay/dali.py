@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -42,6 +43,7 @@ _KERNELS: dict[Interpolation, Any] = {
     "bilinear": types.INTERP_LINEAR,
     "bicubic": types.INTERP_CUBIC,
 }
+_OUT_OF_MEMORY = re.compile("out of memory|MemoryAllocation|bad_?alloc", re.IGNORECASE)
 # path, top-left, height-width, flip
 _DTYPES = [types.UINT8, types.INT32, types.INT32, types.INT32]
 _NDIMS = [1, 2, 2, 1]
@@ -94,6 +96,8 @@ class DaliReplay:
             while True:
                 try:
                     outputs = self._step(graph)
+                except torch.cuda.OutOfMemoryError:
+                    raise  # no file's fault; phase 1 goes on with a smaller batch
                 except RuntimeError as error:
                     # DALI neither names the file nor skips it: make this request image by image.
                     log.debug("dali: %s", error)
@@ -149,6 +153,10 @@ class DaliReplay:
             return graph.run()
         except StopIteration:
             return None
+        except RuntimeError as error:
+            if self.device is not None and _OUT_OF_MEMORY.search(str(error)):
+                raise torch.cuda.OutOfMemoryError(f"DALI: {error}") from error
+            raise
 
     def _deliver(self, request: Request, outputs: tuple[Any, ...]) -> Pixels:
         shapes, *crops = outputs
@@ -178,11 +186,14 @@ class DaliReplay:
             source = _Source(iter([alone]), deque())
             try:
                 outputs = self._step(self._build(m, source.begin(), source))
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                # the other backend says in its own words what is wrong with the file
+                # the other backend says in its own words what is wrong with the file, if it is that
                 problem = decode(request.paths[image], tuple(request.size_I2[image].tolist()))
                 if not isinstance(problem, tuple):
-                    problem = "unreadable", f"DALI cannot decode it: {str(error).splitlines()[0]}"
+                    why = str(error).splitlines()[0]
+                    problem = "not-the-file", f"the cpu replay decodes it, DALI does not: {why}"
                 failures.append(Failure(image, *problem))
                 continue
             assert outputs is not None

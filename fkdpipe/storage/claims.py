@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import threading
 import uuid
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fkdpipe.errors import ClaimedError
-from fkdpipe.storage.location import Location
+from fkdpipe.errors import ClaimedError, StoreError
+from fkdpipe.storage import process
+from fkdpipe.storage.location import PARTIAL, Location
 from fkdpipe.storage.schema import Json, canonical
 
 log = logging.getLogger(__name__)
@@ -35,7 +33,7 @@ class Claim:
         self._location = location
         self._index, self._world = index, world
         self._key = f"{FOLDER}/{index + 1}-of-{world}.json"
-        self._body = {**_process(), "nonce": uuid.uuid4().hex}
+        self._body = {**process.facts(), "nonce": uuid.uuid4().hex}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -84,13 +82,16 @@ class Claim:
 
     def _renew(self) -> None:
         while not self._done.wait(RENEW_SECONDS):
-            if self._held():
-                self._location.write(self._key, canonical(self._body))
+            try:
+                if self._held():
+                    self._location.write(self._key, canonical(self._body))
+            except StoreError as error:  # a full disk or a lost connection may pass
+                log.warning("the claim could not be renewed and will be tried again: %s", error)
 
     def _refuse_other_divisions(self) -> None:
         for key, _ in list(self._location.list(FOLDER)):
             name = key.rsplit("/", 1)[-1].removesuffix(".json")
-            if not name.endswith(f"-of-{self._world}"):
+            if not name.endswith((f"-of-{self._world}", PARTIAL)):  # those are no claims yet
                 holder = self._read(key)
                 if holder is not None and self._alive(holder, key):
                     raise ClaimedError(
@@ -102,9 +103,9 @@ class Claim:
                 self._location.delete(key)
 
     def _alive(self, holder: Json, key: str) -> bool:
-        ours = _process()
+        ours = process.facts()
         if all(holder.get(word) == ours[word] for word in ("host", "boot", "space")):
-            return _started(int(holder.get("pid", 0))) == holder.get("started")
+            return process.started(int(holder.get("pid", 0))) == holder.get("started")
         age = self._location.age_seconds(key)
         return age is not None and age < STALE_SECONDS
 
@@ -124,34 +125,3 @@ class Claim:
 
 def _name(holder: Json | None) -> str:
     return "another process" if not holder else f"process {holder.get('pid')} on {holder['host']}"
-
-
-def _process() -> Json:
-    """What tells this process from any other, on any machine."""
-    pid = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
-        "space": os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else "",
-        "pid": pid,
-        "started": _started(pid),
-    }
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks; None when there is none."""
-    status = _text(f"/proc/{pid}/stat")
-    if status:
-        return status.rpartition(")")[2].split()[19]
-    try:
-        os.kill(pid, 0)  # no /proc here: being there must do
-    except (OSError, OverflowError):
-        return None
-    return "there"
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

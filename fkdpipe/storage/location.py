@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fkdpipe.errors import StoreError
+from fkdpipe.storage import process
 
-PARTIAL = ".partial"  # ends the names of files that are being written
+# Ends the names of files that are being written: `<name>.<machine>-<process>.partial`.
+PARTIAL = ".partial"
 
 
 class Location(Protocol):
@@ -79,36 +81,10 @@ class LocalLocation:
             ) from error
 
     def write(self, key: str, data: bytes) -> None:
-        path = self.root / key
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-        try:
-            made = _make_folders(path.parent)
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            self._sync_folders(path, made)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise _explained(error, path) from error
+        self._publish(key, data, new=False)
 
     def create(self, key: str, data: bytes) -> bool:
-        path = self.root / key
-        try:
-            made = _make_folders(path.parent)
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            with open(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            self._sync_folders(path, made)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise _explained(error, path) from error
-        return True
+        return self._publish(key, data, new=True)
 
     def length(self, key: str) -> int | None:
         try:
@@ -136,6 +112,29 @@ class LocalLocation:
         except OSError as error:
             raise _explained(error, self.root / key) from error
 
+    def _publish(self, key: str, data: bytes, *, new: bool) -> bool:
+        """Write a temporary file, flush it, and give it its name; False when that is to be new and
+        is taken."""
+        path = self.root / key
+        partial = path.with_name(f"{path.name}.{process.machine()}-{os.getpid()}{PARTIAL}")
+        try:
+            made = _make_folders(path.parent)
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if new and not _take_name(partial, path):
+                partial.unlink()
+                return False
+            os.replace(partial, path)
+            partial.unlink(missing_ok=True)  # there still when the two were one file by hard link
+            self._sync_folders(path, made)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise _explained(error, path) from error
+        return True
+
     def _sync_folders(self, path: Path, made: Sequence[Path]) -> None:
         """Make a name durable: with all folders above, since another process may have made one of
         them and been stopped before it was flushed."""
@@ -150,6 +149,21 @@ class LocalLocation:
         from zarr.storage import LocalStore
 
         return LocalStore(self.root, read_only=True)
+
+
+def _take_name(partial: Path, path: Path) -> bool:
+    """Is this name ours from now on? The file has it in one step where there are hard links; else
+    the name is taken by an empty file, until the replacement that follows."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        try:
+            path.open("xb").close()
+        except FileExistsError:
+            return False
+    return True
 
 
 def _make_folders(folder: Path) -> list[Path]:

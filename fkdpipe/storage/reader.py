@@ -9,6 +9,7 @@ Letters: I images asked for, m crops of each.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from fkdpipe.storage.labels import Form, SparseLabels, Target
 from fkdpipe.storage.store import Part, Store
 
 Progress = Callable[[int], None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,23 @@ class Finished:
 
 
 def finished(
-    store: Store, parts: Sequence[tuple[str, str, str]], *, allow_partial: bool = False
+    store: Store,
+    parts: Sequence[tuple[str, str, str]],
+    *,
+    allow_partial: bool = False,
+    crops: int | None = None,
 ) -> Finished:
     """Find what can be read of the crops and of some sources.
+
+    A round that is still being made does not stand in the way of those before it.
 
     Args:
         parts: (kind, source, tap) of each source wanted: ("labels", "teacher", "").
         allow_partial: read the finished units of an unsealed store.
+        crops: read only the first rounds, until they have so many crops per image.
 
     Raises:
-        UnsealedStoreError: something is missing, unless `allow_partial`.
+        UnsealedStoreError: something of the first round is missing, unless `allow_partial`.
         StoreError: no such source.
     """
     rounds = store.rounds()
@@ -83,11 +93,16 @@ def finished(
     first = 0
     for box_part in rounds:
         paths = [_path(box_part.round, *wanted) for wanted in parts]
-        if not all(path in store.parts for path in paths):
-            break  # a later round that only other sources have
+        if not all(path in store.parts for path in paths) or first == crops:
+            break  # a later round that only other sources have, or that nobody asked for
         count = int(box_part.settings["crops"])
-        for segments, path in zip([crop_segments, *label_segments], ["", *paths], strict=True):
-            part = box_part if not path else store.part(path)
+        wanted_parts = [box_part, *(store.part(path) for path in paths)]
+        if first and any(store.manifest(part) is None for part in wanted_parts):
+            log.warning(
+                "%s is still growing; its first %d crops of each image are read", store.url, first
+            )
+            break
+        for segments, part in zip([crop_segments, *label_segments], wanted_parts, strict=True):
             manifest = _manifest(store, part, allow_partial=allow_partial)
             segments.append(Segment(part, manifest, first, count))
         first += count

@@ -32,7 +32,7 @@ class Part:
         kind: "images", "crops", "labels" or "features".
         round: number of the round, -1 for `images`.
         source: name of the source, "" for images and crops.
-        tap: "pre" or "post" for features, else "".
+        tap: "pre", "post" or "map" for features, else "".
         settings: what two units of this part must have in common.
         provenance: what else is known of its making.
         fields: its arrays.
@@ -92,6 +92,8 @@ class Store:
         try:
             root = location.read("zarr.json")
         except FileNotFoundError:
+            if location.length(commits.marker_key(IMAGES, 0)) is not None:
+                raise self.damaged("zarr.json", "is missing") from None
             raise StoreError(
                 f"{location.url} is not a store: no zarr.json there. `fkdpipe generate` makes one.",
                 code="no-store",

@@ -9,12 +9,12 @@ import numpy as np
 
 from fkdpipe.crops import Crops
 from fkdpipe.errors import StoreMismatchError, UsageError
-from fkdpipe.storage import labels, reader, rounds, schema, writer
+from fkdpipe.storage import begin, labels, reader, rounds, schema, writer
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.reader import Segment
-from fkdpipe.storage.store import Store
+from fkdpipe.storage.store import IMAGES, Store
 
 Failed = dict[int, tuple[str, str]]
 
@@ -50,7 +50,8 @@ def thin(
 
     Raises:
         UsageError: more crops than there are.
-        StoreMismatchError: the stored form cannot become the one asked for.
+        StoreMismatchError: the stored form cannot become the one asked for, or the place holds a
+            store of other images or settings.
         UnsealedStoreError, DamagedStoreError: of the store that is read.
     """
     source = reader.choose_source(store, wanted.source)
@@ -69,7 +70,7 @@ def thin(
     }
     if wanted.derived_boxes:
         rounds.law_of(crops_settings)  # boxes of an import cannot be drawn again
-    writer.refuse_foreign(location)
+    begin.find_store(location)  # refuses what is no store of ours
     made = writer.create_store(
         location, _columns(store), seed=int(store.facts["order_seed"]), unit=store.unit_size,
         group=store.group_size,
@@ -102,7 +103,7 @@ def thin(
             facts = found.labels[0][0].manifest.made.get(unit, {})
             writer.commit_unit(made, labels_part, unit, kept, failed=failed, made=facts)
         on_images(rows.stop - rows.start)
-    for part in (crops_part, labels_part):
+    for part in (made.part(IMAGES), crops_part, labels_part):
         writer.seal(made, part)
     return made
 

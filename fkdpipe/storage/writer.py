@@ -16,9 +16,10 @@ import numpy as np
 
 from fkdpipe import crops
 from fkdpipe.crops import CropLaw
-from fkdpipe.errors import DamagedStoreError, StoreError, StoreMismatchError
-from fkdpipe.storage import commits, schema
+from fkdpipe.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.storage import begin, commits, process, schema
 from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage.claims import STALE_SECONDS
 from fkdpipe.storage.commits import Marker
 from fkdpipe.storage.location import PARTIAL, Location
 from fkdpipe.storage.rounds import crop_settings, fields_of
@@ -53,13 +54,17 @@ def create_store(
     unit: int,
     group: int = schema.GROUP_CROPS,
 ) -> Store:
-    """Make a store that holds a list of images and no round yet.
+    """Make a store that holds a list of images and no round yet, or find it made of the same list.
 
     Images are put into a random order that depends on `seed` and their keys alone, so that reading
     unit after unit is fair to all classes.
 
     Args:
         seed: of the order. unit: U, images per unit. group: g, crops per crop group.
+
+    Raises:
+        StoreMismatchError: a store of other images, or of another order, is there.
+        StoreError, DamagedStoreError: of `begin.find_store`.
     """
     fields = schema.image_fields()
     values = _image_values(columns, seed)
@@ -76,13 +81,17 @@ def create_store(
     }
     arrays = Arrays()
     arrays.add_group("", {schema.ATTRIBUTE: root})
+    begin.first(location, "zarr.json", arrays.metadata()["zarr.json"])
+    store = begin.find_store(location)
+    if store is not None:
+        return store
     settings = {"fingerprint": columns.fingerprint, "order_seed": seed, "rows": rows}
     facts = _part_facts("images", -1, "", "", settings, {}, fields)
     arrays.add_group(IMAGES, {schema.ATTRIBUTE: facts})
     for field in fields:
         shape = schema.array_settings(field, rows=rows[field.name], crops=0, unit=unit, group=group)
         arrays.add_array(f"{IMAGES}/{field.name}", shape)
-    _write_metadata(location, IMAGES, arrays)
+    begin.write_metadata(location, IMAGES, arrays)
     shards = image_shards(arrays, columns, seed)
     files = {key: _write_and_read_back(location, key, data) for key, data in shards.items()}
     marker = Marker(IMAGES, 0, schema.digest(settings), files, {}, {})
@@ -90,23 +99,6 @@ def create_store(
     store = Store(location)
     seal(store, store.part(IMAGES))
     return store
-
-
-def refuse_foreign(location: Location) -> None:
-    """Refuse to write where something else lies.
-
-    Raises:
-        StoreError: naming what is there.
-    """
-    if location.length("zarr.json") is not None:
-        return  # a store; opening it says whether it is ours
-    for key, _ in location.list():
-        if not key.startswith(("images/", "commits/")) and not key.endswith(PARTIAL):
-            raise StoreError(
-                f"{location.url} is not empty and holds no store ({key} is there). Name a new "
-                "folder.",
-                code="not-empty",
-            )
 
 
 def image_shards(arrays: Arrays, columns: ImageColumns, seed: int) -> dict[str, bytes]:
@@ -201,7 +193,7 @@ def add_part(
                 group=min(store.group_size, count),
             ),
         )
-    _write_metadata(store.location, path, arrays)
+    begin.write_metadata(store.location, path, arrays)
     store.refresh()
     return store.part(path)
 
@@ -270,7 +262,7 @@ def seal(store: Store, part: Part) -> bool:
                 )
     data = commits.manifest_of(part.path, part.settings_digest, found).to_bytes()
     key = commits.manifest_key(part.path)
-    if _read_or_none(store.location, key) != data:
+    if begin.read_or_none(store.location, key) != data:
         store.location.write(key, data)
     return True
 
@@ -288,20 +280,29 @@ def committed_units(store: Store, part: Part, units: Iterable[int]) -> set[int]:
 
 
 def sweep(store: Store, index: int, world: int) -> int:
-    """Remove partial files that killed writers of our units left behind; returns how many.
+    """Remove partial files that killed writers left behind; returns how many.
 
-    The caller holds the claim of part `index` of `world`, so nobody is writing them. Part 0 also
-    removes those that belong to no unit.
+    The caller holds the claim of part `index` of `world`, so nobody is writing those of its units.
+    Part 0 also removes those of no unit, where their writer is gone: others may be starting a part.
     """
     swept = 0
     for key, _ in list(store.location.list()):
         if key.endswith(PARTIAL):
             unit = re.search(r"/c/(\d+)/|/(\d+)\.json\.", key)
             owner = int(unit[1] or unit[2]) % world if unit else 0
-            if owner == index:
+            if owner == index and (unit or _abandoned(store.location, key)):
                 store.location.delete(key)
                 swept += 1
     return swept
+
+
+def _abandoned(location: Location, key: str) -> bool:
+    """Is the writer of a partial file gone: dead on this machine, or silent for long elsewhere?"""
+    name = re.search(r"\.([0-9a-f]{8})-(\d+)\.partial$", key)
+    if name and name[1] == process.machine():
+        return process.started(int(name[2])) is None
+    age = location.age_seconds(key)
+    return age is not None and age >= STALE_SECONDS
 
 
 def package_versions() -> Json:
@@ -351,26 +352,3 @@ def _write_and_read_back(location: Location, key: str, data: bytes) -> tuple[int
             code="write-back",
         )
     return expected
-
-
-def _write_metadata(location: Location, part: str, arrays: Arrays) -> None:
-    """Write a part's zarr.json files, and last its record with a copy of each. Equal parts write
-    equal bytes, so it does no harm when two processes start the same part at once."""
-    metadata = {}
-    for key, data in sorted(arrays.metadata().items()):
-        if key == "zarr.json" and part != IMAGES:
-            continue  # the root group belongs to `images`
-        there = _read_or_none(location, key)
-        if there is not None and part != IMAGES and not key.startswith(part):
-            data = there  # a group above, shared with other parts
-        elif there != data:
-            location.write(key, data)
-        metadata[key] = data.decode()
-    location.write(commits.part_key(part), commits.seal_record({"metadata": metadata}))
-
-
-def _read_or_none(location: Location, key: str) -> bytes | None:
-    try:
-        return location.read(key)
-    except FileNotFoundError:
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ def evaluate(
     threads: int = 2,
     allow_none: bool = False,
     accepted: Sequence[frozenset[int]] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     reporter: Reporter = silent,
 ) -> Accuracy:
     """Accuracy of a classifier on the images of a folder.
@@ -57,6 +58,7 @@ def evaluate(
         allow_none: no readable image is no error, for one process's share of a folder.
         accepted: of every image, the classes that are right (ImageNet-ReaL); images that none is
             right for are left out.
+        stopping: asked between batches; true ends the evaluation, with what it has seen.
 
     Raises:
         ImagesError: no image can be read.
@@ -81,6 +83,8 @@ def evaluate(
             top5 += int(hits.any(dim=1).sum())
             seen += len(row_B)
             advance(len(row_B))
+            if stopping():
+                break
     module.train(was_training)
     if not seen and allow_none:
         return Accuracy(0.0, 0.0, 0, len(folder))

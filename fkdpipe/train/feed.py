@@ -2,7 +2,8 @@
 
 The order is decided in `order`, the pixels are made in `replay`; here the two meet the labels.
 Batches are read ahead by a bounded amount: `prefetch` requests of pixels and one window of labels.
-An image that cannot be read is reported by name and replaced by its neighbour in the batch.
+An image that cannot be read is reported by name and replaced by its neighbour in the batch; a
+process whose share holds no other image goes along without weight.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from fkdpipe.distributed import Rank
 from fkdpipe.errors import StoreMismatchError, TrainingError, UsageError
 from fkdpipe.replay import Backend, Pixels, Request, View
 from fkdpipe.storage.labels import SparseLabels
-from fkdpipe.train.inputs import FeatureWindow, LabelBatch, LabelWindow, Scores, TrainingSet
+from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.order import Order, Piece, Step, Window, share
 from fkdpipe.train.schedule import Pass
+from fkdpipe.train.stored import FeatureWindow, LabelBatch, LabelWindow, Scores
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +148,10 @@ class Feed:
         taken, features = labels.take(pieces)
         jitter_B4 = self._factors(pieces)
         views = tuple(pixels.views)
-        if pixels.failures:
-            source_I = self._replacements(pixels, rows_I)
+        bad = self._report(pixels, rows_I)
+        lost = len(bad) == len(rows_I)  # nothing to replace them by: zero pixels, without weight
+        if bad and not lost:
+            source_I = _replacements(bad, len(rows_I))
             source_B = (source_I[:, None] * m + np.arange(m)).ravel()
             rows_I, crops_Im = rows_I[source_I], crops_Im[source_I]
             views = tuple(view[torch.from_numpy(source_B)] for view in views)
@@ -166,7 +170,7 @@ class Feed:
             labels=taken,
             features=None if features is None else torch.from_numpy(features),
             jitter_B4=None if jitter_B4 is None else torch.from_numpy(jitter_B4),
-            total=0 if ours.idle else step.images * m,
+            total=0 if ours.idle or lost else step.images * m,
         )
 
     def _factors(self, pieces: Sequence[Piece]) -> np.ndarray | None:
@@ -177,24 +181,21 @@ class Feed:
         drawn = [draw(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
         return np.concatenate(drawn).reshape(-1, 4)
 
-    def _replacements(self, pixels: Pixels, rows_I: np.ndarray) -> np.ndarray:
-        """For every image of the batch the image whose crops stand in its place."""
-        bad = {failure.image for failure in pixels.failures}
+    def _report(self, pixels: Pixels, rows_I: np.ndarray) -> set[int]:
+        """Places of the batch's broken images; too many of them over the run are an error."""
         for failure in pixels.failures:
             key = str(self.data.keys[rows_I[failure.image]])
             if key not in self.failed:
                 log.warning("%s is replaced: %s, %s", key, failure.code, failure.detail)
             self.failed[key] = f"{failure.code}: {failure.detail}"
-        good = np.array([k for k in range(len(rows_I)) if k not in bad])
-        if not len(good) or len(self.failed) > max(10, MAX_FAILED_SHARE * len(self.data.rows)):
+        if len(self.failed) > max(10, MAX_FAILED_SHARE * len(self.data.rows)):
             key, why = next(iter(self.failed.items()))
             raise TrainingError(
                 f"{len(self.failed)} images could not be read, for example {key}: {why}. Check "
                 f"{self.data.root}; the run goes on from its last checkpoint when started again.",
                 code="images-lost",
             )
-        after = np.searchsorted(good, np.arange(len(rows_I))) % len(good)
-        return good[after]
+        return {failure.image for failure in pixels.failures}
 
     def _check_sample(self) -> None:
         """Before hours are spent: do some images still have the recorded size?"""
@@ -289,6 +290,13 @@ class _LabelAhead:
             data.labels.open_window(window.units, crops_m) if data.labels else None,
             data.features.open_window(window.units, crops_m) if data.features else None,
         )
+
+
+def _replacements(bad: set[int], images: int) -> np.ndarray:
+    """For every image of a batch the image whose crops stand in its place, not all being bad."""
+    good = np.array([k for k in range(images) if k not in bad])
+    after = np.searchsorted(good, np.arange(images)) % len(good)
+    return good[after]
 
 
 def _join(taken: list[LabelBatch]) -> LabelBatch:

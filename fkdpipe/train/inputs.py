@@ -7,80 +7,28 @@ labels; that is how a teacher or a baseline is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
-from fkdpipe.features import Tap
-from fkdpipe.models import SELF_SUPERVISED
+from fkdpipe.features import Kept, Tap
 from fkdpipe.progress import Reporter, silent
-from fkdpipe.storage import features as codes
-from fkdpipe.storage import labels as forms
 from fkdpipe.storage import reader
-from fkdpipe.storage.labels import SparseLabels, Target
+from fkdpipe.storage.labels import Target
 from fkdpipe.storage.schema import UNIT_IMAGES
 from fkdpipe.storage.store import Store
-from fkdpipe.taps import Outputs
+from fkdpipe.train import stored
 from fkdpipe.train.schedule import Pass
+from fkdpipe.train.stored import Features, Labels
 
 Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 Factors = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Stored scores of B crops, a temperature away from probabilities.
-
-    Attributes:
-        scores_BC: float16 log-probabilities or logits.
-        temperature: softmax(scores / temperature) is the label.
-    """
-
-    scores_BC: np.ndarray
-    temperature: float
-
-
-LabelBatch = SparseLabels | Scores
-
-
-class LabelWindow(Protocol):
-    def take(self, rows_I: np.ndarray) -> LabelBatch:
-        """Labels of the window's crops of some of its rows; B = I * m, image-major."""
-
-
-class Labels(Protocol):
-    """Labels of a store, opened window by window so that wide ones can be read ahead.
-
-    classes: their width. scores: they are no classes but scores of a self-supervised teacher.
-    """
-
-    classes: int
-    scores: bool
-
-    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow: ...
-
-
-class FeatureWindow(Protocol):
-    def take(self, rows_I: np.ndarray) -> np.ndarray:
-        """float32 (B, ...) of the window's crops of some of its rows; B = I * m, image-major."""
-
-
-class Features(Protocol):
-    """Features of a store, opened like labels. settings: of their part in the store."""
-
-    settings: dict[str, Any]
-
-    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow: ...
-
-    def example(self, device: torch.device) -> torch.Tensor:
-        """float32 (1, ...) zeros of the shape of one crop's features."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +119,17 @@ def from_store(
     target: Target,
     source: str | None,
     temperature: float | None,
-    features: Tap | None = None,
+    features: Kept | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
+    crops_per_image: int | None = None,
     reporter: Reporter = silent,
 ) -> TrainingSet:
     """Recorded crops, with stored labels unless the target is `ground-truth`.
 
     Args:
         features: which of the source's features are wanted too.
+        crops_per_image: as many as a run began with, where the store may have grown since.
 
     Raises:
         StoreError: not sealed, no such source, damaged, or made for another folder.
@@ -196,14 +146,16 @@ def from_store(
         wanted.append(("labels", reader.choose_source(store, source), ""))
     if features is not None:
         wanted.append(("features", *_feature_source(store, source, features)))
-    found = reader.finished(store, wanted, allow_partial=allow_partial)
+    found = reader.finished(store, wanted, allow_partial=allow_partial, crops=crops_per_image)
     if not len(found.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
     with reporter.task("labels", store.num_images * (len(found.crops) * 2), "images") as advance:
         boxes = reader.CropReader(store, found.crops, cache_dir, advance)
         labels: Labels | None = None
         if target.kind != "ground-truth":
-            labels = _open_labels(store, found.labels[0], target, temperature, cache_dir, advance)
+            labels = stored.open_labels(
+                store, found.labels[0], target, temperature, cache_dir, advance
+            )
     return TrainingSet(
         root=root,
         keys=listed.keys,
@@ -214,7 +166,7 @@ def from_store(
         unit_size=store.unit_size,
         boxes=boxes.take,
         labels=labels,
-        features=None if features is None else _FeatureStore(store, found.labels[-1]),
+        features=None if features is None else stored.FeatureStore(store, found.labels[-1]),
         crops_per_image=found.crops_per_image,
         facts={
             "fingerprint": store.facts["fingerprint"],
@@ -222,7 +174,7 @@ def from_store(
             "left_out": len(found.failed),
             "crops_per_image": found.crops_per_image,
             "sources": ["/".join(filter(None, part)) for part in wanted],
-            "manifests": [s.manifest.settings for s in found.crops],
+            "manifests": [[s.manifest.settings for s in p] for p in (found.crops, *found.labels)],
         },
         jitter=boxes.jitter if boxes.jittered else None,
     )
@@ -237,8 +189,10 @@ def take_fraction(training: TrainingSet, fraction: float, seed: int) -> Training
     return replace(training, rows=np.sort(training.rows[kept]), facts=facts)
 
 
-def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Tap]:
+def _feature_source(store: Store, source: str | None, tap: Kept) -> tuple[str, Kept]:
     """(source, tap) of the features asked for; transformers' are the same before and after."""
+    if tap == "map":
+        return reader.choose_source(store, source, "features", tap), tap
     other: Tap = "post" if tap == "pre" else "pre"
     same = [
         part.source
@@ -248,123 +202,3 @@ def _feature_source(store: Store, source: str | None, tap: Tap) -> tuple[str, Ta
     if not store.sources("features", tap) and same:
         return reader.choose_source(store, source, "features", other), other
     return reader.choose_source(store, source, "features", tap), tap
-
-
-def _open_labels(
-    store: Store,
-    segments: Sequence[reader.Segment],
-    target: Target,
-    temperature: float | None,
-    cache_dir: Path,
-    advance: Callable[[int], None],
-) -> Labels:
-    form = reader.label_form(segments)
-    settings = segments[0].part.settings
-    classes = int(settings["classes"])
-    forms.check_target(form, target, classes)
-    divisor = reader.check_temperature(segments, temperature)
-    if form.sparse:
-        return _SparseStore(reader.SparseReader(store, segments, cache_dir, advance), target)
-    name = "log_prob" if form.kind == "full" else "logit"
-    scores = any(teacher["library"] in SELF_SUPERVISED for teacher in settings["teachers"])
-    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor, scores)
-
-
-class _SparseStore:
-    """Hydrated labels: a window is nothing but the choice of crops."""
-
-    def __init__(self, labels: reader.SparseReader, target: Target) -> None:
-        self.classes, self.scores = labels.classes, False
-        self._labels, self._target = labels, target
-
-    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
-        return _SparseWindow(self._labels, self._target, crops_m)
-
-
-@dataclass(frozen=True)
-class _SparseWindow:
-    labels: reader.SparseReader
-    target: Target
-    crops_m: np.ndarray
-
-    def take(self, rows_I: np.ndarray) -> SparseLabels:
-        return self.labels.take(rows_I, self.crops_m, self.target)
-
-
-class _ScoreStore:
-    """Streamed scores: a window holds those of its units in memory."""
-
-    def __init__(
-        self, wide: reader.WideReader, classes: int, temperature: float, scores: bool
-    ) -> None:
-        self.classes, self.scores = classes, scores
-        self._wide, self._temperature = wide, temperature
-
-    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> LabelWindow:
-        blocks = self._wide.units(units, crops_m)
-        return _ScoreWindow(blocks, self._wide.store.unit_size, self._temperature)
-
-
-@dataclass(frozen=True)
-class _ScoreWindow:
-    blocks: dict[int, np.ndarray]
-    unit_size: int
-    temperature: float
-
-    def take(self, rows_I: np.ndarray) -> Scores:
-        rows = [self.blocks[r // self.unit_size][r % self.unit_size] for r in rows_I.tolist()]
-        return Scores(np.concatenate(rows), self.temperature)
-
-
-def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
-    """Stored features as a teacher's outputs, as the method asked for them; no logits.
-
-    Where a network ends without an activation, one vector is both before and after it.
-    """
-    both = settings["pre_is_post"]
-    tap = settings["tap"]
-    return Outputs(
-        logits=features.new_empty((len(features), 0)),
-        pre=features if both or tap == "pre" else None,
-        penultimate=features if both or tap == "post" else None,
-    )
-
-
-class _FeatureStore:
-    """Streamed features: a window holds those of its units in memory, as they are stored."""
-
-    def __init__(self, store: Store, segments: Sequence[reader.Segment]) -> None:
-        part = segments[0].part
-        self.settings = dict(part.settings)
-        self._fields = {
-            field.name: reader.WideReader(store, segments, field.name) for field in part.fields
-        }
-        self._unit_size = store.unit_size
-
-    def example(self, device: torch.device) -> torch.Tensor:
-        return torch.zeros(1, int(self.settings["dims"]), device=device)
-
-    def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow:
-        blocks = {
-            unit: {name: wide.unit(unit, crops_m) for name, wide in self._fields.items()}
-            for unit in units
-        }
-        return _FeatureRows(blocks, self._unit_size, self.settings["code"])
-
-
-@dataclass(frozen=True)
-class _FeatureRows:
-    blocks: dict[int, dict[str, np.ndarray]]
-    unit_size: int
-    code: codes.Code
-
-    def take(self, rows_I: np.ndarray) -> np.ndarray:
-        places = [(self.blocks[r // self.unit_size], r % self.unit_size) for r in rows_I.tolist()]
-        names = places[0][0]
-        return codes.decode(
-            self.code,
-            {
-                name: np.concatenate([block[name][place] for block, place in places])
-                for name in names
-            },
-        )

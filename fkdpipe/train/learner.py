@@ -11,7 +11,7 @@ from fkdpipe import taps
 from fkdpipe.models import Loaded
 from fkdpipe.taps import Tapped
 from fkdpipe.teachers import Teacher
-from fkdpipe.train import inputs, methods
+from fkdpipe.train import methods, stored
 from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 from fkdpipe.train.settings import TrainSettings
@@ -65,10 +65,12 @@ def build(
     if not needs.classifier:  # nothing trains it, and DDP wants to know
         student.classifier.requires_grad_(False)
     given = None
-    if teacher is not None:
+    if training.features is not None:
+        if teacher is not None:
+            stored.check_teacher(training.features.settings, teacher.facts())
+        given = stored.stored_outputs(training.features.example(device), training.features.settings)
+    elif teacher is not None:
         given = taps.example(teacher.module, teacher.preprocessing.size, device)
-    elif training.features is not None:
-        given = inputs.stored_outputs(training.features.example(device), training.features.settings)
     context = Context(
         classes=loaded.classes,
         epochs=settings.epochs,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,7 +30,9 @@ from fkdpipe.train.step import step
 
 log = logging.getLogger(__name__)
 
-STOP_EVERY = 10  # steps between two times that several processes ask each other about stopping
+# Several processes ask each other about stopping this often: a preempted machine gives 30 s or so.
+ASK_SECONDS = 2.0
+ASK_STEPS = 100  # at most, should steps become slower
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,21 @@ def train(run: Run) -> Result:
     metrics = _metrics(run)
     meter = Meter(run.device)
     total = len(run.feed)
-    with run.reporter.task("train", total, "steps") as advance, _stop_asked() as asked:
-        advance(run.step)
+    task = run.reporter.task("train", total, "steps", done=run.step)
+    with task as advance, _stop_asked() as stop:
+        if run.owed is not None:
+            _judge(run, metrics, stop)
+            save(run)
         for batch, following in _with_next(_timed(run.feed.run(run.step), meter)):
             _one(run, batch, meter)
             _log_step(run, batch, meter, metrics, advance)
             if following is None or following.passed.index != batch.passed.index:
-                _end_of_pass(run, batch, meter, metrics, last=following is None)
+                _end_of_pass(run, batch, meter, metrics, stop, last=following is None)
             elif run.settings.checkpoint_every and run.step % run.settings.checkpoint_every == 0:
                 _save(run, meter)
-            if following is not None and _stopping(run, asked):
-                _save(run, meter)
-                raise TrainingError(
-                    f"stopped at step {run.step} of {total}; a checkpoint is written and the same "
-                    "command goes on from it.",
-                    code="stopped",
-                )
+            if following is not None and stop.now(run):
+                _check_finite(run, meter)
+                _save_and_stop(run)
     file = export(run, models.EXPORT_NAME)
     if metrics is not None:
         metrics.close()
@@ -113,25 +114,45 @@ def _save(run: Run, meter: Meter) -> None:
     save(run)
 
 
+def _save_and_stop(run: Run) -> NoReturn:
+    save(run)
+    raise TrainingError(
+        f"stopped at step {run.step} of {len(run.feed)}; a checkpoint is written and the same "
+        "command goes on from it.",
+        code="stopped",
+    )
+
+
 def _end_of_pass(
-    run: Run, batch: Batch, meter: Meter, metrics: MetricsLog | None, *, last: bool
+    run: Run, batch: Batch, meter: Meter, metrics: MetricsLog | None, stop: _Stop, *, last: bool
 ) -> None:
     epoch = batch.passed.epoch + batch.passed.m
     every = run.settings.eval_every
     due = last or epoch // every > batch.passed.epoch // every
     if due and run.validation is not None:
         _check_finite(run, meter)
-        run.last = _evaluate(run)
-        if metrics is not None:
-            metrics.write({"kind": "eval", "step": run.step, "epoch": epoch, **asdict(run.last)})
-        if run.last.top1 > run.best_top1:
-            run.best_top1 = run.last.top1
-            export(run, "best.safetensors")
+        run.owed = epoch
+        _judge(run, metrics, stop)
     _save(run, meter)
 
 
-def _evaluate(run: Run) -> Accuracy:
-    """Accuracy on the held-out images, each process taking its share of them."""
+def _judge(run: Run, metrics: MetricsLog | None, stop: _Stop) -> None:
+    """The evaluation that is owed. SIGTERM cuts it short; the run that goes on begins with it."""
+    run.last = _evaluate(run, stop)
+    if run.last is None:
+        _save_and_stop(run)
+    if metrics is not None:
+        line = {"kind": "eval", "step": run.step, "epoch": run.owed, **asdict(run.last)}
+        metrics.write(line)
+    run.owed = None
+    if run.last.top1 > run.best_top1:
+        run.best_top1 = run.last.top1
+        export(run, "best.safetensors")
+
+
+def _evaluate(run: Run, stop: _Stop) -> Accuracy | None:
+    """Accuracy on the held-out images, each process taking its share of them; None when one of
+    them was asked to stop."""
     assert run.validation is not None
     ours = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
     counts = [0.0, 0.0, 0.0, 0.0]
@@ -144,9 +165,14 @@ def _evaluate(run: Run) -> Accuracy:
             precision=run.precision,
             threads=run.feed.threads,
             allow_none=run.rank.world > 1,
+            stopping=stop.asked.is_set,
         )
         counts = [made.top1 * made.images, made.top5 * made.images, made.images, made.skipped]
-    top1, top5, seen, skipped = parallel.total(counts, run.rank, run.device).tolist()
+    stopped = float(stop.asked.is_set())
+    sums = parallel.total([*counts, stopped], run.rank, run.device).tolist()
+    top1, top5, seen, skipped, stopping = sums
+    if stopping:
+        return None
     return Accuracy(top1 / max(seen, 1), top5 / max(seen, 1), int(seen), int(skipped))
 
 
@@ -173,27 +199,40 @@ def _log_step(
     meter.restart()
 
 
+class _Stop:
+    """Whether SIGTERM came, so that a step is never cut in two (preemptible machines)."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._since, self._step, self._next = time.perf_counter(), 0, 0
+
+    def now(self, run: Run) -> bool:
+        """Does any process want to stop? All answer alike, at the same step: which step they ask
+        each other at follows from times that they share."""
+        if run.rank.world == 1:
+            return self.asked.is_set()
+        if run.step < self._next:
+            return False
+        now, steps = time.perf_counter(), max(1, run.step - self._step)
+        ours = [float(self.asked.is_set()), (now - self._since) / steps]
+        asked, seconds = parallel.total(ours, run.rank, run.device).tolist()
+        ahead = ASK_SECONDS * run.rank.world / max(seconds, 1e-6)
+        self._since, self._step = now, run.step
+        self._next = run.step + int(min(max(ahead, 1), ASK_STEPS))
+        return bool(asked)
+
+
 @contextlib.contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """Set when SIGTERM comes, so that a step is never cut in two (preemptible machines)."""
-    asked = threading.Event()
+def _stop_asked() -> Iterator[_Stop]:
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.asked.set())
     try:
-        yield asked
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _stopping(run: Run, asked: threading.Event) -> bool:
-    """Does any process want to stop? All answer alike, at the same step."""
-    if run.rank.world == 1:
-        return asked.is_set()
-    if run.step % STOP_EVERY:
-        return False
-    return bool(parallel.total([float(asked.is_set())], run.rank, run.device).item())
 
 
 def _timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:

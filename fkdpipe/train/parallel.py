@@ -76,6 +76,17 @@ def _check_compiler(backend: str, device: torch.device) -> None:
         )
 
 
+@contextlib.contextmanager
+def local_first(rank: Rank, device: torch.device) -> Iterator[None]:
+    """The first process of each machine does it, then the others: the one that copies labels to
+    the machine's cache is then also the one that tells how far it is."""
+    if rank.local:
+        total([0.0], rank, device)
+    yield
+    if not rank.local:
+        total([0.0], rank, device)
+
+
 def quiet(wrapped: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
     """Gradients of all but the last part of a step are not exchanged yet."""
     if isinstance(wrapped, DistributedDataParallel) and not last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.utils import ModelEmaV3
 from fkdpipe import config, images, models, replay
 from fkdpipe.distributed import Rank, default_threads
 from fkdpipe.errors import ImagesError, TrainingError, UsageError
-from fkdpipe.features import Tap
+from fkdpipe.features import Kept
 from fkdpipe.models import Loaded
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, Request, View
@@ -58,13 +59,16 @@ def prepare(
         TrainingError: the run folder holds another run.
         StoreError, ImagesError, ModelError: what they say.
     """
-    _check_out(out, data)
     needs = methods.needs(settings.method)
+    _check_place(out, data)
     _check(settings, needs, store, rank, device)
-    training = _open(settings, needs, data, store, cache_dir, allow_partial, reporter)
+    begun = _begun_crops(out)
+    with parallel.local_first(rank, device) if store else contextlib.nullcontext():
+        training = _open(settings, needs, data, store, cache_dir, allow_partial, begun, reporter)
     loaded = students.build(settings, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, needs, training, device)
+    running = None if needs.stored else teacher
     learner = build_learner(settings, needs, loaded, teacher, training, device)
     # A classifier that is not trained has nothing to be judged by.
     validation = _validation(data, training, reporter) if needs.classifier else None
@@ -74,7 +78,7 @@ def prepare(
     feed = Feed(
         training,
         _order(settings, needs, training),
-        _views(settings, loaded, teacher),
+        _views(settings, loaded, running),
         backend=_backend(settings, training, store, device),
         threads=settings.threads or default_threads(),
         device=device,
@@ -89,7 +93,7 @@ def prepare(
         student=loaded,
         learner=learner,
         wrapped=learner,
-        teacher=teacher,
+        teacher=running,
         optimizer=optim.build(learner, settings.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "float16"),
         average=ModelEmaV3(learner.student, decay=settings.ema) if settings.ema else None,
@@ -103,14 +107,13 @@ def prepare(
     )
 
 
-def _check_out(out: Path, data: Path) -> None:
-    """Raises UsageError for what cannot be a run folder: a file, or a place among the images."""
-    there = next((place for place in (out, *out.parents) if place.exists()), out)
+def _check_place(out: Path, data: Path) -> None:
+    there = next((above for above in (out, *out.parents) if above.exists()), out)
     if there.exists() and not there.is_dir():
-        raise UsageError(f"{there} is a file; name a folder for the run: --out RUN.")
-    root = images.split_root(data, "train").resolve()
-    if out.resolve() == data.resolve() or out.resolve().is_relative_to(root):
-        raise UsageError(f"{out} is among the images of {data}; keep the run elsewhere: --out RUN.")
+        raise UsageError(f"{there} is a file; --out names a folder.")
+    place = out.resolve()
+    if data.resolve() in (place, *place.parents):
+        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
 
 
 def _check(
@@ -136,35 +139,39 @@ def _check(
         )
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
-    if needs.independent and settings.batch_size < 2 * rank.world * settings.accumulate:
+    at_once = settings.batch_size // (rank.world * settings.accumulate)
+    if at_once < needs.least:
         raise UsageError(
-            f"method {name} takes statistics over the crops that a process sees at once: batch "
-            f"size {settings.batch_size} over {rank.world} processes and {settings.accumulate} "
-            "accumulated parts leaves one. Raise --batch-size."
+            f"method {name} takes statistics over the crops that a process sees at once, at least "
+            f"{needs.least}: batch size {settings.batch_size} over {rank.world} processes and "
+            f"{settings.accumulate} accumulated parts leaves {at_once}. Raise --batch-size."
         )
     if settings.mixing.on and not needs.mixing:
         raise UsageError(
             f"method {name} cannot mix images: what the teacher says "
             "of a mixed image is no mix of what it says of each."
         )
-    if settings.mixing.on and needs.teacher is not None and settings.teacher is None:
+    runs = settings.teacher is not None and not needs.stored
+    if settings.mixing.on and needs.teacher is not None and not runs:
         raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
     if settings.teacher is not None:
         models.parse_spec(settings.teacher)
-        if needs.teacher is None and needs.soft is None:
+        unused = not needs.live if needs.stored else needs.teacher is None and needs.soft is None
+        if unused:
             raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
-        return
-    if needs.live:
+    elif needs.live:
         raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
+    if runs:
+        return
     if needs.teacher is not None and store is None:
         raise UsageError(
-            f"method {name} needs the teacher's features: a STORE made with --features, or "
-            "--teacher NAME=FILE."
+            f"method {name} needs the teacher's features: a STORE made with --features"
+            f"{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
         )
     if needs.soft is not None and target.kind == "ground-truth":
         raise UsageError(
             f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
-            "ground-truth, or --teacher NAME=FILE."
+            f"ground-truth{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
         )
 
 
@@ -191,9 +198,10 @@ def _teacher(
     if settings.teacher is None:
         return None
     class_map = settings.teacher_class_map
+    asked = needs.soft is not None and settings.parsed_target.kind == "ground-truth"
     (teacher,) = load_teachers(
         [models.parse_spec(settings.teacher)],
-        class_names=training.class_names,
+        class_names=training.class_names if asked else (),
         class_maps=[images.read_class_map(class_map)] if class_map else [],
         precision=_precision(settings, device),
         device=device,
@@ -232,6 +240,7 @@ def _open(
     store: Store | None,
     cache_dir: Path,
     allow_partial: bool,
+    begun: int | None,
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
@@ -252,6 +261,7 @@ def _open(
             features=_stored_tap(settings, needs),
             cache_dir=cache_dir,
             allow_partial=allow_partial,
+            crops_per_image=begun,
             reporter=reporter,
         )
     recorded = training.crops_per_image
@@ -265,10 +275,18 @@ def _open(
     return training
 
 
-def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Tap | None:
+def _begun_crops(out: Path) -> int | None:
+    """Crops per image that the run in this folder began with: a store may have grown since."""
+    file = out / "settings.json"
+    return json.loads(file.read_text())["data"].get("crops_per_image") if file.exists() else None
+
+
+def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Kept | None:
     """Which stored features stand in for a teacher that does not run."""
-    if needs.teacher is None or settings.teacher is not None:
+    if needs.teacher is None or (settings.teacher is not None and not needs.stored):
         return None
+    if needs.teacher.final:
+        return "map"
     return "pre" if needs.teacher.pre else "post"
 
 
@@ -305,6 +323,7 @@ def _record(
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
         "parameters": counted,
+        "files": methods.digests(settings.method),
     }
     # These may differ between two starts of one run.
     free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
@@ -318,10 +337,8 @@ def _record(
         old = json.loads(file.read_text())
         if old.get("digest") != digest:
             fresh = json.loads(json.dumps(record))
-            changed = schema.differences(
-                {k: old.get(k) for k in ("settings", "data", "teacher")},
-                {k: fresh[k] for k in ("settings", "data", "teacher")},
-            )
+            told = ("settings", "data", "teacher", "files")
+            changed = schema.differences({k: old.get(k) for k in told}, {k: fresh[k] for k in told})
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
                 "Name another --out folder, or delete this one.",

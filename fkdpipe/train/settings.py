@@ -6,6 +6,7 @@ over the images with m crops of each counts as m epochs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class OptimizerSettings:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.weight_decay < 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UsageError("lr must be positive and weight_decay not negative.")
         for name in ("helper_lr", "layer_decay", "clip_norm", "eps"):
             value = getattr(self, name)

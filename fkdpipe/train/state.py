@@ -37,7 +37,8 @@ class Run:
 
     wrapped is the learner as it is called: in DDP, compiled, once it trains. average is the moving
     average of the student. step counts optimiser steps that are done. digest names settings and
-    data; a checkpoint of another digest is refused.
+    data; a checkpoint of another digest is refused. owed is the epoch after which an evaluation is
+    due that has not come to its end.
     """
 
     settings: TrainSettings
@@ -59,6 +60,7 @@ class Run:
     step: int = 0
     best_top1: float = -1.0
     last: Accuracy | None = None
+    owed: int | None = None
     reporter: Reporter = silent
 
     @property
@@ -93,6 +95,7 @@ def save(run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "average": run.average.module.state_dict() if run.average else None,
         "best_top1": run.best_top1,
+        "owed": run.owed,
     }
     checkpoint.save(run.out / CHECKPOINTS, run.step, content, keep=run.settings.keep_checkpoints)
 
@@ -118,6 +121,7 @@ def resume(run: Run) -> None:
     if run.average is not None:
         run.average.module.load_state_dict(content["average"])
     run.step, run.best_top1 = int(content["step"]), float(content["best_top1"])
+    run.owed = content.get("owed")
     log.info("going on from step %d of %d", run.step, len(run.feed))
 
 

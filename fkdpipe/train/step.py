@@ -9,7 +9,7 @@ from fkdpipe.models import Preprocessing
 from fkdpipe.replay import normalise
 from fkdpipe.taps import Outputs
 from fkdpipe.teachers import autocast
-from fkdpipe.train import inputs, mixing, parallel, targets
+from fkdpipe.train import mixing, parallel, stored, targets
 from fkdpipe.train.feed import Batch
 from fkdpipe.train.methods.interface import Targets
 from fkdpipe.train.mixing import Mix
@@ -129,5 +129,5 @@ def _teacher_side(run: Run, batch: Batch, mix: Mix | None) -> Outputs | None:
     if batch.features is not None:
         assert run.feed.data.features is not None
         features = batch.features.to(run.device, non_blocking=True)
-        return inputs.stored_outputs(features, run.feed.data.features.settings)
+        return stored.stored_outputs(features, run.feed.data.features.settings)
     return None

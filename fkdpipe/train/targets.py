@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fkdpipe.storage.labels import SparseLabels, Target
-from fkdpipe.train.inputs import LabelBatch, Scores
+from fkdpipe.train.stored import LabelBatch, Scores
 
 
 def dense(

@@ -72,10 +72,13 @@ class TransferSettings:
             threads=self.threads,
             eval_every=self.epochs,
             optimizer=OptimizerSettings(lr=lr, weight_decay=self.weight_decay),
-            schedule=ScheduleSettings(
-                name="step", milestones=(self.epochs // 3, 2 * self.epochs // 3)
-            ),
+            schedule=ScheduleSettings(name="step", milestones=drops(self.epochs)),
         )
+
+
+def drops(epochs: int) -> tuple[int, ...]:
+    """Epochs before which the rate falls: after a third and two thirds, never before the first."""
+    return tuple(sorted({epochs // 3, 2 * epochs // 3} - {0}))
 
 
 @dataclass(frozen=True)

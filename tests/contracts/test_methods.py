@@ -127,9 +127,9 @@ def settings(weights):
         return train_settings(
             method=method,
             teacher=weights(case.teacher) if case.teacher else None,
-            target="ground-truth" if case.teacher else case.target,
             label_temperature=None,
             **{
+                "target": "ground-truth" if case.teacher else case.target,
                 "size": 64,
                 "epochs": 1,
                 "crops_per_image": 2,
@@ -257,6 +257,23 @@ def test_a_stopped_run_ends_with_the_very_same_weights_and_exports_the_student_a
     counted = json.loads((tmp_path / "run" / "settings.json").read_text())["parameters"]
     assert counted["student"] == sum(p.numel() for p in student.parameters())
     assert counted["helpers"] == sum(p.numel() for p in again.method.parameters())
+
+
+@pytest.mark.parametrize("name", ["dpk", "fitnet", "kd", "scalekd", "srd"])
+def test_labels_may_come_from_the_store_beside_a_live_teacher(
+    tmp_path, folder, store, settings, name
+):
+    wanted = settings(name, target="marginal-smoothing:3")
+    run = prepare_run(tmp_path / "run", folder, store, wanted)
+    run.learner.train()
+    pixels, given = first(run)
+    assert run.teacher is not None
+    assert torch.equal(given.soft(1.0), given.prob_BC)
+    moved = dataclasses.replace(given.teacher, logits=torch.zeros_like(given.teacher.logits))
+    torch.manual_seed(0)
+    before = total(run, pixels, given)
+    torch.manual_seed(0)
+    assert total(run, pixels, dataclasses.replace(given, teacher=moved)) == before
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,7 +6,10 @@ Adding one touches its file, the table below, its test and its row in docs/metho
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, Protocol
 
 from fkdpipe import config
@@ -62,6 +65,17 @@ def parse(table: Mapping[str, Any]) -> Any:
     file = _file(table)
     rest = {key: value for key, value in table.items() if key != "name"}
     return config.build(file.Settings, rest, where=f"method {table.get('name', 'fkd')}")
+
+
+def digests(table: Mapping[str, Any]) -> dict[str, str]:
+    """Setting to SHA-256, of the files that a method's settings name."""
+    settings = parse(table)
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {
+        name: hashlib.sha256(value.read_bytes()).hexdigest()
+        for name, value in given.items()
+        if isinstance(value, Path)
+    }
 
 
 def _file(table: Mapping[str, Any]) -> MethodFile:

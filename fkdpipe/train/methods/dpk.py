@@ -22,7 +22,7 @@ from torch import nn
 from fkdpipe.errors import ModelError, UsageError
 from fkdpipe.taps import Needs, Outputs
 from fkdpipe.train.methods import dpk_blocks, dpk_masks, parts
-from fkdpipe.train.methods.dpk_blocks import Fill, Side, Stack, Transform
+from fkdpipe.train.methods.dpk_blocks import Fill, Places, Side, Stack, Transform
 from fkdpipe.train.methods.dpk_masks import Mask
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
@@ -68,6 +68,7 @@ class Settings:
         0.95^epoch (exponential) or 1 - epoch / epochs (linear).
     mask: which tokens. fill: what stands where the mask is. transform: kind of encoder and decoder.
     loss_on: all tokens, or only those that are the student's.
+    places: positions of the tokens, fixed as in the authors' code or learnt as in the paper.
     hard_weight: 0.8 as in the authors' code; 1 as printed.
     """
 
@@ -82,6 +83,7 @@ class Settings:
     fill: Fill = "teacher"
     transform: Transform = "encoder-decoder"
     loss_on: Literal["all", "student"] = "all"
+    places: Places = "sincos"
 
     def __post_init__(self) -> None:
         parts.check_weights(self, "hard_weight", "kd_weight", "feature_weight")
@@ -106,6 +108,7 @@ def needs(settings: Settings) -> MethodNeeds:
         live=True,
         classifier=bool(settings.hard_weight or settings.kd_weight),
         independent=settings.ratio == "cka",
+        least=4 if settings.ratio == "cka" else 1,  # CKA is not defined on fewer
     )
 
 
@@ -226,6 +229,10 @@ def _transform(
         return dpk_blocks.Convolutional(student, teacher, encoder_width, settings.fill)
     decoder = Stack(decoder_width, stage.decoder_depth, stage.decoder_heads)
     if settings.transform == "mlp":
-        return dpk_blocks.Pointwise(student, teacher, tokens, decoder, settings.fill)
+        return dpk_blocks.Pointwise(
+            student, teacher, tokens, decoder, settings.fill, settings.places
+        )
     encoder = Stack(encoder_width, stage.encoder_depth, stage.encoder_heads)
-    return dpk_blocks.Attentive(student, teacher, tokens, encoder, decoder, settings.fill)
+    return dpk_blocks.Attentive(
+        student, teacher, tokens, encoder, decoder, settings.fill, settings.places
+    )

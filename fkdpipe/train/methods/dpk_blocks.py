@@ -19,6 +19,7 @@ from fkdpipe.errors import ModelError
 
 Transform = Literal["encoder-decoder", "mlp", "conv"]
 Fill = Literal["teacher", "zero", "learnable"]
+Places = Literal["sincos", "learnable"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,14 @@ class Attentive(nn.Module):
     decoder_places: torch.Tensor
 
     def __init__(
-        self, student: Side, teacher: Side, tokens: int, encoder: Stack, decoder: Stack, fill: Fill
+        self,
+        student: Side,
+        teacher: Side,
+        tokens: int,
+        encoder: Stack,
+        decoder: Stack,
+        fill: Fill,
+        places: Places = "sincos",
     ) -> None:
         super().__init__()
         self.fill = fill
@@ -121,8 +129,8 @@ class Attentive(nn.Module):
         self.to_decoder = nn.Linear(encoder.width, decoder.width, bias=False)
         self.decoder = blocks(decoder)
         self.out = _out(decoder.width, teacher)
-        self.register_buffer("encoder_places", positions(tokens, encoder.width), persistent=False)
-        self.register_buffer("decoder_places", positions(tokens, decoder.width), persistent=False)
+        for name, stack in (("encoder_places", encoder), ("decoder_places", decoder)):
+            _add_places(self, name, positions(tokens, stack.width), places)
 
     def forward(
         self, student_BCHW: torch.Tensor, teacher_BCHW: torch.Tensor, mask_BN: torch.Tensor, m: int
@@ -155,7 +163,13 @@ class Pointwise(nn.Module):
     places: torch.Tensor
 
     def __init__(
-        self, student: Side, teacher: Side, tokens: int, decoder: Stack, fill: Fill
+        self,
+        student: Side,
+        teacher: Side,
+        tokens: int,
+        decoder: Stack,
+        fill: Fill,
+        places: Places = "sincos",
     ) -> None:
         super().__init__()
         self.student_mlp = _mlp(student, decoder.width)
@@ -163,7 +177,7 @@ class Pointwise(nn.Module):
         self.token = _token(decoder.width) if fill == "learnable" else None
         self.decoder = blocks(decoder)
         self.out = _out(decoder.width, teacher)
-        self.register_buffer("places", positions(tokens, decoder.width), persistent=False)
+        _add_places(self, "places", positions(tokens, decoder.width), places)
 
     def forward(
         self, student_BCHW: torch.Tensor, teacher_BCHW: torch.Tensor, mask_BN: torch.Tensor, m: int
@@ -208,6 +222,13 @@ class Convolutional(nn.Module):
             given = tokens.transpose(1, 2).unflatten(2, grid)
         hybrid = torch.where(mask_BN.unflatten(1, grid)[:, None], given, kept)
         return self.out(self.decoder(hybrid).flatten(2).transpose(1, 2))
+
+
+def _add_places(module: nn.Module, name: str, start_ND: torch.Tensor, places: Places) -> None:
+    if places == "learnable":
+        module.register_parameter(name, nn.Parameter(start_ND))
+    else:
+        module.register_buffer(name, start_ND, persistent=False)
 
 
 def _patches(side: Side, width: int) -> nn.Conv2d:

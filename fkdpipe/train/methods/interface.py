@@ -26,8 +26,11 @@ class MethodNeeds:
         soft: temperature at which the teacher's probabilities are wanted, None for none. They
             come from the store when the run's target does, else from a live teacher.
         live: only a live teacher will do, for example for its last stage.
+        stored: the teacher's side comes from the store; a live teacher only lends its layers, and
+            nothing is asked of it.
         classifier: whether the student's logits are in the loss; without, its classifier rests.
         independent: no two crops of one image in a batch, for losses that couple the batch.
+        least: crops that a process must see at once, of losses with statistics over the batch.
         mixing: whether mixup and CutMix make sense.
         scores: whether the stored labels may be scores of something else than the classes.
     """
@@ -36,8 +39,10 @@ class MethodNeeds:
     teacher: Needs | None = None
     soft: float | None = None
     live: bool = False
+    stored: bool = False
     classifier: bool = True
     independent: bool = False
+    least: int = 1
     mixing: bool = True
     scores: bool = False
 

@@ -98,6 +98,7 @@ class Kdep(Method):
         super().__init__()
         self.align, self.transform, self.project = align, transform, project
         self.post = settings.alignment == "conv-post"
+        self._open = settings.weight == "auto"  # until a batch, or a checkpoint, has fixed it
         start = float("nan") if settings.weight == "auto" else settings.weight
         self.register_buffer("weight", torch.tensor(start))  # in the checkpoint: fixed for good
 
@@ -114,8 +115,10 @@ class Kdep(Method):
         assert made is not None
         difference = self.project(made).float() - self.target(targets.teacher)
         value_B = difference.square().mean(dim=1)
-        if self.training and self.weight.isnan():
-            self._fix_weight(value_B)
+        if self.training and self._open:
+            self._open = False
+            if self.weight.isnan():
+                self._fix_weight(value_B)
         return {"kdep": self.weight * value_B}
 
     def _fix_weight(self, value_B: torch.Tensor) -> None:

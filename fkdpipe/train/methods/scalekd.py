@@ -37,17 +37,21 @@ LAYER_NORMED = ("ConvNeXt", "SwinTransformer", "SwinTransformerV2")  # students,
 class Settings:
     """Switches and weights.
 
+    target: where the teacher's map comes from: a teacher beside the student, or the store
+        (`generate --features map`); of a teacher given too only the tail runs then.
     projector: cap, or linear or conv to compare. dfm: the second path. tpp: the proxy path.
     adaptive_queries: the proxy path gives the queries; False learns fixed ones.
     spatial_weight, frequency_weight: of the two paths, on means over the map's places. The code's
         0.08 and 0.06 are on sums over 49 places, its 0.02 and 0.015 over 196.
-    kd_weight: share of the teacher's probabilities beside the ground truth.
+    kd_weight: of the teacher's probabilities. hard_weight: of the ground truth; None takes
+        1 - kd_weight as the authors' code, the paper prints 1 for both.
     heads: of the projectors of the last but one and the last map; None takes one for 128 channels.
     softmax_scale: 5 for Swin teachers, 1 in the authors' settings for others.
     stem_norm: auto takes layer norm for ConvNeXt and Swin students, else batch norm.
     tail_blocks: of a plain transformer; a Swin's tail is its last stage.
     """
 
+    target: Literal["live", "stored"] = "live"
     projector: Literal["cap", "linear", "conv"] = "cap"
     dfm: bool = True
     tpp: bool = True
@@ -55,16 +59,22 @@ class Settings:
     spatial_weight: float = 3.92
     frequency_weight: float = 2.94
     kd_weight: float = 0.5
+    hard_weight: float | None = None
     heads: tuple[int, int] | None = None
     softmax_scale: float = 5.0
     stem_norm: Literal["auto", "batch", "layer"] = "auto"
     tail_blocks: int = 2
 
     def __post_init__(self) -> None:
-        parts.check_weights(self, "spatial_weight", "frequency_weight")
+        parts.check_weights(self, "spatial_weight", "frequency_weight", "kd_weight")
+        if self.hard_weight is not None:
+            parts.check_weights(self, "hard_weight")
         parts.check_positive(self, "softmax_scale", "tail_blocks")
-        if not 0 <= self.kd_weight <= 1:
-            raise UsageError(f"kd_weight must be within 0 and 1; found {self.kd_weight}.")
+        if self.hard_weight is None and not 0 <= self.kd_weight <= 1:
+            raise UsageError(
+                f"kd_weight must be within 0 and 1, or hard_weight be given; found "
+                f"{self.kd_weight}."
+            )
         if self.heads is not None and min(self.heads) < 1:
             raise UsageError(f"heads must be at least 1; found {list(self.heads)}.")
         if self.tpp and self.projector != "cap":
@@ -81,11 +91,13 @@ class Settings:
 
 
 def needs(settings: Settings) -> MethodNeeds:
+    stored = settings.target == "stored"
     return MethodNeeds(
         student=Needs(stages=(2,) if settings.tpp else (), final=True),
         teacher=Needs(final=True),
         soft=1.0 if settings.kd_weight else None,
-        live=True,
+        live=settings.tpp or not stored,
+        stored=stored,
     )
 
 
@@ -166,7 +178,7 @@ class ScaleKd(Method):
         assert student.final is not None
         wanted = targets.teacher.final.detach()
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
-        terms = {"hard": (1 - s.kd_weight) * hard}
+        terms = {"hard": (1 - s.kd_weight if s.hard_weight is None else s.hard_weight) * hard}
         if s.kd_weight:
             soft = losses.soft_cross_entropy(student.logits, targets.soft(1.0))
             terms["kd"] = s.kd_weight * soft

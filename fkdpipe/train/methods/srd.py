@@ -30,6 +30,7 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 Normalisation = Literal["bn", "group", "l2", "none"]
 
+_LEAST = 1e-10  # eps of form corr: a constant channel stays 0, and its gradient within bounds
 _TINY = 1e-12  # times the number of elements, so that equal features have a logarithm
 
 
@@ -86,6 +87,7 @@ def needs(settings: Settings) -> MethodNeeds:
         teacher=Needs(penultimate=True),
         soft=1.0 if settings.soft_weight else None,
         independent=True,
+        least=2 if settings.normalise == "bn" else 1,
     )
 
 
@@ -151,7 +153,7 @@ def normalise(features_BD: torch.Tensor, settings: Settings) -> torch.Tensor:
     """
     kind = settings.normalise
     if kind == "bn":
-        eps = max(settings.eps, torch.finfo(torch.float32).tiny)  # a dead channel stays 0, not NaN
+        eps = max(settings.eps, _LEAST)
         return functional.batch_norm(features_BD, None, None, training=True, eps=eps)
     if kind == "group":
         return functional.group_norm(features_BD, settings.groups)
