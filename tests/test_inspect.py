@@ -340,7 +340,9 @@ def test_analyse_prints_tables_or_one_object(store, folder, tmp_path, checkpoint
     figures = json.loads(made.stdout)
     assert figures["images"] == 10
     assert figures["crops"] == 20
-    assert figures["distances"]["kinds"] == ["one-hot", "hard", "full", "model test_resnet"]
+    assert figures["distances"]["kinds"] == [
+        "one-hot", "hard", "full", "model test_resnet", "smoothing", "MS:4", "MR:4",
+    ]  # fmt: skip
     assert (tmp_path / "labels.png").read_bytes()[1:4] == b"PNG"
     text = invoke("analyse", *common, "--crops", "0").stdout
     assert "51 images, 204 crops" in text

@@ -195,6 +195,28 @@ def test_distances_are_cross_entropies_by_class(stores, tmp_path):
     assert found.distance_AA[2, 2] <= found.distance_AA[3, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("full", {"smoothing": 1, "MS:4": 4, "MR:4": 4}),
+        ("topk-3", {"smoothing": 1, "MR:3": 3}),
+        ("hard", {}),
+    ],
+)
+def test_a_single_source_is_compared_with_the_labels_it_serves(stores, tmp_path, name, kinds):
+    found = run(opened := opened_of(stores, tmp_path, name))
+    assert found.kinds == ("one-hot", "hard", name, *kinds)
+    crops = dense(opened).reshape(-1, 5)
+    words = {"sm": "smoothing", "MS": "marginal-smoothing", "MR": "marginal-renorm"}
+    for place, (kind, k) in enumerate(kinds.items(), 3):
+        made = np.stack([oracles.dense_target(words[kind[:2]], k, crop) for crop in crops])
+        back = np.maximum(made, measures.FLOOR)
+        to_label = -np.sum(crops * np.log(back), axis=1).mean()
+        from_label = -np.sum(made * np.log(np.maximum(crops, measures.FLOOR)), axis=1).mean()
+        assert found.distance_AA[place, 2] == pytest.approx(to_label, rel=1e-3)
+        assert found.distance_AA[2, place] == pytest.approx(from_label, rel=1e-3)
+
+
 def test_classes_are_those_of_the_images(stores, tmp_path):
     opened = opened_of(stores, tmp_path, "full")
     found = run(opened)
@@ -233,7 +255,7 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
         made = predict(rows, crops_m)
         found = analysis.analyse(opened, rows, crops_m, models=[("again", predict)])
     assert np.abs(made - opened.labels[0].take(rows, crops_m)).max() < 2e-3
-    assert found.kinds[-1] == "again"
+    assert found.kinds[3] == "again"
     assert found.distance_AA[3, 2] == pytest.approx(found.distance_AA[2, 2], abs=1e-3)
 
 

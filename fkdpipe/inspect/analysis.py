@@ -34,6 +34,7 @@ BINS = 50  # of histograms over 0..1 and 0..ln C
 FINE_BINS = 1000  # where percentiles are read off
 
 KEPT = (1, 2, 3, 5, 10, 20, 50, 100)
+SERVED_K = 5  # of the label kinds whose distances are told, as in the paper
 AREA_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 # (rows_I, crops_m) to float32 (I, m, C): predictions of a model on recorded crops
@@ -55,7 +56,8 @@ def analyse(
         models: name and predictions, for the distances.
     """
     tallies = [_SourceTally(source, opened.classes) for source in opened.labels]
-    names = [*(source.name for source in opened.labels), *(name for name, _ in models)]
+    served = _served(opened)
+    names = [*(source.name for source in opened.labels), *(name for name, _ in models), *served]
     distances = _DistanceTally(names, opened.classes)
     classes = _ClassTally(opened.classes)
     with reporter.task("analyse", len(rows_N) * len(crops_M), "crops") as advance:
@@ -65,6 +67,7 @@ def analyse(
             seen = [source.take(rows_I, crops_m) for source in opened.labels]
             seen += [predict(rows_I, crops_m) for _, predict in models]
             flat = [prob.reshape(-1, opened.classes) for prob in seen]
+            flat += [forms.dense_target(target, flat[0]) for target in served.values()]
             for tally, prob_BC in zip(tallies, flat, strict=False):
                 tally.add(prob_BC, truth_B, area_B)
             classes.add(flat[0], truth_B)
@@ -208,6 +211,24 @@ def _targets(classes: int) -> list[Target]:
     ]
 
 
+def _served(opened: Opened) -> dict[str, Target]:
+    """Labels of other kinds that a single source serves; MS and MR are the paper's marginal ones.
+
+    Several sources are compared with each other instead.
+    """
+    form = opened.labels[0].form
+    top = form.k if form.sparse else opened.classes
+    k = min(SERVED_K, top, opened.classes - 1)
+    if len(opened.labels) > 1 or top < 2:
+        return {}
+    made = {"smoothing": Target("smoothing")}
+    if 1 < k < top:  # with all kept classes it is the label as it is read
+        made[f"MS:{k}"] = Target("marginal-smoothing", k)
+    if k > 1:
+        made[f"MR:{k}"] = Target("marginal-renorm", k)
+    return made
+
+
 class _ClassTally:
     def __init__(self, classes: int) -> None:
         self.sums_C5 = np.zeros((classes, 5))
@@ -243,7 +264,7 @@ class _DistanceTally:
         self.crops_C = np.zeros(classes + 1)
 
     def add(self, prob: Sequence[np.ndarray], truth_B: np.ndarray) -> None:
-        """prob: (B, C) of each source, then of each model."""
+        """prob: (B, C) of each source, then of each model, then of other kinds of labels."""
         classes = len(self.crops_C) - 1
         group_B = np.where(truth_B >= 0, truth_B, classes)
         self.crops_C += np.bincount(group_B, minlength=classes + 1)

@@ -87,7 +87,8 @@ class Analysis:
     """Numbers of some crops of a store.
 
     Attributes:
-        kinds: one-hot, hard, each source, each model.
+        kinds: one-hot, hard, each source, each model; of a single source also the smoothing, MS:K
+            (marginal smoothing) and MR:K (marginal renormalisation) labels that it serves.
         distance_AA: float64; row a, column b is the mean of -sum P_b log P_a (FKD equation 2,
             a -> b). NaN where a is one-hot or hard, which give nothing to other classes.
         distance_CAA: the same over crops of each class; NaN for classes without crops.
