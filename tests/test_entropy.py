@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -15,6 +16,7 @@ from fkdpipe import crops
 from fkdpipe.cli import cli
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import DamagedStoreError, UsageError
+from fkdpipe.inspect import footprint
 from fkdpipe.storage import entropy, features, labels, plan, report, rounds, schema, writer
 from fkdpipe.storage.labels import parse_form
 from fkdpipe.storage.location import LocalLocation
@@ -270,6 +272,23 @@ def test_reports_and_plans_as_text_and_as_pages(tmp_path):
     assert made.exit_code == 0, made.output
     assert "features 512:float16" in made.stdout
     assert "features 512:float16" in page.read_text()
+    assert page.read_text().count('<img src="data:image/png;base64,') == 2
+    assert max(map(len, made.stdout.splitlines())) <= 80
+
+
+def test_no_line_of_a_report_is_longer_than_a_terminal(tmp_path):
+    make_store(tmp_path / "store", form="full")
+    lines = invoke("report", tmp_path / "store").stdout.splitlines()[1:]  # the first names a path
+    assert "  marginal-renorm (any K)" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_label_of_more_classes_than_there_are_is_not_served(tmp_path):
+    measured = report.measure(make_store(tmp_path / "store", form="full"))
+    few = dataclasses.replace(measured, classes=7)
+    served = {row[0]: row[2] for row in footprint.paper_rows(few)[1]}
+    assert served["marginal-smoothing:5"]
+    assert not served["marginal-smoothing:10"]
 
 
 def test_a_store_of_features_alone_is_reported(tmp_path):

@@ -167,3 +167,8 @@ def test_a_broken_png_is_skipped_by_evaluation_and_inspection(tmp_path, cut):
     assert (len(pixels), rows.tolist()) == (1, [1])
     with pytest.raises(ReplayError, match="cannot be decoded"):
         views.whole(images.path_of(folder.root, "a/bad.png"), folder.size_N2[0], 100)
+
+
+def test_a_missing_file_is_named_in_plain_words(tmp_path):
+    path = os.fsencode(tmp_path / "it's not here.png")
+    assert cpu.decode(path, (8, 8)) == ("unreadable", "No such file or directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,9 @@ def _print_report(r: StorageReport) -> None:
         f"{r.url}: {r.images:,} images x {r.crops_per_image} crops, {r.classes:,} classes, {form}"
     )
     if r.targets:
-        click.echo(f"serves {', '.join(r.targets)}")
+        words = f"serves {', '.join(r.targets)}".replace(" (", "\0(").replace("any K", "any\0K")
+        lines = textwrap.fill(words, 80, subsequent_indent="  ", break_on_hyphens=False)
+        click.echo(lines.replace("\0", " "))  # which kept each target in one piece
     left_out = f"{r.rejected} files rejected, {r.failed} images without labels"
     for source in r.sources:
         click.echo(f"source {source.name}: {source.units_done} of {source.units} units; {left_out}")

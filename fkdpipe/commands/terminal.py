@@ -73,7 +73,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*map(_printable, row))
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 100
+        console.width = 80
     console.print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import numpy as np
 from fkdpipe.inspect.html import figures, page, table
 from fkdpipe.inspect.plots import COLOURS, Panel
 from fkdpipe.storage.plan import Plan
-from fkdpipe.storage.report import StorageReport, to_gigabytes
+from fkdpipe.storage.report import PaperRow, StorageReport, to_gigabytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,14 +49,20 @@ def field_table(r: StorageReport) -> Table:
     return columns, rows
 
 
+def _this(row: PaperRow, r: StorageReport) -> int | None:
+    """A store at the paper's size, where it serves the row's label: K is at most its classes."""
+    k = row.name.partition(":")[2]
+    return None if k.isdigit() and int(k) > r.classes else row.this
+
+
 def paper_rows(r: StorageReport) -> Table:
     """The FKD paper's Table 2 beside this store and beside one of just that label."""
     rows = [
         [
             row.name,
             to_gigabytes(row.paper),
-            "" if row.this is None else to_gigabytes(row.this),
-            "" if row.this is None else f"{row.paper / row.this:.1f}",
+            "" if (this := _this(row, r)) is None else to_gigabytes(this),
+            "" if this is None else f"{row.paper / this:.1f}",
             "" if row.planned is None else to_gigabytes(row.planned),
         ]
         for row in r.table
@@ -106,7 +112,7 @@ def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
     """Table 2 with a column for each store at the paper's size."""
     rows = []
     for place, row in enumerate(reports[0].table):
-        cells = [r.table[place].this for r in reports]
+        cells = [_this(r.table[place], r) for r in reports]
         rows.append(
             [
                 row.name,
@@ -214,6 +220,59 @@ def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
     axes.set_xlabel("gigabytes")
 
 
+def plan_panels(plan: Plan) -> list[Panel]:
+    """Plots of a plan: what each store is made of, and what it takes."""
+    height = 1.4 + 0.5 * len(plan.stores)
+    return [
+        Panel(
+            "Bytes per crop by array",
+            "Arrays of each planned store, one after the other.",
+            lambda axes: _plan_fields(axes, plan),
+            wide=True,
+            height=height,
+        ),
+        Panel(
+            "Stored, and laid out for training",
+            "On disk, and local space on each training node.",
+            lambda axes: _plan_bytes(axes, plan),
+            wide=True,
+            height=height,
+        ),
+    ]
+
+
+def _plan_fields(axes: Axes, plan: Plan) -> None:
+    where = np.arange(len(plan.stores))
+    left = np.zeros(len(where))
+    for place, name in enumerate(dict.fromkeys(f for s in plan.stores for f in s.fields)):
+        lengths = np.array([store.fields.get(name, 0.0) for store in plan.stores])
+        axes.barh(where, lengths, 0.6, left=left, color=COLOURS[place % len(COLOURS)], label=name)
+        left += lengths
+    _bars(axes, plan, zip(where, left, strict=True), "bytes per crop")
+
+
+def _plan_bytes(axes: Axes, plan: Plan) -> None:
+    where = np.arange(len(plan.stores))
+    stored = np.array([store.stored_bytes / 1e9 for store in plan.stores])
+    cache = np.array([store.cache_bytes / 1e9 for store in plan.stores])
+    axes.barh(where - 0.2, stored, 0.4, color=COLOURS[0], label="stored")
+    axes.barh(where + 0.2, cache, 0.4, color=COLOURS[1], label="cache")
+    ends = [*zip(where - 0.2, stored, strict=True), *zip(where + 0.2, cache, strict=True)]
+    _bars(axes, plan, ends, "gigabytes")
+
+
+def _bars(axes: Axes, plan: Plan, ends: Iterable[tuple[float, float]], unit: str) -> None:
+    """What the plots of a plan share: forms, the value at each bar's end, a legend above."""
+    for place, end in ends:
+        axes.text(end, place, f" {end:,.2f}", va="center", fontsize=8)
+    axes.set_yticks(np.arange(len(plan.stores)), [store.form for store in plan.stores])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(unit)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=6)
+
+
 def report_page(reports: Sequence[StorageReport]) -> str:
     """Several stores, or one, as a page."""
     body = [table(*store_table(reports)), figures(panels(reports))]
@@ -232,7 +291,8 @@ def plan_page(plan: Plan) -> str:
     """A plan as a page."""
     w = plan.wanted
     lead = f"{w.images:,} images x {w.crops} crops, {w.classes:,} classes. {PLAN_WORDS}"
-    body = [table(*plan_table(plan)), heading("Fields"), table(*plan_fields(plan))]
+    body = [table(*plan_table(plan)), figures(plan_panels(plan))]
+    body += [heading("Fields"), table(*plan_fields(plan))]
     return page("Plan of a store", lead, body)
 
 
@@ -255,4 +315,4 @@ ENTROPY_WORDS = (
     "Entropy: bytes per crop of an ideal code. Boxes and flips: their law; ids: an adaptive code "
     "that knows the image's earlier crops; numbers: how often each value occurs (Miller-Madow)."
 )
-PLAN_WORDS = "Sizes of kept classes are those of simulated labels; a teacher's may differ by 30 %."
+PLAN_WORDS = "Sizes of kept classes: of simulated labels; a teacher's may differ by 30 %."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from fkdpipe.images import ImageFolder
 from fkdpipe.interchange import fkd, mldr, parquet, relabel, sre2l, tinyvit
 from fkdpipe.interchange.exporting import Exported
 from fkdpipe.interchange.source import DAMAGE, ImportSettings, LabelSource
+
+log = logging.getLogger(__name__)
 
 IMPORTS: dict[str, Callable[[Path, ImageFolder, ImportSettings], LabelSource]] = {
     "fkd": fkd.open_labels,
@@ -63,6 +66,7 @@ def open_labels(
         LabelsError: they cannot be used, or are not what the format says.
         UsageError: an unknown format, or settings that do not fit.
     """
+    log.info("matching label files with %s images", f"{len(folder):,}")
     try:
         return choose(IMPORTS, name)(place, folder, settings)
     except FkdpipeError:

@@ -274,8 +274,9 @@ def _decode_other(encoded: np.ndarray) -> torch.Tensor:
 
 
 def _plain(message: str) -> str:
-    """A decoder's message without the place in its source code."""
-    return re.sub(r"^\w+, \S+:\d+, ", "", message.splitlines()[0])
+    """A decoder's message without the place in its source code, a system's without the path."""
+    words = re.sub(r"^\w+, \S+:\d+, |^\[Errno \d+\] ", "", message.splitlines()[0])
+    return re.sub(r": b(['\"]).*\1$", "", words)
 
 
 def _run_single_threaded(pool: ThreadPoolExecutor, threads: int) -> None:
