@@ -19,7 +19,9 @@ def render() -> str:
     ]
     for name, command in cli.commands.items():
         # A command that ran in this process keeps the help option of that run; a new one does not.
-        unused = click.Command(name, params=command.params, help=command.help)
+        unused = click.Command(
+            name, params=command.params, help=command.help, epilog=command.epilog
+        )
         context = click.Context(unused, info_name=f"fkdpipe {name}", terminal_width=90)
         blocks.append(f"## fkdpipe {name}\n\n```\n{unused.get_help(context)}\n```")
     return "\n\n".join(blocks) + "\n"

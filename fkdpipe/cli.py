@@ -7,6 +7,7 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 from __future__ import annotations
 
 import signal
+from inspect import cleandoc
 from typing import Any, NoReturn
 
 import click
@@ -51,6 +52,12 @@ class _Commands(click.Group):
         return list(self.commands)  # in the order of a user's work, not of the alphabet
 
 
+def _example_last(command: click.Command) -> None:
+    """The example that ends a docstring ends the help too, below the options."""
+    words, mark, example = cleandoc(command.help or "").partition("\b\nExample:")
+    command.help, command.epilog = words.rstrip(), mark + example
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fkdpipe")
 def cli() -> None:
@@ -82,7 +89,9 @@ for command in (
     interchange.export,
     store.thin,
 ):
+    _example_last(command)
     cli.add_command(command)
+_example_last(cli)
 
 
 def main() -> None:

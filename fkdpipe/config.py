@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -153,6 +154,9 @@ def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{name} must be a finite number, found {value!r}")
+        return None
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     problems.append(f"{name} must be {_word(hint)}, found {value!r}")

@@ -11,6 +11,7 @@ plain for ordinary names.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import warnings
@@ -129,7 +130,8 @@ def split_root(data: Path, split: Split) -> Path:
             f"{data} is a file; give an image folder (class/image).", code="no-folder"
         )
     try:
-        folders = {e.name for e in os.scandir(data) if e.is_dir() and not e.name.startswith(".")}
+        folders = {e.name for e in os.scandir(data) if _leads_to(e)}
+        folders = {name for name in folders if not name.startswith(".")}
     except OSError as error:
         raise ImagesError(f"{data} cannot be read: {error.strerror}.", code="no-folder") from error
     if "train" in folders and ("val" in folders or folders == {"train"}):
@@ -147,8 +149,16 @@ def split_root(data: Path, split: Split) -> Path:
 
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the class folders below a split's root, sorted, as keys write them."""
-    names = [e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")]
+    names = [e.name for e in os.scandir(root) if _leads_to(e) and not e.name.startswith(".")]
     return tuple(key_of(name) for name in sorted(names))
+
+
+def _leads_to(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """The status of a folder; None for a file, and for a link that leads nowhere."""
+    try:
+        return entry.stat() if entry.is_dir() else None
+    except OSError:  # a link to itself
+        return None
 
 
 def scan(
@@ -263,8 +273,7 @@ def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
             return
         for entry in entries:
             name = os.path.join(relative, entry.name) if relative else entry.name
-            if entry.is_dir():
-                status = entry.stat()
+            if status := _leads_to(entry):
                 identity = (status.st_dev, status.st_ino)
                 if entry.name.startswith("."):
                     rejected.append(Rejected(key_of(name), "hidden", "hidden folder"))
@@ -304,6 +313,7 @@ def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
         return Rejected(key, "too-large", str(error))
     except OSError as error:
         reason = "unreadable" if error.errno is not None else "broken-header"
+        reason = "link-loop" if error.errno == errno.ELOOP else reason
         return Rejected(key, reason, error.strerror or str(error))
     except (SyntaxError, ValueError, IndexError) as error:  # Pillow's parsers on damaged headers
         return Rejected(key, "broken-header", str(error))

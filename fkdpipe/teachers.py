@@ -110,8 +110,8 @@ def load_teachers(
         raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}.")
     if weights and len(weights) != len(specs):
         raise UsageError(f"{len(weights)} teacher weights for {len(specs)} teachers.")
-    if any(weight <= 0 for weight in weights):
-        raise UsageError("teacher weights must be positive.")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise UsageError("teacher weights must be positive numbers.")
     if len(class_maps) not in (0, 1, len(specs)):
         raise UsageError(f"{len(class_maps)} class maps for {len(specs)} teachers.")
     maps: list[ClassMap | None] = list(class_maps) or [None]

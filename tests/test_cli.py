@@ -66,12 +66,17 @@ def _seconds(command) -> float:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_ends_with_an_example_that_parses(name):
-    text = cli.commands[name].help
-    assert text is not None
-    example = text.split("Example:")[-1].replace("\\\n", " ").strip()
-    words = shlex.split(example)
+    shown = invoke(name, "--help").output
+    options, _, example = shown.rpartition("Example:\n")
+    assert "Options:\n" in options
+    assert "  --help" in options or "-h, --help" in options
+    words = shlex.split(example.replace("\\\n", " ").strip())
     assert words[:2] == ["fkdpipe", name]
     cli.commands[name].make_context(name, words[2:], resilient_parsing=False)
+
+
+def test_the_help_of_all_ends_with_an_example_too():
+    assert invoke("--help").output.endswith("  Example:\n    fkdpipe demo\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -15,13 +15,21 @@ from pipeline import CPU, arrays_of, make_store
 
 from fkdpipe import images, replay, teachers
 from fkdpipe.distributed import Rank
-from fkdpipe.errors import ImagesError, ReplayError, StoreError, StoreMismatchError, UsageError
+from fkdpipe.errors import (
+    ImagesError,
+    ModelError,
+    ReplayError,
+    StoreError,
+    StoreMismatchError,
+    UsageError,
+)
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen import unit as making
 from fkdpipe.replay import Request, View, cpu
 from fkdpipe.storage import labels, reader, report, verify
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.store import open_store
+from fkdpipe.taps import Needs
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +349,38 @@ def test_dali_labels_agree_with_cpu_labels_closely(tmp_path, folder, teacher, fu
     )
     assert np.median(variation(a, b)) < 0.02
     assert CPU.type == "cpu"
+
+
+@pytest.mark.parametrize("form", ["topk:3", "logits", "none"])
+def test_labels_that_are_no_numbers_are_never_committed(tmp_path, folder, checkpoint, form):
+    broken = load_teacher(checkpoint, needs=Needs(pre=True))
+    with torch.no_grad():
+        next(broken.module.parameters())[0, 0, 0, 0] = float("nan")
+    features = ("pre",) if form == "none" else ()
+    with pytest.raises(ModelError, match=r"test_resnet.* not finite at precision float32"):
+        make_store(tmp_path / "store", folder, [broken], form=form, features=features)
+    store = open_store(tmp_path / "store")
+    parts = [part for part in store.parts.values() if part.kind in ("labels", "features")]
+    assert parts
+    assert all(store.marker(part, 0) is None for part in parts)
+
+
+def test_features_that_overflow_are_never_committed(tmp_path, folder, checkpoint):
+    """Logits alone would not show it: a classifier may give the channel no weight."""
+    wide = load_teacher(checkpoint, needs=Needs(pre=True))
+    plain = type(wide).outputs
+
+    class Overflowing(type(wide)):
+        def outputs(self, pixels):
+            made = plain(self, pixels)
+            return dataclasses.replace(made, pre=made.pre * float("inf"))
+
+    teacher = Overflowing(**{f.name: getattr(wide, f.name) for f in dataclasses.fields(wide)})
+    with pytest.raises(ModelError, match="not finite"):
+        make_store(tmp_path / "store", folder, [teacher], features=("pre",))
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0.0, -1.0])
+def test_shares_of_teachers_are_positive_numbers(checkpoint, weight):
+    with pytest.raises(UsageError, match="positive numbers"):
+        load_teacher(checkpoint, weights=(weight,))

@@ -81,8 +81,11 @@ def test_what_cannot_be_used_is_rejected_and_recorded(tmp_path, cut):
     (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     save(tmp_path / "beside.jpg", cut)
     (tmp_path / "a" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "self").symlink_to("self")
+    (tmp_path / "itself").symlink_to("itself")
     (tmp_path / ".cache").mkdir()
     folder = images.scan(tmp_path)
+    assert folder.class_names == ("a",)
     assert folder.keys == ("a/good.jpg",)
     assert reasons(folder) == {
         ".cache": "hidden",
@@ -92,8 +95,10 @@ def test_what_cannot_be_used_is_rejected_and_recorded(tmp_path, cut):
         "a/moving.webp": "animation",
         "a/sixteen.png": "16-bit",
         "a/stump.jpg": "broken-header",
+        "a/self": "link-loop",
         "a/up": "link-loop",
         "beside.jpg": "outside-class",
+        "itself": "link-loop",
     }
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from fkdpipe import images
 from fkdpipe.cli import cli
 from fkdpipe.errors import LabelsError, StoreMismatchError, UsageError
-from fkdpipe.interchange import EXPORTS, IMPORTS, choose, importing
+from fkdpipe.interchange import EXPORTS, choose, importing, open_labels
 from fkdpipe.interchange.exporting import Export, ExportSettings
 from fkdpipe.interchange.source import ImportSettings, to_pixels
 from fkdpipe.storage import verify
@@ -39,7 +39,7 @@ def bring(format_: str, place: Path, data: Path, store: Path, **settings) -> imp
     """`fkdpipe import` with its checks: the store is complete and sound."""
     wanted = ImportSettings(**{"threads": 2, **settings})
     folder = importing.scan(data)
-    labels = choose(IMPORTS, format_)(place, folder, wanted)
+    labels = open_labels(format_, place, folder, wanted)
     made = importing.import_labels(labels, folder, open_location(store), wanted)
     assert verify.verify(open_store(store), full=True) == []
     return made

@@ -62,6 +62,8 @@ def fit_basis(
     from fkdpipe.models import parse_spec
     from fkdpipe.storage.store import open_store
 
+    if plot:
+        terminal.check_file(plot, (".png", ".pdf", ".svg"))
     rank = distributed.current()
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)

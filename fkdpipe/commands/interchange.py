@@ -51,13 +51,13 @@ def import_(
     from fkdpipe.interchange.source import ImportSettings
     from fkdpipe.storage.location import open_location
 
-    open_labels = interchange.choose(interchange.IMPORTS, format)
-    given = {key: value for key, value in flags.items() if value not in (None, "", False)}
+    interchange.choose(interchange.IMPORTS, format)  # before anything is scanned
+    given = {key: v for key, v in flags.items() if v is not None and v is not False}
     interchange.check_settings(format, given)
     settings = ImportSettings(source=source_name or "", **given)
     reporter = terminal.reporter()
     folder = importing.scan(data, reporter)
-    labels = open_labels(source, folder, settings)
+    labels = interchange.open_labels(format, source, folder, settings)
     made = importing.import_labels(
         labels, folder, open_location(store), settings, reporter=reporter
     )
@@ -70,6 +70,9 @@ def import_(
                 "units_made": made.made,
                 "units_kept": made.kept,
                 "failed": dict(made.failed),
+                "failed_examples": made.examples,
+                "extra": labels.extra,
+                "extra_examples": list(labels.extra_examples),
                 "moved_boxes": made.moved,
                 "notes": list(made.notes),
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def choose_device(text: str, local_rank: int = 0) -> Any:
             f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here."
         )
     return device
+
+
+def finite(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    """Refuse nan and infinity, which Python takes for numbers."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.")
+    return value
 
 
 def cache_dir(given: Path | None) -> Path:

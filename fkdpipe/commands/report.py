@@ -26,10 +26,18 @@ if TYPE_CHECKING:
 )
 @click.option("--derive-boxes", is_flag=True, help="Plan without stored boxes.")
 @click.option(
-    "--teacher-throughput", type=float, metavar="CROPS/S", help="Labelled by all teachers together."
+    "--teacher-throughput",
+    type=float,
+    callback=options.finite,
+    metavar="CROPS/S",
+    help="Labelled by all teachers together.",
 )
 @click.option(
-    "--train-throughput", type=float, metavar="CROPS/S", help="Consumed by one node's training."
+    "--train-throughput",
+    type=float,
+    callback=options.finite,
+    metavar="CROPS/S",
+    help="Consumed by one node's training.",
 )
 @click.option("--html", type=click.Path(path_type=Path), help="Also a page with plots.")
 @options.json_option

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 )
 @click.option("--basis", type=click.Path(path_type=Path), help="Of stored components.")
 @click.option("--source", help="Which labels, when the store has several.")
-@click.option("--sample", type=int, default=64, show_default=True, help="Crops run again.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Crops run again.",
+)
 @options.cache_option
 @options.device_option
 @options.json_option

@@ -40,12 +40,14 @@ def check_file(out: Path, kinds: tuple[str, ...]) -> None:
     """Refuse a file to write before hours are spent on what goes into it.
 
     Raises:
-        UsageError: another kind of file, or no such folder.
+        UsageError: another kind of file, a folder, or one in no folder.
     """
     if out.suffix not in kinds:
         raise UsageError(f"{out}: write {' or '.join(f'FILE{kind}' for kind in kinds)}.")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: there is no folder {out.parent}.")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file.")
 
 
 def write_file(out: Path, data: bytes) -> None:

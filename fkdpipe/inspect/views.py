@@ -16,7 +16,7 @@ from fkdpipe.inspect.choose import Chosen
 from fkdpipe.inspect.measures import entropy
 from fkdpipe.inspect.models import factors, request
 from fkdpipe.inspect.sources import Labels, Opened
-from fkdpipe.replay import View, open_replay, size_failure
+from fkdpipe.replay import DECODE_ERRORS, View, open_replay, size_failure
 
 BARS = 4  # most probable classes that are named; the image's own is added when it is not among them
 
@@ -115,6 +115,11 @@ def look(
             if pixels.failures:
                 left_out.append(f"{key}: {pixels.failures[0].detail}")
                 continue
+            try:
+                small = whole(asked.paths[0], asked.size_I2[0], picture)
+            except ReplayError as error:  # another decoder's word on the same file
+                left_out.append(f"{key}: {error}")
+                continue
             jitter_m4 = factors(opened, np.array([each.row]), np.array(each.crops))
             views_m3HW = colour.jitter(pixels.views[0], jitter_m4).numpy()
             shown.append(
@@ -122,7 +127,7 @@ def look(
                     key=key,
                     class_name=_class_name(opened, each.row),
                     size=(int(asked.size_I2[0, 0]), int(asked.size_I2[0, 1])),
-                    picture=whole(asked.paths[0], asked.size_I2[0], picture),
+                    picture=small,
                     crops=tuple(
                         CropView(
                             index=index,
@@ -154,13 +159,17 @@ def whole(path: bytes, size_2: np.ndarray, longest: int) -> np.ndarray:
     """uint8 (height, width, 3): an image made smaller, EXIF orientation not applied.
 
     Raises:
-        ReplayError: it decodes to another size than recorded.
+        ReplayError: it cannot be decoded, or to another size than recorded.
     """
-    with Image.open(os.fsdecode(path)) as image:
-        found, recorded = image.size[::-1], (int(size_2[0]), int(size_2[1]))
-        if found != recorded:
-            raise ReplayError(f"{os.fsdecode(path)} {size_failure(0, found, recorded).detail}.")
-        plain = image.convert("RGB")
+    recorded = (int(size_2[0]), int(size_2[1]))
+    try:
+        with Image.open(os.fsdecode(path)) as image:
+            found = image.size[::-1]
+            plain = image.convert("RGB")
+    except DECODE_ERRORS as error:
+        raise ReplayError(f"{os.fsdecode(path)} cannot be decoded: {error}.") from error
+    if found != recorded:
+        raise ReplayError(f"{os.fsdecode(path)} {size_failure(0, found, recorded).detail}.")
     scale = longest / max(plain.size)
     small = (max(round(plain.width * scale), 1), max(round(plain.height * scale), 1))
     return np.asarray(plain.resize(small, Image.Resampling.BICUBIC))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fkdpipe.errors import UsageError
+from fkdpipe.errors import FkdpipeError, LabelsError, UsageError
 from fkdpipe.images import ImageFolder
 from fkdpipe.interchange import fkd, mldr, parquet, relabel, sre2l, tinyvit
 from fkdpipe.interchange.exporting import Exported
-from fkdpipe.interchange.source import ImportSettings, LabelSource
+from fkdpipe.interchange.source import DAMAGE, ImportSettings, LabelSource
 
 IMPORTS: dict[str, Callable[[Path, ImageFolder, ImportSettings], LabelSource]] = {
     "fkd": fkd.open_labels,
@@ -52,6 +52,26 @@ def check_settings(name: str, given: Iterable[str]) -> None:
             option = setting.replace("_", "-")
             known = ", ".join(_ONLY[setting])
             raise UsageError(f"--{option} means nothing for {name}; it is for {known}.")
+
+
+def open_labels(
+    name: str, place: Path, folder: ImageFolder, settings: ImportSettings
+) -> LabelSource:
+    """Label files of a format, opened.
+
+    Raises:
+        LabelsError: they cannot be used, or are not what the format says.
+        UsageError: an unknown format, or settings that do not fit.
+    """
+    try:
+        return choose(IMPORTS, name)(place, folder, settings)
+    except FkdpipeError:
+        raise
+    except (OSError, *DAMAGE) as error:
+        raise LabelsError(
+            f"{place} is not as {name} writes it ({type(error).__name__}: {error}).",
+            code="broken-labels",
+        ) from error
 
 
 def choose(table: dict, name: str) -> Callable:

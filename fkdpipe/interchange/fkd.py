@@ -51,7 +51,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
     classes = settings.classes or len(folder.class_names)
     refuse_half_ids(label.dtype, classes, str(place))
     crops = settings.crops or len(fraction)
-    notes = list(tree.notes())
+    notes = []
     largest = int(folder.size_N2.max())
     if fraction.dtype == np.float16 and largest > 1024:
         notes.append(
@@ -76,6 +76,8 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         fingerprint=tree.fingerprint(),
         read=read,
         notes=tuple(notes),
+        extra=tree.extra,
+        extra_examples=tree.extra_examples,
     )
 
 
@@ -89,7 +91,10 @@ def parse(data: bytes) -> Arrays:
     if not isinstance(found, (list, tuple)) or len(found) != 3:
         raise BrokenFileError("broken-label", "not a list of coordinates, flips and labels")
     fraction, flip, label = (torchfile.as_array(value) for value in found)
-    if not len(fraction) == len(flip) == len(label) or flip.ndim != 1:
+    if (fraction.ndim, flip.ndim) != (2, 1) or not label.ndim or not len(fraction):
+        shapes = f"{fraction.shape}, {flip.shape} and {label.shape}"
+        raise BrokenFileError("broken-label", f"coordinates, flips and labels of shapes {shapes}")
+    if not len(fraction) == len(flip) == len(label):
         raise BrokenFileError("broken-label", "coordinates, flips and labels of unequal number")
     return fraction, flip, label
 

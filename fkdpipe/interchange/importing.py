@@ -19,7 +19,14 @@ from fkdpipe import crops, images
 from fkdpipe.crops import Crops
 from fkdpipe.errors import LabelsError, StoreMismatchError
 from fkdpipe.images import ImageFolder
-from fkdpipe.interchange.source import SEED_FIELD, ImageLabels, ImportSettings, LabelSource, check
+from fkdpipe.interchange.source import (
+    DAMAGE,
+    SEED_FIELD,
+    ImageLabels,
+    ImportSettings,
+    LabelSource,
+    check,
+)
 from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage import begin, labels, rounds, schema, writer
@@ -79,12 +86,12 @@ def import_labels(
         ClaimedError: another process writes it.
     """
     labels.check_form(source.form, source.classes)
-    for note in source.notes:
+    for note in source.all_notes():
         log.warning("%s", note)
     store = _open_or_create(location, folder, source, settings)
     order = crops.random_order(int(store.facts["order_seed"]), crops.image_ids(folder.keys))
     parts = _parts(store, source, settings)
-    result = Imported(store, str(source.form), source.crops, notes=source.notes)
+    result = Imported(store, str(source.form), source.crops, notes=source.all_notes())
     units = range(store.num_units)
     with (
         Claim(location, 0, 1) as claim,
@@ -189,6 +196,8 @@ class _Unit:
             return check(found, self.source, self.folder.size_N2[position].tolist())
         except BrokenFileError as error:
             return error
+        except DAMAGE as error:
+            return BrokenFileError("broken-label", f"{type(error).__name__}: {error}")
 
     def commit(self, found: Sequence[Found], parts: tuple[Part, Part], result: Imported) -> None:
         first = self.store.unit_rows(self.number).start

@@ -1,7 +1,7 @@
 """Which label file belongs to which image: by folders and name, whatever lies above them.
 
-Names are compared folder by folder, so that a tree of a million files is never held in memory;
-what is kept per image is one byte.
+Names are compared folder by folder, so that the names of a million files are never held in memory
+at once. The list of images itself is, which `benchmarks/interchange.py` measures.
 """
 
 from __future__ import annotations
@@ -82,13 +82,6 @@ class LabelTree:
         for position in self.sample():
             digest.update(self.keys[position].encode() + b"\0" + self.read(position))
         return digest.hexdigest()
-
-    def notes(self) -> tuple[str, ...]:
-        if not self.extra:
-            return ()
-        more = ", ..." if self.extra > len(self.extra_examples) else ""
-        examples = ", ".join(self.extra_examples)
-        return (f"{self.extra:,} label files belong to no image: {examples}{more}",)
 
 
 def stem(name: str) -> str:
@@ -173,7 +166,8 @@ def _label_names(root: Path, relative: str, suffix: str) -> set[str]:
     """Names of label files of one folder, without the suffix."""
     place = images.path_of(root, relative) if relative else os.fsencode(root)
     try:
-        found = [os.fsdecode(entry.name) for entry in os.scandir(place) if entry.is_file()]
+        entries = [e for e in os.scandir(place) if not e.is_dir(follow_symlinks=False)]
+        found = [os.fsdecode(entry.name) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return set()
     return {images.key_of(name.removesuffix(suffix)) for name in found if name.endswith(suffix)}
@@ -206,7 +200,7 @@ def _find_root(place: Path, folder: ImageFolder, suffix: str) -> Path:
             )
         if best:
             return fitting[0]
-        level = sorted(Path(e.path) for c in level for e in os.scandir(c) if e.is_dir())
+        level = sorted(Path(e.path) for c in level for e in os.scandir(c) if os.path.isdir(e.path))
     raise LabelsError(
         f"no label file of these images below {place}: looked for {stem(keys[0])}{suffix} and "
         f"others like it, up to {MAX_DEPTH} folders deep.",

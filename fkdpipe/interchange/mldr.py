@@ -23,7 +23,13 @@ from fkdpipe.errors import LabelsError, UsageError
 from fkdpipe.images import ImageFolder
 from fkdpipe.interchange import exporting, imagefolder, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
-from fkdpipe.interchange.source import ImageLabels, ImportSettings, LabelSource, imported_law
+from fkdpipe.interchange.source import (
+    DAMAGE,
+    ImageLabels,
+    ImportSettings,
+    LabelSource,
+    imported_law,
+)
 from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage.labels import Form
@@ -162,9 +168,13 @@ def _samples(data: bytes, index: int, used: list[str]) -> list[tuple[Sample, tup
     if found[0] != index:
         raise BrokenFileError("wrong-index", f"it says it belongs to image {found[0]}, not {index}")
     try:
-        return [(_applied(s["params"], used), tuple(s["prob"])) for s in found[1]]
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+        samples = [(_applied(s["params"], used), tuple(s["prob"])) for s in found[1]]
+        sizes = {tuple(len(part) for part in label) for _, label in samples}
+    except DAMAGE as error:
         raise BrokenFileError("broken-label", f"a sample of another shape ({error})") from error
+    if not sizes or any(len(size) != 2 or size[0] != size[1] or not size[0] for size in sizes):
+        raise BrokenFileError("broken-label", "samples without a pair of probabilities and classes")
+    return samples
 
 
 def _applied(params: Any, used: list[str]) -> Sample:

@@ -88,7 +88,8 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         law=crop_settings(law, seed=settings.seed, first=0, count=M, derived=False),
         fingerprint=tree.fingerprint(),
         read=read,
-        notes=tree.notes(),
+        extra=tree.extra,
+        extra_examples=tree.extra_examples,
         temperature=1.0,  # pooled scores go through a plain softmax
         origin={"pooling": "transposed" if settings.compat_transposed else "box"},
     )

@@ -19,6 +19,8 @@ from fkdpipe.storage.labels import Form
 from fkdpipe.storage.schema import Field, Json
 
 SUM_TOLERANCE = 2.0**-9  # float16 probabilities of a confident teacher sum to a little above 1
+# What parsers of label files run into when a file is not what it should be.
+DAMAGE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 SEED_FIELD = Field("seed", "int32", (), "bitshuffle", 0)
 
 
@@ -62,6 +64,10 @@ class ImportSettings:
             raise UsageError(f"temperature must be positive; found {self.temperature}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
+        if not 0 <= self.sampler_seed < 2**63:
+            raise UsageError(
+                f"sampler_seed must be between 0 and 2**63 - 1; found {self.sampler_seed}."
+            )
         if self.source:
             schema.check_source_name(self.source)
 
@@ -101,6 +107,7 @@ class LabelSource:
         fields: further arrays of the crops part.
         notes: what a user should know before the labels are used.
         temperature: where the format fixes it. origin: what else was decided when opening.
+        extra: labels that belong to no image. extra_examples: names of up to 20 of them.
     """
 
     format: str
@@ -116,6 +123,19 @@ class LabelSource:
     temperature: float | None = None
     origin: Mapping[str, object] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
+    extra: int = 0
+    extra_examples: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.crops < 1:
+            raise LabelsError(f"these {self.format} labels have no crops.", code="no-labels")
+
+    def all_notes(self) -> tuple[str, ...]:
+        if not self.extra:
+            return self.notes
+        more = ", ..." if self.extra > len(self.extra_examples) else ""
+        examples = ", ".join(self.extra_examples)
+        return (*self.notes, f"{self.extra:,} labels belong to no image: {examples}{more}")
 
 
 def imported_law(format_: str, crops: int) -> Json:
@@ -180,7 +200,7 @@ def check(found: ImageLabels, source: LabelSource, size: Sequence[int]) -> Image
         logit = found.logit_MC[:M]
         if logit.shape != (M, source.classes) or not np.isfinite(logit).all():
             raise BrokenFileError("broken-label", f"scores of shape {logit.shape}, or not finite")
-        return ImageLabels(box_M4, found.flip_M[:M], logit_MC=logit)
+        return ImageLabels(box_M4, found.flip_M[:M], logit_MC=logit, moved=found.moved)
     assert found.ids_MK is not None
     ids = found.ids_MK[:M]
     if ids.shape != (M, source.form.k):

@@ -44,16 +44,23 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         LabelsError: files are missing, mixed, or of another number of images.
     """
     epochs = _epochs(place, settings.crops)
-    first = _first(epochs)
-    batch, classes = len(first[0]), first[2].shape[1]
+    batch, classes = _parse(epochs[0] / "batch_0.tar")[2].shape
     index_N = imagefolder.index_of(folder.keys, (r.key for r in folder.rejected))
     images = int(index_N.max()) + 1
     for epoch in epochs:
         _check_epoch(epoch, images, batch)
+
+    def parse_checked(epoch: int, number: int) -> Batch:
+        found = parse(epochs[epoch] / f"batch_{number}.tar")
+        expected = (min(batch, images - number * batch), classes)
+        if found[2].shape != expected:
+            raise BrokenFileError(
+                "broken-label", f"batch_{number}: scores of {found[2].shape}, not {expected}"
+            )
+        return found
+
     place_EN = _order(len(epochs), images, settings.sampler_seed)
-    opened: Callable[[int, int], Batch] = lru_cache(_OPEN_FILES)(
-        lambda epoch, number: parse(epochs[epoch] / f"batch_{number}.tar")
-    )
+    opened: Callable[[int, int], Batch] = lru_cache(_OPEN_FILES)(parse_checked)
 
     def read(position: int) -> ImageLabels:
         index = int(index_N[position])
@@ -93,7 +100,9 @@ def parse(file: Path) -> Batch:
     if any(mix is not None for mix in found[2:5]):
         raise BrokenFileError("mixed", f"{file.name} was made with mixup or cutmix")
     fraction, flip, scores = (torchfile.as_array(found[k]) for k in (0, 1, 5))
-    if not len(fraction) == len(flip) == len(scores) or scores.ndim != 2:
+    if (fraction.ndim, flip.ndim, scores.ndim) != (2, 1, 2) or not scores.size:
+        raise BrokenFileError("broken-label", f"{file.name}: entries of another shape")
+    if not len(fraction) == len(flip) == len(scores):
         raise BrokenFileError("broken-label", f"{file.name}: entries of unequal number")
     if scores.dtype.kind != "f":
         raise BrokenFileError("broken-label", f"{file.name}: scores of type {scores.dtype}")
@@ -121,14 +130,14 @@ def _epochs(place: Path, crops: int | None) -> list[Path]:
     return [found[epoch] for epoch in range(wanted)]
 
 
-def _first(epochs: list[Path]) -> Batch:
-    """The first batch of all.
+def _parse(file: Path) -> Batch:
+    """A batch that the import cannot do without.
 
     Raises:
         LabelsError: it cannot be read, or pixels were mixed.
     """
     try:
-        return parse(epochs[0] / "batch_0.tar")
+        return parse(file)
     except BrokenFileError as error:
         hint = ""
         if error.code == "mixed":
@@ -136,11 +145,15 @@ def _first(epochs: list[Path]) -> Batch:
                 " Such labels belong to two images at once and only to the same batches; only "
                 "files written without --mix-type can be imported."
             )
-        raise LabelsError(f"{epochs[0]}: {error}.{hint}", code=error.code) from error
+        raise LabelsError(f"{file.parent}: {error}.{hint}", code=error.code) from error
 
 
 def _check_epoch(epoch: Path, images: int, batch: int) -> None:
-    """Raises LabelsError when an epoch's files cannot be those of this many images."""
+    """Every image counts: with one more or less, the sampler's whole order is another.
+
+    Raises:
+        LabelsError: the files of an epoch cannot be those of this many images.
+    """
     names = {path.name for path in epoch.iterdir()}
     count = -(-images // batch)
     missing = [n for n in range(count) if f"batch_{n}.tar" not in names]
@@ -151,6 +164,13 @@ def _check_epoch(epoch: Path, images: int, batch: int) -> None:
             f"{f'{len(missing):,} of them are missing' if missing else 'there are more'}. Rows are "
             "placed by their order, so labels that were thinned out, or made from other images, "
             "cannot be imported.",
+            code="wrong-folder",
+        )
+    rows = (count - 1) * batch + len(_parse(epoch / f"batch_{count - 1}.tar")[0])
+    if rows != images:
+        raise LabelsError(
+            f"{epoch} holds labels of {rows:,} images, and torchvision's ImageFolder lists "
+            f"{images:,}. Rows are placed by their order: use the folder they were made for.",
             code="wrong-folder",
         )
 

@@ -77,6 +77,8 @@ class _Records:
     values: list[list[np.ndarray]]  # epoch, process
     starts: list[np.ndarray]  # epoch -> number of the first record of each process
     place_EN: np.ndarray
+    extra: int  # records whose key is that of no image, or of several
+    extra_examples: tuple[str, ...]
 
     def of(self, position: int) -> np.ndarray:
         """The records of an image, one per epoch; raises BrokenFileError when one is missing."""
@@ -141,6 +143,8 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         fingerprint=_fingerprint(epochs),
         read=read,
         fields=(SEED_FIELD,),
+        extra=records.extra,
+        extra_examples=records.extra_examples,
     )  # fmt: skip
 
 
@@ -177,6 +181,7 @@ def _match(epochs: list[Path], k: int, folder: ImageFolder) -> tuple[bool, _Reco
     lookup = _Names(folder) if named else _Indices(folder)
     place_EN = scratch_table(len(epochs), len(folder))
     values, starts = [], []
+    extra, examples = 0, dict[str, None]()
     for number, epoch in enumerate(epochs):
         maps, counts = [], [0]
         for keys, binary in _ranks(epoch):
@@ -185,6 +190,9 @@ def _match(epochs: list[Path], k: int, folder: ImageFolder) -> tuple[bool, _Reco
                 position = lookup.positions(lines)
                 here = np.arange(at, at + len(lines))
                 fresh = position >= 0
+                extra += int((~fresh).sum())
+                if len(examples) < matching.EXAMPLES:
+                    examples |= dict.fromkeys(lines[i] for i in np.flatnonzero(~fresh))
                 fresh[fresh] = place_EN[number, position[fresh]] < 0  # the first one counts
                 place_EN[number, position[fresh]] = here[fresh]
                 at += len(lines)
@@ -194,7 +202,8 @@ def _match(epochs: list[Path], k: int, folder: ImageFolder) -> tuple[bool, _Reco
             raise LabelsError(f"{epoch} has no records.", code="no-labels")
         values.append(maps)
         starts.append(np.array(counts[:-1]))
-    return named, _Records(values, starts, place_EN)
+    listed = tuple(itertools.islice(examples, matching.EXAMPLES))
+    return named, _Records(values, starts, place_EN, extra, listed)
 
 
 def _values(file: Path, k: int, count: int) -> np.ndarray:
@@ -241,7 +250,7 @@ class _Indices:
     def positions(self, lines: list[str]) -> np.ndarray:
         """int64: places in the folder of these keys, -1 for none."""
         try:
-            index = np.array([int(line) for line in lines])
+            index = np.array([int(line) if len(line) < 19 else -1 for line in lines])
         except ValueError as error:
             raise LabelsError(f"a key among numbers that is none: {error}.") from error
         known = (index >= 0) & (index < len(self._place))

@@ -58,9 +58,10 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         parse_share(self.images)
-        for name in ("crops", "batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
+        for name in ("crops", "batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1; found {value}.")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
 

@@ -10,6 +10,7 @@ import torch
 from fkdpipe import colour
 from fkdpipe import teachers as teachers_
 from fkdpipe.crops import Crops
+from fkdpipe.errors import ModelError
 from fkdpipe.features import Basis
 from fkdpipe.replay import View, normalise
 from fkdpipe.storage import features, labels
@@ -41,6 +42,9 @@ def teach(
 
     Args:
         factor_B4: recorded colour jitter of the crops (`fkdpipe.colour.jitter`).
+
+    Raises:
+        ModelError: a teacher gives values that are not finite.
     """
     pixels = {view: colour.jitter(seen, factor_B4) for view, seen in pixels.items()}
     made = []
@@ -49,7 +53,23 @@ def teach(
         made.append(
             teacher.outputs(normalise(pixels[View(p.size, p.interpolation)], p.mean, p.std))
         )
+    _refuse_infinite(teachers, made)
     return made
+
+
+def _refuse_infinite(teachers: Sequence[Teacher], made: Sequence[Outputs]) -> None:
+    """One NaN in a weight, or one overflow, and every label of a crop is worthless."""
+    asked = [(o.logits, o.pre, o.penultimate, o.final) for o in made]
+    values = [[v for v in some if v is not None] for some in asked]
+    finite = torch.stack([torch.stack([v.isfinite().all() for v in some]).all() for some in values])
+    for teacher, good in zip(teachers, finite.tolist(), strict=True):  # waits for the device once
+        if not good:
+            raise ModelError(
+                f"{teacher.spec} gives values that are not finite at precision "
+                f"{teacher.precision}. Either its weights hold such values, or they overflow: "
+                "take --precision bfloat16 or float32.",
+                code="not-finite",
+            )
 
 
 def encode_part(

@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +25,7 @@ from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fkdpipe.crops import boxes_outside
 from fkdpipe.errors import ReplayError, UsageError
@@ -32,6 +35,12 @@ BackendChoice = Literal["auto", "cpu", "dali"]
 Interpolation = Literal["bilinear", "bicubic"]
 # "not-the-file": the disk or the decoder failed; the next run may well read the same file.
 FailureCode = Literal["unreadable", "size-differs", "16-bit", "not-the-file"]
+
+# Whatever Pillow's parsers raise on a damaged file.
+DECODE_ERRORS: tuple[type[Exception], ...] = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError,
+    EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 

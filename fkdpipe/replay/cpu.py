@@ -1,13 +1,15 @@
 """Replay on the CPU: decode once, then torch's uint8 antialias resize, in threads.
 
-torchvision decodes (the same pixels as Pillow and DALI's CPU decoder), a crop is a view of the
-decoded image, and the resize writes straight into one row of the batch, without worker processes.
+torchvision decodes JPEG and WebP, Pillow PNG: torchvision's PNG decoder crashes the process on
+damaged files. All give the pixels of DALI's CPU decoder. A crop is a view of the decoded image,
+and the resize writes straight into one row of the batch, without worker processes.
 For a single crop of a JPEG only its region is decoded, where nvImageCodec is installed (it comes
 with DALI); the pixels are the same. `benchmarks/feed.py` measures both.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -21,9 +23,20 @@ from typing import Self
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode
 
-from fkdpipe.replay import Backend, Failure, FailureCode, Pixels, Request, View, check, size_failure
+from fkdpipe.replay import (
+    DECODE_ERRORS,
+    Backend,
+    Failure,
+    FailureCode,
+    Pixels,
+    Request,
+    View,
+    check,
+    size_failure,
+)
 
 try:
     from fkdpipe.replay.region import decode_region
@@ -230,18 +243,32 @@ def _load(path: bytes) -> np.ndarray:
 def _decode_whole(
     encoded: np.ndarray, size: tuple[int, int]
 ) -> torch.Tensor | tuple[FailureCode, str]:
-    try:
-        image = _decode(torch.from_numpy(encoded), ImageReadMode.RGB.value, False)
-    except RuntimeError as error:
-        return "unreadable", _plain(str(error))
-    if image.dtype != torch.uint8:
+    png = encoded[:8].tobytes() == b"\x89PNG\r\n\x1a\n"
+    if png and encoded[24:25].tobytes() == b"\x10":
         return "16-bit", "decodes to 16 bits per channel"
+    try:
+        image = _decode_png(encoded) if png else _decode_other(encoded)
+    except UnidentifiedImageError:
+        return "unreadable", "its header cannot be read"
+    except (RuntimeError, *DECODE_ERRORS) as error:
+        return "unreadable", _plain(str(error) or type(error).__name__)
     if image.dim() != 3:
         return "unreadable", "an animation, not an image"
     if tuple(image.shape[1:]) != size:
         failure = size_failure(0, tuple(image.shape[1:]), size)
         return failure.code, failure.detail
     return image
+
+
+def _decode_png(encoded: np.ndarray) -> torch.Tensor:
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        image.load()
+        image.info.pop("transparency", None)  # dropped anyway; Pillow would warn
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _decode_other(encoded: np.ndarray) -> torch.Tensor:
+    return _decode(torch.from_numpy(encoded), ImageReadMode.RGB.value, False)
 
 
 def _plain(message: str) -> str:

@@ -21,7 +21,7 @@ from fkdpipe.errors import ImagesError
 from fkdpipe.images import ImageFolder
 from fkdpipe.models import Preprocessing
 from fkdpipe.progress import Reporter, silent
-from fkdpipe.replay import normalise
+from fkdpipe.replay import DECODE_ERRORS, normalise
 from fkdpipe.taps import Outputs
 from fkdpipe.teachers import Precision, autocast
 
@@ -167,5 +167,5 @@ def _load(path: bytes, transform: Any) -> np.ndarray | None:
     try:
         with Image.open(path) as image:
             return transform(image.convert("RGB"))
-    except OSError:
+    except DECODE_ERRORS:
         return None

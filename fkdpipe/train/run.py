@@ -108,8 +108,9 @@ def prepare(
 
 
 def _check_place(out: Path, data: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out names a folder.")
+    there = next((above for above in (out, *out.parents) if above.exists()), out)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"{there} is a file; --out names a folder.")
     place = out.resolve()
     if data.resolve() in (place, *place.parents):
         raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
