@@ -82,9 +82,7 @@ def choose_device(text: str, local_rank: int = 0) -> Any:
     return device
 
 
-def finite(
-    context: click.Context, parameter: click.Parameter, value: float | None
-) -> float | None:
+def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     """Refuse nan and infinity, which Python takes for numbers."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is no finite number.")

@@ -58,6 +58,7 @@ _decode = torch.ops.image.decode_image
 
 # Errors that belong to a file. All others (EIO, ESTALE, EMFILE) are the disk's or the system's.
 _OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # what decoders raise
 _RETRY_SECONDS = 1.0
 
 
@@ -250,7 +251,7 @@ def _decode_whole(
         image = _decode_png(encoded) if png else _decode_other(encoded)
     except UnidentifiedImageError:
         return "unreadable", "its header cannot be read"
-    except (RuntimeError, *DECODE_ERRORS) as error:
+    except _BROKEN as error:
         return "unreadable", _plain(str(error) or type(error).__name__)
     if image.dim() != 3:
         return "unreadable", "an animation, not an image"
@@ -261,7 +262,7 @@ def _decode_whole(
 
 
 def _decode_png(encoded: np.ndarray) -> torch.Tensor:
-    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+    with Image.open(io.BytesIO(encoded.tobytes()), formats=["PNG"]) as image:
         image.load()
         image.info.pop("transparency", None)  # dropped anyway; Pillow would warn
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
