@@ -58,6 +58,7 @@ _decode = torch.ops.image.decode_image
 
 # Errors that belong to a file. All others (EIO, ESTALE, EMFILE) are the disk's or the system's.
 _OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # what decoders raise
 _RETRY_SECONDS = 1.0
 
 _BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # torchvision's and Pillow's
