@@ -61,8 +61,6 @@ _OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 _BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # what decoders raise
 _RETRY_SECONDS = 1.0
 
-_BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # torchvision's and Pillow's
-
 
 class CpuReplay:
     """See `fkdpipe.replay.Replay`. Memory: `prefetch` + 1 requests and `threads` decoded images."""
