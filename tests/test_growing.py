@@ -237,7 +237,7 @@ def test_out_of_gpu_memory_halves_the_batch_and_records_it(
 def test_a_unit_that_does_not_fit_memory_is_spooled_to_disk(tmp_path, folder, teacher, monkeypatch):
     whole = make_store(tmp_path / "whole", folder, [teacher], form="full")
     monkeypatch.setattr("fkdpipe.storage.schema.UNIT_BUFFER_BYTES", 1000)
-    monkeypatch.setattr("fkdpipe.storage.schema.CHUNK_IMAGES", 2**20)  # keep the unit's size
+    monkeypatch.setattr("fkdpipe.storage.schema.LEAST_UNIT_IMAGES", 2**20)  # keep the unit's size
     used = []
     plain = making.spool._on_disk
     monkeypatch.setattr(making.spool, "_on_disk", lambda *a: (used.append(a[0].path), plain(*a))[1])
@@ -251,7 +251,7 @@ def test_units_shrink_with_their_buffers():
     fields = schema.label_fields(labels.Form("full"), 1000)
     assert schema.unit_images(schema.bytes_per_image(fields, 200)) == 1024
     assert schema.unit_images(schema.bytes_per_image(fields, 2000)) == 256
-    assert schema.unit_images(2**40) == schema.CHUNK_IMAGES
+    assert schema.unit_images(2**40) == schema.LEAST_UNIT_IMAGES
 
 
 def test_a_dry_run_predicts_and_writes_nothing(tmp_path, folder, teacher):
@@ -267,6 +267,15 @@ def test_a_dry_run_predicts_and_writes_nothing(tmp_path, folder, teacher):
     assert predicted.units == 1
     fields = [f for part in store.parts.values() if part.round == 0 for f in part.fields]
     assert predicted.buffer_bytes == store.num_images * schema.bytes_per_image(fields, 20)
+
+
+def test_a_dry_run_of_wide_labels_is_not_misled_by_chunks_that_are_not_full(folder, teacher):
+    settings = GenerateSettings(teacher=("t",), crops=4, source="t", form="full")
+    predicted = dry_run.forecast(
+        folder, settings, [teacher], generate.Resources(device=CPU, batch=16)
+    )
+    raw = 2 * len(CLASSES)  # float16
+    assert raw < predicted.bytes_per_crop < raw + 40  # boxes, flips; an empty rest were 30 more
 
 
 THINNINGS = [

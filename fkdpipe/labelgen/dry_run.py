@@ -24,7 +24,7 @@ from fkdpipe.storage import report, schema
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.teachers import Teacher
 
-SAMPLE_IMAGES = schema.CHUNK_IMAGES
+SAMPLE_IMAGES = 32
 SAMPLE_CROPS = 16
 
 
@@ -87,8 +87,14 @@ def forecast(
         size = report.measure(made.store)
         fields = [field for part in made.parts for field in part.fields]
     sampled = size.images * size.crops_per_image
+    # A few images do not fill a chunk, and what is not compressed keeps the empty rest of it.
+    chunk = min(schema.CHUNK_IMAGES, made.store.unit_size)
+    filled = len(some) / (-(-len(some) // chunk) * chunk)
+    raw = {field.name for field in fields if field.codec == "raw"}
     per_crop = sum(
-        f.bytes_per_crop for n, f in size.fields.items() if n not in ("images", "commits")
+        f.bytes_per_crop * (filled if n in raw else 1.0)
+        for n, f in size.fields.items()
+        if n not in ("images", "commits")
     )
     per_image = size.fields["images"].stored_bytes / size.images
     crops = len(folder) * crops_M

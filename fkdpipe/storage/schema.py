@@ -34,8 +34,8 @@ ATTRIBUTE = "fkdpipe"  # every group keeps its facts under this one attribute
 
 UNIT_IMAGES = 1024
 UNIT_BUFFER_BYTES = 2**30
-CHUNK_IMAGES = 32  # inner chunk of narrow arrays
-WIDE_CHUNK_IMAGES = 128  # inner chunk of wide arrays
+LEAST_UNIT_IMAGES = 32
+CHUNK_IMAGES = 128  # inner chunk; arrays are read a shard at a time
 GROUP_CROPS = 4  # crop group of wide arrays
 
 Json = dict[str, Any]
@@ -133,8 +133,7 @@ def array_settings(field: Field, *, rows: int, crops: int, unit: int, group: int
     else:
         shape = (rows, crops, *tail)
         span = group if field.wide else crops
-        inner = WIDE_CHUNK_IMAGES if field.wide else CHUNK_IMAGES
-        chunks = (min(inner, unit), span, *tail)
+        chunks = (min(CHUNK_IMAGES, unit), span, *tail)
         shards = (unit, span, *tail)
         names = ("image", "crop", *_tail_names(tail))
     filters, compressors = _codecs(field, chunks)
@@ -167,12 +166,12 @@ def _codecs(field: Field, chunks: tuple[int, ...]) -> tuple[list[Any], list[Any]
         plane = BloscCodec(
             typesize=size,
             cname="zstd",
-            clevel=5,
+            clevel=9,
             shuffle=shuffle,
             blocksize=math.prod(chunks[:-1]) * size,
         )
         return [TransposeCodec(order=order)], [plane, Crc32cCodec()]
-    bitshuffle = BloscCodec(typesize=size, cname="zstd", clevel=5, shuffle="bitshuffle")
+    bitshuffle = BloscCodec(typesize=size, cname="zstd", clevel=9, shuffle="bitshuffle")
     chains: dict[str, list[Any]] = {"bitshuffle": [bitshuffle], "zstd": [ZstdCodec(level=15)]}
     return [], [*chains.get(field.codec, []), Crc32cCodec()]
 
@@ -187,7 +186,7 @@ def shard_key(part: str, field: Field, unit: int, group: int) -> str:
 def unit_images(bytes_per_image: int) -> int:
     """Images of a unit: 1,024, halved until a unit's buffers fit `UNIT_BUFFER_BYTES`."""
     images = UNIT_IMAGES
-    while images > CHUNK_IMAGES and images * bytes_per_image > UNIT_BUFFER_BYTES:
+    while images > LEAST_UNIT_IMAGES and images * bytes_per_image > UNIT_BUFFER_BYTES:
         images //= 2
     return images
 
