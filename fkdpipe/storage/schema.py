@@ -36,6 +36,7 @@ UNIT_IMAGES = 1024
 UNIT_BUFFER_BYTES = 2**30
 LEAST_UNIT_IMAGES = 32
 CHUNK_IMAGES = 128  # inner chunk; arrays are read a shard at a time
+FEW_CLASSES = 16  # up to so many, ids are worth zstd's slow levels
 GROUP_CROPS = 4  # crop group of wide arrays
 
 Json = dict[str, Any]
@@ -77,9 +78,9 @@ def image_fields() -> list[Field]:
     """Arrays of `images`; the first four by row in the store's order."""
     return [
         Field("key", "str", (), "zstd", "", per_crop=False),
-        Field("class", "int32", (), "zstd", -1, per_crop=False),
-        Field("size", "uint16", (2,), "zstd", 0, per_crop=False),
-        Field("bytes", "int64", (), "zstd", 0, per_crop=False),
+        Field("class", "int32", (), "bitshuffle", -1, per_crop=False),
+        Field("size", "uint16", (2,), "bitshuffle", 0, per_crop=False),
+        Field("bytes", "int64", (), "bitshuffle", 0, per_crop=False),
         Field("class_name", "str", (), "zstd", "", per_crop=False),
         Field("rejected_key", "str", (), "zstd", "", per_crop=False),
         Field("rejected_reason", "str", (), "zstd", "", per_crop=False),
@@ -172,7 +173,8 @@ def _codecs(field: Field, chunks: tuple[int, ...]) -> tuple[list[Any], list[Any]
         )
         return [TransposeCodec(order=order)], [plane, Crc32cCodec()]
     bitshuffle = BloscCodec(typesize=size, cname="zstd", clevel=9, shuffle="bitshuffle")
-    chains: dict[str, list[Any]] = {"bitshuffle": [bitshuffle], "zstd": [ZstdCodec(level=15)]}
+    level = 19 if math.prod(field.shape) <= FEW_CLASSES else 9
+    chains: dict[str, list[Any]] = {"bitshuffle": [bitshuffle], "zstd": [ZstdCodec(level=level)]}
     return [], [*chains.get(field.codec, []), Crc32cCodec()]
 
 
