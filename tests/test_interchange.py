@@ -276,6 +276,19 @@ def test_crops_take_the_first_and_unequal_numbers_are_told(tmp_path, few):
     agree(content(made.store), truth)
 
 
+def test_an_import_never_goes_onto_a_store_of_other_images(tmp_path, few):
+    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
+    place = foreign.write_fkd(tmp_path / "labels", truth)
+    kept = bring("fkd", place, few, tmp_path / "store")
+    before = content(kept.store)
+    other = tmp_path / "other"
+    shutil.copytree(few, other)
+    (other / "train" / "a" / "i0.jpg").rename(other / "train" / "a" / "j0.jpg")
+    with pytest.raises(StoreMismatchError, match="labels of other images"):
+        bring("fkd", place, other, tmp_path / "store")
+    agree(content(open_store(tmp_path / "store")), before)
+
+
 def test_an_import_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch):
     monkeypatch.setattr("fkdpipe.storage.schema.UNIT_IMAGES", 4)
     monkeypatch.setattr("fkdpipe.storage.schema.CHUNK_IMAGES", 2)
