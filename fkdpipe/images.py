@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fkdpipe.errors import ImagesError, UsageError
+from fkdpipe import disk
+from fkdpipe.errors import ImagesError
 
+T = TypeVar("T")
 Split = Literal["train", "val"]
 
 MAX_SIDE = 65_535  # boxes are stored as uint16 pixels
@@ -149,14 +151,15 @@ def split_root(data: Path, split: Split) -> Path:
 
 def class_folders(root: Path) -> tuple[str, ...]:
     """Names of the class folders below a split's root, sorted, as keys write them."""
-    names = [e.name for e in os.scandir(root) if _leads_to(e) and not e.name.startswith(".")]
+    entries = _from_disk(str(root), lambda: list(os.scandir(root)))
+    names = [e.name for e in entries if _leads_to(e) and not e.name.startswith(".")]
     return tuple(key_of(name) for name in sorted(names))
 
 
 def _leads_to(entry: os.DirEntry[str]) -> os.stat_result | None:
     """The status of a folder; None for a file, and for a link that leads nowhere."""
     try:
-        return entry.stat() if entry.is_dir() else None
+        return _from_disk(entry.path, lambda: entry.stat() if entry.is_dir() else None)
     except OSError:  # a link to itself
         return None
 
@@ -178,7 +181,7 @@ def scan(
         on_image: called with 1 after every file, for progress.
 
     Raises:
-        ImagesError: no folder, no class folders, or no usable image.
+        ImagesError: no folder, no class folders, or no usable image; or the disk failed twice.
     """
     root = split_root(Path(data), split)
     class_names = class_folders(root)
@@ -192,7 +195,8 @@ def scan(
     class_index = {name: index for index, name in enumerate(class_names)}
 
     def header(relative: str) -> tuple[tuple[int, int], int] | Rejected:
-        found = _read_header(os.path.join(root, relative), key_of(relative))
+        path, key = os.path.join(root, relative), key_of(relative)
+        found = _from_disk(path, lambda: _read_header(path, key))
         on_image(1)
         return found
 
@@ -267,7 +271,7 @@ def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
 
     def walk(folder: str, relative: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         try:
-            entries = sorted(os.scandir(folder), key=lambda e: e.name)
+            entries = _from_disk(folder, lambda: sorted(os.scandir(folder), key=lambda e: e.name))
         except OSError as error:
             rejected.append(Rejected(key_of(relative), "unreadable", error.strerror or str(error)))
             return
@@ -287,6 +291,25 @@ def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
     status = os.stat(root)
     files.extend(walk(str(root), "", frozenset({(status.st_dev, status.st_ino)})))
     return files, rejected
+
+
+def _from_disk(path: str, read: Callable[[], T]) -> T:
+    """The result of `read`; an error that may pass stops the scan and leaves nothing out for good.
+
+    Raises:
+        ImagesError: the disk failed twice. OSError: something is wrong with the file.
+    """
+    try:
+        return disk.read_twice(read)
+    except OSError as error:
+        if not disk.may_pass(error):
+            raise
+        raise ImagesError(
+            f"{os.fsencode(path).decode(errors='replace')}: {error.strerror}. This may pass, so "
+            "it is not left out for good. Run the command again; if it fails again, mend the "
+            "disk or remove the file.",
+            code="disk",
+        ) from error
 
 
 def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
@@ -312,6 +335,8 @@ def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
     except Image.DecompressionBombError as error:
         return Rejected(key, "too-large", str(error))
     except OSError as error:
+        if disk.may_pass(error):
+            raise
         reason = "unreadable" if error.errno is not None else "broken-header"
         reason = "link-loop" if error.errno == errno.ELOOP else reason
         return Rejected(key, reason, error.strerror or str(error))
@@ -332,33 +357,6 @@ def _kind(head: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     return None
-
-
-def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
-    """A file that says where a teacher's outputs are.
-
-    One column: the teacher's class names, one per line, in the order of its outputs.
-    Two columns (tab or spaces): a folder's class name and the index of its output.
-
-    Returns:
-        A tuple of names, or a dict from folder class to output index.
-
-    Raises:
-        UsageError: unreadable, or neither form.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the class map cannot be read: {error}.") from error
-    rows = [line.rsplit(None, 1) for line in lines if line and not line.startswith("#")]
-    if rows and all(len(row) == 2 and row[1].isdigit() for row in rows):
-        return {name: int(index) for name, index in rows}
-    if rows and all(not (len(row) == 2 and row[1].isdigit()) for row in rows):
-        return tuple(" ".join(row) for row in rows)
-    raise UsageError(
-        f"{path}: a class map has either one class name per line, in the order of the teacher's "
-        "outputs, or 'class index' on every line."
-    )
 
 
 def per_class(class_N: np.ndarray, order_N: np.ndarray, share: float) -> np.ndarray:

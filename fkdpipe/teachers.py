@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -96,7 +97,7 @@ def load_teachers(
     Args:
         class_names: of the image folder; each teacher must have outputs for them.
         weights: relative shares, one per teacher; equal when empty.
-        class_maps: none, one for all, or one per teacher (`fkdpipe.images.read_class_map`).
+        class_maps: none, one for all, or one per teacher (`read_class_map`).
         needs: what is asked of each beside logits.
         size: of the input (height, width) in pixels; None takes each network's own.
 
@@ -153,6 +154,33 @@ def numbered_classes(class_names: Sequence[str]) -> dict[str, int]:
     if others:
         raise UsageError(f"folders named by class index are asked for; found {others[0]!r}.")
     return {name: int(name) for name in class_names}
+
+
+def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
+    """A file that says where a teacher's outputs are.
+
+    One column: the teacher's class names, one per line, in the order of its outputs.
+    Two columns (tab or spaces): a folder's class name and the index of its output.
+
+    Returns:
+        A tuple of names, or a dict from folder class to output index.
+
+    Raises:
+        UsageError: unreadable, or neither form.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the class map cannot be read: {error}.") from error
+    rows = [line.rsplit(None, 1) for line in lines if line and not line.startswith("#")]
+    if rows and all(len(row) == 2 and row[1].isdigit() for row in rows):
+        return {name: int(index) for name, index in rows}
+    if rows and all(not (len(row) == 2 and row[1].isdigit()) for row in rows):
+        return tuple(" ".join(row) for row in rows)
+    raise UsageError(
+        f"{path}: a class map has either one class name per line, in the order of the teacher's "
+        "outputs, or 'class index' on every line."
+    )
 
 
 def match_classes(

@@ -201,7 +201,7 @@ def test_an_error_of_the_disk_is_not_kept_as_a_broken_image(tmp_path, folder, te
             raise OSError(errno.EIO, "Input/output error")
         return plain(path)
 
-    monkeypatch.setattr(cpu, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("fkdpipe.disk.RETRY_SECONDS", 0.0)
     with monkeypatch.context() as disk:
         disk.setattr(cpu, "_load", failing)
         with pytest.raises(ReplayError, match=r"beech/1.jpg: .*Input/output error"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -13,7 +14,7 @@ from conftest import CLASSES, write_odd_files
 from PIL import Image
 
 from fkdpipe import images
-from fkdpipe.errors import ImagesError, UsageError
+from fkdpipe.errors import ImagesError
 
 
 def save(path, cut, seed=0, size=(40, 50), **options):
@@ -110,6 +111,36 @@ def test_a_file_without_permission_is_rejected(tmp_path, cut):
     assert reasons(images.scan(tmp_path)) == {"a/secret.jpg": "unreadable"}
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("name", ["a", "b/1.jpg"])
+def test_an_error_of_the_disk_leaves_no_file_or_folder_out(tmp_path, cut, monkeypatch, name, times):
+    for key in ("a/0.jpg", "b/0.jpg", "b/1.jpg"):
+        save(tmp_path / key, cut)
+    left = [times]
+
+    def fail(path: str) -> None:
+        if str(path) == str(tmp_path / name) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing_open(path: str, mode: str):
+        fail(path)
+        return open(path, mode)
+
+    def failing_list(path: str, plain=os.scandir):
+        fail(path)
+        return plain(path)
+
+    monkeypatch.setattr("fkdpipe.disk.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(images, "open", failing_open, raising=False)
+    monkeypatch.setattr(os, "scandir", failing_list)
+    if times == 1:
+        assert images.scan(tmp_path).keys == ("a/0.jpg", "b/0.jpg", "b/1.jpg")
+    else:
+        with pytest.raises(ImagesError, match=f"{name}: Input/output error. This may pass"):
+            images.scan(tmp_path)
+
+
 NAMES = ["with space.jpg", "ünïcode.jpg", "a.b.c.jpg", "100%.jpg", "%41.jpg", "line\nbreak.jpg"]
 
 
@@ -200,19 +231,6 @@ def test_class_lists_that_differ_are_refused_with_names():
         images.check_same_classes(("a", "b"), ("a", "c"), where="here")
     with pytest.raises(ImagesError, match="order differs"):
         images.check_same_classes(("a", "b"), ("b", "a"), where="here")
-
-
-def test_class_maps(tmp_path):
-    file = tmp_path / "map.txt"
-    file.write_text("# folder class and output\ntench 0\ngolden fish\t1\n")
-    assert images.read_class_map(file) == {"tench": 0, "golden fish": 1}
-    file.write_text("tench\ngolden fish\n")
-    assert images.read_class_map(file) == ("tench", "golden fish")
-    file.write_text("tench 0\ngoldfish\n")
-    with pytest.raises(UsageError, match="either one class name per line"):
-        images.read_class_map(file)
-    with pytest.raises(UsageError, match="cannot be read"):
-        images.read_class_map(tmp_path / "none.txt")
 
 
 def test_every_kind_of_file_is_taken(tmp_path, cut):

@@ -224,3 +224,16 @@ def test_slicing_outputs_renormalises_them(checkpoint):
     prob = whole.logits(x).softmax(1)[:, [3, 1]]
     expected = prob / prob.sum(1, keepdim=True)
     assert np.allclose(part.logits(x).softmax(1), expected, atol=1e-6)
+
+
+def test_class_maps(tmp_path):
+    file = tmp_path / "map.txt"
+    file.write_text("# folder class and output\ntench 0\ngolden fish\t1\n")
+    assert teachers.read_class_map(file) == {"tench": 0, "golden fish": 1}
+    file.write_text("tench\ngolden fish\n")
+    assert teachers.read_class_map(file) == ("tench", "golden fish")
+    file.write_text("tench 0\ngoldfish\n")
+    with pytest.raises(UsageError, match="either one class name per line"):
+        teachers.read_class_map(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        teachers.read_class_map(tmp_path / "none.txt")

@@ -266,7 +266,7 @@ def failing_reads(monkeypatch, name: str, times: int) -> None:
         return plain(path)
 
     monkeypatch.setattr(cpu, "_load", load)
-    monkeypatch.setattr(cpu, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("fkdpipe.disk.RETRY_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize(("times", "codes"), [(1, []), (2, ["not-the-file"])])

@@ -120,7 +120,7 @@ def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[
         [parse_spec(text) for text in settings.teacher],
         class_names=images.class_folders(images.split_root(data, "train")) if named else (),
         weights=settings.teacher_weight,
-        class_maps=[images.read_class_map(file) for file in settings.class_map],
+        class_maps=[teachers.read_class_map(file) for file in settings.class_map],
         precision=settings.precision,
         device=device,
         needs=settings.needs,

@@ -201,7 +201,7 @@ def _models(
     loaded = teachers.load_teachers(
         [parse_spec(text) for text in names],
         class_names=opened.store.images.class_names,
-        class_maps=[images.read_class_map(file) for file in class_map],
+        class_maps=[teachers.read_class_map(file) for file in class_map],
         device=options.choose_device(device),
     )
     made = []

@@ -101,7 +101,7 @@ def _against_data(
     sample: int,
     device: str,
 ) -> list[Problem]:
-    from fkdpipe import features, images, teachers
+    from fkdpipe import features, teachers
     from fkdpipe.errors import ModelError, StoreError
     from fkdpipe.labelgen import check
     from fkdpipe.models import parse_spec
@@ -128,7 +128,7 @@ def _against_data(
         specs,
         class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
-        class_maps=[images.read_class_map(file) for file in class_map],
+        class_maps=[teachers.read_class_map(file) for file in class_map],
         precision=parts[0].settings["precision"] or "float32",  # unknown of imports
         device=where,
         needs=needs_of({part.tap for part in parts}),

@@ -146,7 +146,7 @@ def evaluate(
         folder = images.scan(data, split=split, on_image=advance)  # type: ignore[arg-type]
     class_maps: list[teachers.ClassMap] = []
     if class_map:
-        class_maps = [images.read_class_map(class_map)]
+        class_maps = [teachers.read_class_map(class_map)]
     elif numbered:
         class_maps = [teachers.numbered_classes(folder.class_names)]
     (teacher,) = teachers.load_teachers(

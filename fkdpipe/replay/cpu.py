@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode
 
+from fkdpipe import disk
 from fkdpipe.replay import (
     DECODE_ERRORS,
     Backend,
@@ -56,10 +56,7 @@ _KERNELS = {
 _decode = torch.ops.image.decode_image
 
 
-# Errors that belong to a file. All others (EIO, ESTALE, EMFILE) are the disk's or the system's.
-_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # what decoders raise
-_RETRY_SECONDS = 1.0
 
 
 class CpuReplay:
@@ -220,17 +217,9 @@ def decode(path: bytes, size: tuple[int, int]) -> torch.Tensor | tuple[FailureCo
 
 def _read(path: bytes) -> np.ndarray | tuple[FailureCode, str]:
     try:
-        try:
-            encoded = _load(path)
-        except _OF_THE_FILE:
-            raise
-        except OSError:
-            time.sleep(_RETRY_SECONDS)
-            encoded = _load(path)
-    except _OF_THE_FILE as error:
-        return "unreadable", _plain(str(error))
+        encoded = disk.read_twice(lambda: _load(path))
     except OSError as error:
-        return "not-the-file", _plain(str(error))
+        return "not-the-file" if disk.may_pass(error) else "unreadable", _plain(str(error))
     return encoded if encoded.size else ("unreadable", "empty file")
 
 

@@ -22,7 +22,7 @@ from fkdpipe.replay import Backend, Request, View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
 from fkdpipe.taps import Needs
-from fkdpipe.teachers import Precision, Teacher, load_teachers
+from fkdpipe.teachers import Precision, Teacher, load_teachers, read_class_map
 from fkdpipe.train import checkpoint, inputs, methods, optim, parallel, students
 from fkdpipe.train.feed import Feed, check_batch
 from fkdpipe.train.inputs import TrainingSet
@@ -202,7 +202,7 @@ def _teacher(
     (teacher,) = load_teachers(
         [models.parse_spec(settings.teacher)],
         class_names=training.class_names if asked else (),
-        class_maps=[images.read_class_map(class_map)] if class_map else [],
+        class_maps=[read_class_map(class_map)] if class_map else [],
         precision=_precision(settings, device),
         device=device,
         needs=needs.teacher or Needs(),
