@@ -80,6 +80,19 @@ def folder(tmp_path_factory, cut) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(tmp_path_factory, cut) -> Path:
+    """Three classes, names with dots and spaces, images of unequal sides."""
+    root = tmp_path_factory.mktemp("few")
+    for c, name in enumerate(("a", "b", "c")):
+        (root / "train" / name).mkdir(parents=True)
+        for k in range(6):
+            cut(10 * c + k, 40 + 3 * k, 90 - 5 * k).save(root / "train" / name / f"i{k}.jpg")
+    cut(77, 40, 90).save(root / "train" / "a" / "x.y.v2.jpg")
+    cut(78, 90, 41).save(root / "train" / "b" / "ein Bär.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, cut) -> Path:
     """Weights of a tiny ResNet for `CLASSES`, at random but standardised on real pictures, so that
     its labels are neither flat nor all alike."""

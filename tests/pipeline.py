@@ -16,7 +16,7 @@ from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.teachers import Teacher
-from fkdpipe.train import loop, run
+from fkdpipe.train import loop, metrics, run
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import Run
 
@@ -105,3 +105,19 @@ __all__ = [
     "train",
     "train_settings",
 ]
+
+
+def stamps(store) -> dict[str, int]:
+    """When each file of a store was last written."""
+    root = store.location.root
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+def unchanged(before: dict[str, int], store) -> bool:
+    after = stamps(store)
+    return all(after[key] == stamp for key, stamp in before.items())
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of every step that a run logged."""
+    return [x["last_loss"] for x in metrics.read(out / "metrics.jsonl") if x["kind"] == "train"]

@@ -15,7 +15,7 @@ import pipeline
 import pytest
 import torch
 from click.testing import CliRunner
-from test_interchange import bring, few, one_thread  # noqa: F401
+from exchange import bring
 from test_round_trips import SETTINGS, write
 
 from fkdpipe import images
@@ -47,7 +47,7 @@ def hostile(file: Path, kind: str, mark: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["cut", "torch", "numbers"])
 @pytest.mark.parametrize("format_", IMPORTS)
-def test_a_hostile_file_is_left_out_and_runs_nothing(tmp_path, few, format_, kind):  # noqa: F811
+def test_a_hostile_file_is_left_out_and_runs_nothing(tmp_path, few, format_, kind):
     place = tmp_path / "files"
     write(format_, place, few)
     file = sorted(place.rglob(FILES[format_]))[1 if format_ != "sre2l" else 0]
@@ -71,7 +71,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_fkd_files_of_another_shape(tmp_path, few, kind):  # noqa: F811
+def test_fkd_files_of_another_shape(tmp_path, few, kind):
     write("fkd", tmp_path / "labels", few)
     files = sorted((tmp_path / "labels").rglob("*.tar"))
     torch.save(ODD[kind], files[3])
@@ -84,7 +84,7 @@ def test_fkd_files_of_another_shape(tmp_path, few, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("prob", [(1, 2), (), ([0.5], [1], [2]), ([], []), None])
-def test_mldr_samples_of_another_shape(tmp_path, few, prob):  # noqa: F811
+def test_mldr_samples_of_another_shape(tmp_path, few, prob):
     write("ml-dr", tmp_path / "labels", few)
     samples = [{"params": [(0, 0, 4, 4), False], "prob": prob}] * 3
     torch.save((2, samples), tmp_path / "labels" / "2.pth.tar")
@@ -97,7 +97,7 @@ def test_mldr_samples_of_another_shape(tmp_path, few, prob):  # noqa: F811
 
 
 @pytest.mark.parametrize("crop", [True, {"enable": True, "scale": 3}, "yes"])
-def test_mldr_configurations_of_another_shape(tmp_path, few, crop):  # noqa: F811
+def test_mldr_configurations_of_another_shape(tmp_path, few, crop):
     write("ml-dr", tmp_path / "labels", few)
     named = {"random_resized_crop": crop, "random_horizontal_flip": {"enable": True}}
     config = {"num_classes": 1000, "reinforce": {"image_augmentation": named}}
@@ -106,7 +106,7 @@ def test_mldr_configurations_of_another_shape(tmp_path, few, crop):  # noqa: F81
         bring("ml-dr", tmp_path / "labels", few, tmp_path / "store")
 
 
-def test_tinyvit_records_of_no_image_are_counted_and_named(tmp_path, few):  # noqa: F811
+def test_tinyvit_records_of_no_image_are_counted_and_named(tmp_path, few):
     write("tinyvit", tmp_path / "labels", few)
     for file in (tmp_path / "labels").rglob("rank0-keys.txt"):
         keys = file.read_text().splitlines()
@@ -121,7 +121,7 @@ def test_tinyvit_records_of_no_image_are_counted_and_named(tmp_path, few):  # no
 
 @pytest.mark.parametrize("batch", [3, 5])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_sre2l_refuses_a_folder_of_one_image_more_or_less(tmp_path, few, cut, batch, change):  # noqa: F811
+def test_sre2l_refuses_a_folder_of_one_image_more_or_less(tmp_path, few, cut, batch, change):
     truth = foreign.make_truth(images.scan(few), crops=2, k=1, classes=7)
     for entry in truth.values():
         entry["logits"] = np.zeros((2, 7), dtype=np.float16)
@@ -138,7 +138,7 @@ def test_sre2l_refuses_a_folder_of_one_image_more_or_less(tmp_path, few, cut, ba
     assert caught.value.code == "wrong-folder"
 
 
-def test_sre2l_batches_of_another_size_are_left_out(tmp_path, few):  # noqa: F811
+def test_sre2l_batches_of_another_size_are_left_out(tmp_path, few):
     write("sre2l", tmp_path / "labels", few)
     file = tmp_path / "labels" / "epoch_0" / "batch_1.tar"
     state = torch.load(file)
@@ -154,7 +154,7 @@ def invoke(*words) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_zero_is_a_setting_like_any_other(tmp_path, few):  # noqa: F811
+def test_zero_is_a_setting_like_any_other(tmp_path, few):
     truth = foreign.make_truth(images.scan(few), crops=2, k=1, classes=7)
     for number, entry in enumerate(truth.values()):
         entry["logits"] = np.full((2, 7), number, dtype=np.float16)

@@ -12,89 +12,17 @@ import pipeline
 import pytest
 import torch
 from click.testing import CliRunner
+from exchange import agree, bring, content, send
 
 from fkdpipe import images
 from fkdpipe.cli import cli
 from fkdpipe.errors import LabelsError, StoreMismatchError, UsageError
-from fkdpipe.interchange import EXPORTS, choose, importing, open_labels
-from fkdpipe.interchange.exporting import Export, ExportSettings
-from fkdpipe.interchange.source import ImportSettings, to_pixels
+from fkdpipe.interchange import importing
+from fkdpipe.interchange.source import to_pixels
 from fkdpipe.storage import verify
-from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import open_store
 
 M = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def bring(format_: str, place: Path, data: Path, store: Path, **settings) -> importing.Imported:
-    """`fkdpipe import` with its checks: the store is complete and sound."""
-    wanted = ImportSettings(**{"threads": 2, **settings})
-    folder = importing.scan(data)
-    labels = open_labels(format_, place, folder, wanted)
-    made = importing.import_labels(labels, folder, open_location(store), wanted)
-    assert verify.verify(open_store(store), full=True) == []
-    return made
-
-
-def send(format_: str, store, out: Path, **settings):
-    return choose(EXPORTS, format_)(store, out, ExportSettings(**settings))
-
-
-def content(store, **settings) -> foreign.Truth:
-    """What a store holds, as `foreign.make_truth` describes it."""
-    export = Export(store, ExportSettings(**settings))
-    truth = {}
-    for unit in export.units():
-        for i, key in enumerate(unit.keys):
-            truth[key] = {
-                "box": unit.box_IM4[i].astype(int),
-                "flip": unit.flip_IM[i],
-                "ids": unit.ids_IMK[i],
-                "prob": unit.prob_IMK[i],
-                "size": unit.size_I2[i].astype(int),
-            }
-    return truth
-
-
-def agree(found: foreign.Truth, expected: foreign.Truth, *, k=None, tolerance=2.0**-11) -> None:
-    """Boxes, flips and classes equal; probabilities within the precision of float16."""
-    assert found.keys() == expected.keys()
-    for key, entry in expected.items():
-        np.testing.assert_array_equal(found[key]["box"], entry["box"], err_msg=key)
-        np.testing.assert_array_equal(found[key]["flip"], entry["flip"], err_msg=key)
-        a, b = (dict(zip_rows(e, k)) for e in (found[key], entry))
-        for crop in b:
-            assert a[crop].keys() == b[crop].keys(), key
-            for c, p in b[crop].items():
-                assert abs(a[crop][c] - p) <= tolerance * p + 2.0**-24, key
-
-
-def zip_rows(entry: dict, k: int | None):
-    """crop -> {class: probability}; the order within a label says nothing more."""
-    for crop, (ids, prob) in enumerate(zip(entry["ids"], entry["prob"], strict=True)):
-        yield crop, dict(zip(ids[:k].tolist(), prob[:k].tolist(), strict=True))
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory, cut) -> Path:
-    """Three classes, names with dots and spaces, images of unequal sides."""
-    root = tmp_path_factory.mktemp("few")
-    for c, name in enumerate(("a", "b", "c")):
-        (root / "train" / name).mkdir(parents=True)
-        for k in range(6):
-            cut(10 * c + k, 40 + 3 * k, 90 - 5 * k).save(root / "train" / name / f"i{k}.jpg")
-    cut(77, 40, 90).save(root / "train" / "a" / "x.y.v2.jpg")
-    cut(78, 90, 41).save(root / "train" / "b" / "ein Bär.jpg")
-    return root
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["numpy", "tensors"])
@@ -423,92 +351,3 @@ def test_float16_boxes_that_leave_the_image_by_rounding_are_moved_back_and_count
     box, moved = to_pixels((exact / [H, W, H, W]).astype(np.float32), (H, W))
     assert moved == 0
     np.testing.assert_array_equal(box, exact)
-
-
-def fkd_pixels(path: bytes, fraction: np.ndarray, flip: bool) -> torch.Tensor:
-    """FKD's loader: fractions of the decoded image to a crop, resized and flipped.
-
-    Its Pillow resize is replaced by the kernel of our cpu replay (torch's antialias resize), so
-    that losses can be compared to the last bit that matters.
-    """
-    from PIL import Image
-    from torchvision.transforms.v2 import functional
-
-    with Image.open(path) as image:
-        whole = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
-    H, W = whole.shape[1:]
-    top, left, h, w = np.rint(fraction.astype(float) * [H, W, H, W]).astype(int).tolist()
-    crop = whole[:, top : top + h, left : left + w]
-    resized = functional.resize(crop, [32, 32], antialias=True)
-    return resized.flip(-1) if flip else resized
-
-
-@pytest.mark.parametrize(
-    ("kind", "target"),
-    [("marginal_smoothing", "marginal-smoothing:3"), ("marginal_renorm", "marginal-renorm:3")],
-)
-def test_an_import_trains_to_the_loss_of_the_files_themselves(tmp_path, folder, kind, target):
-    """One fixed student over the same crops: our feed, and FKD's loader and label rule."""
-    from fkdpipe.replay import normalise
-    from fkdpipe.train import targets
-    from fkdpipe.train.losses import soft_cross_entropy
-
-    scanned = images.scan(folder)
-    truth = foreign.make_truth(scanned, crops=M, k=3, classes=5)
-    place = tmp_path / "labels"
-    for key, entry in truth.items():
-        (place / key).parent.mkdir(parents=True, exist_ok=True)
-        state = [torch.from_numpy(a) for a in foreign.fkd_state(entry, label="marginal")]
-        torch.save(state, place / f"{key}.tar")
-    store = bring("fkd", place, folder, tmp_path / "store").store
-    settings = pipeline.train_settings(target=target, crops_per_image=M, batch_size=4 * M, epochs=M)
-    run = pipeline.prepare_run(tmp_path / "run", folder, store, settings)
-    student = run.student.module.eval()
-    ours, theirs = [], []
-    with torch.no_grad():
-        for batch in run.feed.run():
-            dense = targets.dense(
-                batch.labels, settings.parsed_target, 5, batch.class_B, pipeline.CPU
-            )
-            mean, std = run.student.preprocessing.mean, run.student.preprocessing.std
-            ours += soft_cross_entropy(student(normalise(batch.pixels, mean, std)), dense).tolist()
-            pixels, labels = [], []
-            for row, crop in zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True):
-                key = str(run.feed.data.keys[row])
-                fraction, flip, label = torch.load(place / f"{key}.tar", weights_only=True)
-                path = images.path_of(scanned.root, key)
-                pixels.append(fkd_pixels(path, fraction[crop].numpy(), bool(flip[crop])))
-                labels.append(foreign.fkd_dense(label[crop].numpy(), kind, 5))
-            logits = student(normalise(torch.stack(pixels), mean, std))
-            soft = torch.from_numpy(np.stack(labels))
-            theirs += (-(soft * torch.log_softmax(logits.double(), 1)).sum(1)).tolist()
-    assert len(ours) == len(truth) * M
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)  # float16 probabilities
-    assert abs(np.mean(ours) - np.mean(theirs)) < 2e-4
-
-
-def test_an_import_trains_and_serves_targets_like_any_store(tmp_path, few):
-    truth = foreign.make_truth(images.scan(few), crops=2, k=3, classes=3)
-    place = foreign.write_fkd(tmp_path / "labels", truth)
-    (place / "train" / "a" / "i0.tar").unlink()
-    store = bring("fkd", place, few, tmp_path / "store").store
-    done = pipeline.train(tmp_path / "run", few, store, batch_size=8, epochs=2)
-    assert done.steps > 0
-    with pytest.raises(StoreMismatchError, match="temperature is unknown"):
-        pipeline.train(tmp_path / "r2", few, store, batch_size=8, label_temperature=2.0)
-
-
-def test_another_teacher_labels_imported_crops(tmp_path, folder, teacher):
-    """The boxes of an import are as good as ours: `generate` adds labels of its own to them."""
-    truth = foreign.make_truth(images.scan(folder), crops=2, k=3, classes=5)
-    place = tmp_path / "labels"
-    for key, entry in truth.items():
-        (place / key).parent.mkdir(parents=True, exist_ok=True)
-        if key != "ash/0.jpg":
-            torch.save(foreign.fkd_state(entry, label="marginal"), place / f"{key}.tar")
-    bring("fkd", place, folder, tmp_path / "store")
-    store = pipeline.make_store(tmp_path / "store", folder, [teacher], crops=None, source="ours")
-    assert verify.verify(store, full=True) == []
-    export = Export(store, ExportSettings(source="ours"))
-    keys = [key for unit in export.units() for key in unit.keys]
-    assert sorted(keys) == sorted(set(truth) - {"ash/0.jpg"})

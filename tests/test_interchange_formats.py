@@ -1,4 +1,4 @@
-"""ml-dr, TinyViT, label maps and Parquet: in, out, and what is refused."""
+"""ml-dr, TinyViT, SRe2L and Parquet: in, out, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import numpy as np
 import pipeline
 import pytest
 import torch
-from test_interchange import agree, bring, content, few, one_thread, send  # noqa: F401
+from exchange import agree, bring, content, send
 
 from fkdpipe import images
 from fkdpipe.errors import LabelsError, UsageError
-from fkdpipe.interchange import imagefolder, relabel, tinyvit
-from fkdpipe.storage.store import open_store
+from fkdpipe.interchange import imagefolder, tinyvit
 
 
 @pytest.fixture
-def truth(few):  # noqa: F811
+def truth(few):
     return foreign.make_truth(images.scan(few), crops=3, k=3, classes=1000, half=True)
 
 
 @pytest.fixture(scope="module")
-def order(few):  # noqa: F811
+def order(few):
     return foreign.imagefolder_keys(few / "train")
 
 
@@ -46,7 +45,7 @@ def test_the_order_of_imagefolder_is_known_without_listing_the_folder(folder, tm
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_mldr_comes_in_and_goes_out(tmp_path, few, truth, order, compress):  # noqa: F811
+def test_mldr_comes_in_and_goes_out(tmp_path, few, truth, order, compress):
     place = foreign.write_mldr(tmp_path / "reinforced_data", truth, order, compress=compress)
     made = bring("ml-dr", tmp_path, few, tmp_path / "store")
     assert (made.form, made.crops, made.failed.total()) == ("topk:3", 3, 0)
@@ -82,7 +81,7 @@ def test_mldr_comes_in_and_goes_out(tmp_path, few, truth, order, compress):  # n
 )
 def test_mldr_samples_of_other_pixels_are_refused_or_left_out(
     tmp_path,
-    few,  # noqa: F811
+    few,
     truth,
     order,
     operations,
@@ -104,7 +103,7 @@ def test_mldr_samples_of_other_pixels_are_refused_or_left_out(
     agree(content(made.store), plain)
 
 
-def test_mldr_labels_of_another_folder_are_refused(tmp_path, few, truth, order):  # noqa: F811
+def test_mldr_labels_of_another_folder_are_refused(tmp_path, few, truth, order):
     place = foreign.write_mldr(tmp_path / "r", truth, order)
     fewer = shutil.copytree(few, tmp_path / "fewer")
     (fewer / "train" / order[3]).unlink()
@@ -118,7 +117,7 @@ def test_mldr_labels_of_another_folder_are_refused(tmp_path, few, truth, order):
         bring("ml-dr", place, few, tmp_path / "s2")
 
 
-def test_mldr_crops_of_resized_images_are_refused(tmp_path, few, truth, order):  # noqa: F811
+def test_mldr_crops_of_resized_images_are_refused(tmp_path, few, truth, order):
     place = foreign.write_mldr(tmp_path / "r", truth, order, operations={"center_crop": [None] * 3})
     with pytest.raises(LabelsError, match="center_crop"):
         bring("ml-dr", place, few, tmp_path / "store")
@@ -131,7 +130,7 @@ def test_seeds_resolve_to_the_boxes_that_timms_code_draws(size):
 
 
 @pytest.mark.parametrize("names", [False, True])
-def test_tinyvit_comes_in_and_goes_out(tmp_path, few, order, names):  # noqa: F811
+def test_tinyvit_comes_in_and_goes_out(tmp_path, few, order, names):
     truth = foreign.make_truth(images.scan(few), crops=11, k=4, classes=32_768, half=True)
     if names:  # keys are names without folders, so they must differ
         few = shutil.copytree(few, tmp_path / "few")
@@ -162,7 +161,7 @@ def test_tinyvit_comes_in_and_goes_out(tmp_path, few, order, names):  # noqa: F8
     assert made.crops == 2
 
 
-def test_tinyvit_says_what_it_cannot_know(tmp_path, few, truth, order):  # noqa: F811
+def test_tinyvit_says_what_it_cannot_know(tmp_path, few, truth, order):
     place = foreign.write_tinyvit(tmp_path / "logits", truth, order)
     with pytest.raises(LabelsError, match=r"RandAugment.*--assume-plain"):
         bring("tinyvit", place, few, tmp_path / "store")
@@ -178,7 +177,7 @@ def test_tinyvit_says_what_it_cannot_know(tmp_path, few, truth, order):  # noqa:
         bring("tinyvit", few, few, tmp_path / "store", assume_plain=True)
 
 
-def test_images_without_a_record_in_some_epoch_are_left_out(tmp_path, few, truth, order):  # noqa: F811
+def test_images_without_a_record_in_some_epoch_are_left_out(tmp_path, few, truth, order):
     place = foreign.write_tinyvit(tmp_path / "logits", truth, order, ranks=1)
     folder = place / "logits_top3_epoch2"
     keys = (folder / "rank0-keys.txt").read_text().splitlines()
@@ -189,100 +188,14 @@ def test_images_without_a_record_in_some_epoch_are_left_out(tmp_path, few, truth
     agree(content(made.store), {key: e for key, e in truth.items() if key != lost})
 
 
-def test_only_crops_of_seeds_go_out_to_tinyvit(tmp_path, few, truth):  # noqa: F811
+def test_only_crops_of_seeds_go_out_to_tinyvit(tmp_path, few, truth):
     place = foreign.write_fkd(tmp_path / "labels", truth)
     store = bring("fkd", place, few, tmp_path / "store", classes=1000).store
     with pytest.raises(LabelsError, match="seed"):
         send("tinyvit", store, tmp_path / "out")
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("name", "dtype", "cells"),
-    [("relabel", torch.float32, (15, 15)), ("tokenlabeling", torch.float16, (18, 18))],
-)
-def test_label_maps_are_pooled_as_roi_align_pools_them(
-    tmp_path,
-    few,  # noqa: F811
-    name,
-    dtype,
-    cells,
-    transposed,
-):
-    scanned = images.scan(few)
-    maps = foreign.make_maps(scanned, cells=cells, k=5, classes=300, dtype=dtype)
-    for key, values in maps.items():
-        path = tmp_path / "maps" / f"{key.rsplit('.', 1)[0]}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(values, path)
-    made = bring(
-        name, tmp_path / "maps", few, tmp_path / "store", classes=300, crops=4, seed=3,
-        compat_transposed=transposed,
-    )  # fmt: skip
-    assert made.form == "topk:5"
-    found = content(made.store)
-    assert found.keys() == maps.keys()
-    differs = 0
-    for key, entry in found.items():
-        for crop in range(4):
-            box, size = entry["box"][crop], entry["size"]
-            dense = foreign.pool_maps(maps[key], box, size, 300, transposed=transposed)
-            best = np.argsort(-dense, kind="stable")[:5]
-            np.testing.assert_allclose(entry["prob"][crop], dense[best], rtol=2.0**-10)
-            np.testing.assert_allclose(dense[entry["ids"][crop]], dense[best], rtol=2.0**-10)
-            other = foreign.pool_maps(maps[key], box, size, 300, transposed=not transposed)
-            differs += int(other.argmax() != dense.argmax())
-    assert differs > 10  # the images are asymmetric: the two poolings are not the same
-
-
-def test_pooling_agrees_on_odd_maps_boxes_and_few_classes():
-    random = np.random.default_rng(0)
-    for _ in range(60):
-        H, W, classes = random.integers(1, 9), random.integers(1, 9), int(random.integers(3, 9))
-        k, keep = int(random.integers(1, 4)), int(random.integers(1, classes + 1))
-        ids = random.random((classes, H, W)).argsort(0)[:k]
-        scores = random.normal(0, 2, (k, H, W))
-        size = random.integers(5, 50, 2)
-        h, w = (int(random.integers(1, n + 1)) for n in size)
-        box = np.array([random.integers(size[0] - h + 1), random.integers(size[1] - w + 1), h, w])
-        region = relabel._fractions(box[None], size, transposed=False)
-        found, prob = relabel.pool(scores, ids, region, classes, keep)
-        both = torch.from_numpy(np.stack([scores, ids]))
-        dense = foreign.pool_maps(both, box, size, classes, transposed=False)
-        np.testing.assert_allclose(prob[0], -np.sort(-dense)[:keep], rtol=1e-5)
-        np.testing.assert_allclose(dense[found[0]], prob[0], rtol=1e-5)
-        assert len(set(found[0].tolist())) == keep
-
-
-def test_label_maps_need_crops_and_exact_ids(tmp_path, few, truth):  # noqa: F811
-    maps = foreign.make_maps(images.scan(few), cells=(4, 4), k=3, classes=900, dtype=torch.float16)
-    for key, values in maps.items():
-        path = tmp_path / "maps" / f"{key.rsplit('.', 1)[0]}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(values, path)
-    with pytest.raises(UsageError, match="--crops M"):
-        bring("relabel", tmp_path / "maps", few, tmp_path / "s")
-    with pytest.raises(LabelsError, match="2,048"):
-        bring("relabel", tmp_path / "maps", few, tmp_path / "s", crops=2, classes=3000)
-    with pytest.raises(LabelsError, match="--classes"):
-        bring("relabel", tmp_path / "maps", few, tmp_path / "s", crops=2, keep=3)
-
-
-def test_pooled_labels_join_a_store_of_the_same_crops(tmp_path, folder, teacher):
-    """Label maps are pooled for our own crops, so they can stand beside a teacher's labels."""
-    store = pipeline.make_store(tmp_path / "store", folder, [teacher], crops=3, seed=5)
-    scanned = images.scan(folder)
-    maps = foreign.make_maps(scanned, cells=(4, 4), k=3, classes=5, dtype=torch.float32)
-    for key, values in maps.items():
-        path = tmp_path / "maps" / f"{key}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(values, path)
-    bring("relabel", tmp_path / "maps", folder, tmp_path / "store", crops=3, seed=5, keep=3)
-    assert open_store(tmp_path / "store").sources() == ["relabel", "t"]
-    assert len(store.rounds()) == 1
-
-
-def test_parquet_is_a_table_of_crops(tmp_path, few, truth):  # noqa: F811
+def test_parquet_is_a_table_of_crops(tmp_path, few, truth):
     import json
 
     import pyarrow.parquet as pq
@@ -309,7 +222,7 @@ def test_parquet_is_a_table_of_crops(tmp_path, few, truth):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4"])
-def test_sre2l_batches_are_put_back_in_the_order_of_images(tmp_path, few, truth, order, dtype):  # noqa: F811
+def test_sre2l_batches_are_put_back_in_the_order_of_images(tmp_path, few, truth, order, dtype):
     random = np.random.default_rng(0)
     for entry in truth.values():
         entry["logits"] = random.normal(0, 4, (3, 7)).astype(dtype)
@@ -333,7 +246,7 @@ def test_sre2l_batches_are_put_back_in_the_order_of_images(tmp_path, few, truth,
     np.testing.assert_allclose(whole, np.stack(rows).astype(np.float32), rtol=2e-3, atol=5e-3)
 
 
-def test_sre2l_files_that_cannot_be_placed_are_refused(tmp_path, few, truth, order):  # noqa: F811
+def test_sre2l_files_that_cannot_be_placed_are_refused(tmp_path, few, truth, order):
     for entry in truth.values():
         entry["logits"] = np.zeros((3, 7), dtype=np.float16)
     mixed = foreign.write_sre2l(
@@ -374,7 +287,7 @@ def test_recorded_colour_jitter_goes_where_it_can_be_kept(tmp_path, folder, teac
         np.testing.assert_array_equal(row["jitter"], factors[place[row["key"]], row["crop"]])
 
 
-def test_the_guides_commands_run_as_written(tmp_path, few, truth, order, monkeypatch):  # noqa: F811
+def test_the_guides_commands_run_as_written(tmp_path, few, truth, order, monkeypatch):
     import re
     import shlex
 

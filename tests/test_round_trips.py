@@ -8,7 +8,7 @@ import foreign
 import numpy as np
 import pytest
 import torch
-from test_interchange import agree, bring, content, few, one_thread, send  # noqa: F401
+from exchange import agree, bring, content, send
 
 from fkdpipe import images
 from fkdpipe.errors import LabelsError
@@ -74,7 +74,7 @@ def read_table(file: Path) -> foreign.Truth:
 
 @pytest.mark.parametrize("goes", EXPORTS)
 @pytest.mark.parametrize("comes", IMPORTS)
-def test_labels_of_every_format_survive_every_other(tmp_path, few, comes, goes):  # noqa: F811
+def test_labels_of_every_format_survive_every_other(tmp_path, few, comes, goes):
     truth = write(comes, tmp_path / "files", few)
     store = bring(comes, tmp_path / "files", few, tmp_path / "store", **SETTINGS[comes]).store
     held = content(store, keep=K)
