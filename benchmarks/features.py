@@ -29,7 +29,7 @@ import photographs
 import timm
 import torch
 
-from fkdpipe import features, models, teachers
+from fkdpipe import features, teachers, weight_files
 from fkdpipe.labelgen import fit_basis, generate, plan
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
@@ -61,7 +61,7 @@ def make_teacher(place: Path) -> tuple[str, Teacher]:
     torch.manual_seed(0)
     module = timm.create_model("resnet50", num_classes=10, zero_init_last=False)
     file = place / "teacher.safetensors"
-    models.write_export(file, module, {"size": [SIDE, SIDE], "interpolation": "bilinear"})
+    weight_files.write_export(file, module, {"size": [SIDE, SIDE], "interpolation": "bilinear"})
     text = f"resnet50={file}"
     (loaded,) = teachers.load_teachers(
         [parse_spec(text)], class_names=(), device=CPU, needs=Needs(pre=True)

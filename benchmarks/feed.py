@@ -36,7 +36,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from fkdpipe import models, teachers
+from fkdpipe import teachers, weight_files
 from fkdpipe.distributed import Rank
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
@@ -64,7 +64,7 @@ def make_store(place: Path, data: Path) -> Store:
     module = timm.create_model("test_resnet", num_classes=1000).eval()
     file = place / "teacher.safetensors"
     shape = {"student": "test_resnet", "size": [64, 64], "interpolation": "bilinear"}
-    models.write_export(file, module, shape)
+    weight_files.write_export(file, module, shape)
     loaded = teachers.load_teachers(
         [ModelSpec("test_resnet", "timm", file)], class_names=(), device=CPU
     )

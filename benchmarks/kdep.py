@@ -33,13 +33,14 @@ from fkdpipe.labelgen import fit_basis, generate, plan
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.models import EXPORT_NAME, parse_spec
+from fkdpipe.models import parse_spec
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import loop, run, transfer
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import export
 from fkdpipe.train.transfer import TransferSettings, Trial
+from fkdpipe.weight_files import EXPORT_NAME
 
 CPU = torch.device("cpu")
 LAW = CropLaw(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is another shape

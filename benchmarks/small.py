@@ -27,7 +27,7 @@ import fkdpipe.labelgen.plan
 import fkdpipe.labelgen.repair
 import fkdpipe.replay.cpu
 import fkdpipe.teachers  # noqa: F401
-from fkdpipe import cli, demo, models
+from fkdpipe import cli, demo, models, weight_files
 from fkdpipe.models import ModelSpec
 from fkdpipe.storage import schema
 
@@ -53,7 +53,7 @@ def prepare(root: Path, *, images: int) -> Bench:
     size = [32, 32]
     facts = {"student": "test_resnet", "size": size, "interpolation": "bilinear"}
     assert models.build(ModelSpec("test_resnet"), pretrained=False) is not None
-    models.write_export(root / "teacher.safetensors", module, facts)
+    weight_files.write_export(root / "teacher.safetensors", module, facts)
     return Bench(
         root / "data",
         root / "teacher.safetensors",

@@ -24,7 +24,7 @@ import common
 import timm
 import torch
 
-from fkdpipe import demo, models, teachers
+from fkdpipe import demo, models, teachers, weight_files
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.storage.location import LocalLocation
@@ -127,7 +127,7 @@ def weights(root: Path, name: str) -> Path:
         torch.manual_seed(0)
         options = {"img_size": SIZE} if "vit" in name else {}
         module = timm.create_model(name, num_classes=10, **options)
-        models.write_export(file, module, {"student": name, "options": {}})
+        weight_files.write_export(file, module, {"student": name, "options": {}})
     return file
 
 

@@ -38,7 +38,7 @@ import photographs
 import timm
 import torch
 
-from fkdpipe import models, replay, teachers
+from fkdpipe import models, replay, teachers, weight_files
 from fkdpipe.distributed import default_threads
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
@@ -276,7 +276,7 @@ def load_teacher(root: Path, scale: Scale, device: torch.device) -> Teacher:
     file = root / "teacher.safetensors"
     options = {"img_size": scale.size} if "vit" in scale.teacher else {}
     module = timm.create_model(scale.teacher, num_classes=scale.classes, **options)
-    models.write_export(file, module, {"student": scale.teacher, "options": {}})
+    weight_files.write_export(file, module, {"student": scale.teacher, "options": {}})
     (teacher,) = teachers.load_teachers(
         [models.parse_spec(f"{scale.teacher}={file}")],
         class_names=[f"{k:04d}" for k in range(scale.classes)],

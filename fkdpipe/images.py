@@ -30,6 +30,7 @@ from fkdpipe.errors import ImagesError
 
 T = TypeVar("T")
 Split = Literal["train", "val"]
+_SPLITS = frozenset({"train", "val", "test", "valid", "validation", "dev"})
 
 MAX_SIDE = 65_535  # boxes are stored as uint16 pixels
 
@@ -118,12 +119,29 @@ def path_of(root: Path, key: str) -> bytes:
 
 
 def split_root(data: Path, split: Split) -> Path:
-    """Where a split's class folders are: `data/<split>` or `data` itself.
-
-    A folder is taken as split when it holds `train/` and either `val/` or no other folder.
+    """Where a split's class folders are: `data/<split>`, or for `train` `data` itself.
 
     Raises:
         ImagesError: no such folder, or the split is missing.
+    """
+    splits = splits_of(data)
+    if split in splits or (split == "train" and not splits):
+        return data / split if splits else data
+    found = " and ".join(f"{name}/" for name in sorted(splits)) or "class folders"
+    what = "Held-out" if split == "val" else "Training"
+    raise ImagesError(
+        f"{data} has {found}, but no {split}/ folder. {what} images belong under {data / split}.",
+        code="no-split",
+    )
+
+
+def splits_of(data: Path) -> frozenset[str]:
+    """Names of the splits that a folder holds; none where its folders are classes.
+
+    Its folders are splits when `train/` and `val/` are there, or when all have names of splits.
+
+    Raises:
+        ImagesError: no such folder.
     """
     if not data.exists():
         raise ImagesError(f"{data}: no such folder.", code="no-folder")
@@ -136,17 +154,8 @@ def split_root(data: Path, split: Split) -> Path:
         folders = {name for name in folders if not name.startswith(".")}
     except OSError as error:
         raise ImagesError(f"{data} cannot be read: {error.strerror}.", code="no-folder") from error
-    if "train" in folders and ("val" in folders or folders == {"train"}):
-        if split not in folders:
-            raise ImagesError(f"{data} has train/ but no {split}/ folder.", code="no-split")
-        return data / split
-    if split == "val":
-        raise ImagesError(
-            f"{data} has no val/ folder. Put held-out images under {data / 'val'} and the others "
-            f"under {data / 'train'}.",
-            code="no-split",
-        )
-    return data
+    split = {"train", "val"} <= folders or ({"train", "val"} & folders and folders <= _SPLITS)
+    return frozenset(folders & _SPLITS) if split else frozenset()
 
 
 def class_folders(root: Path) -> tuple[str, ...]:

@@ -3,15 +3,11 @@
 Both teachers and students start here. A model is written NAME (pretrained weights from the
 library's hub) or NAME=FILE (a local checkpoint); `torchvision:NAME` takes torchvision's model of
 that name, a run folder of `fkdpipe train` names the student in it.
-
-No file is ever unpickled: `.safetensors`, or torch's format read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -19,19 +15,15 @@ from typing import Any, Literal, cast, get_args
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from fkdpipe import selfsupervised
 from fkdpipe.errors import ModelError, UsageError
+from fkdpipe.weight_files import EXPORT_NAME, first_line, load_state, read_export, read_weights
 
 Library = Literal["timm", "torchvision", "moco", "swav"]
 SELF_SUPERVISED = ("moco", "swav")  # whose outputs are no classes
-
-EXPORT_NAME = "student.safetensors"  # what a run folder holds for others to load
-_METADATA = "fkdpipe"
 
 
 @dataclass(frozen=True)
@@ -75,12 +67,14 @@ class Loaded:
     Attributes:
         classes: width of its output.
         class_names: of its outputs where the checkpoint tells, else empty.
+        classifier: False where the checkpoint says that nothing trained its classifier.
     """
 
     module: nn.Module
     preprocessing: Preprocessing
     classes: int
     class_names: tuple[str, ...] = ()
+    classifier: bool = True
 
 
 def parse_spec(text: str) -> ModelSpec:
@@ -96,6 +90,12 @@ def parse_spec(text: str) -> ModelSpec:
         if not name:
             raise ModelError(f"{file} does not say which model it is; write NAME={file}.")
         return ModelSpec(name, "timm", file)
+    if Path(text).is_dir() and not timm.is_model(text):
+        raise ModelError(
+            f"{text} is a folder without {EXPORT_NAME}, which a run writes at its end. Name the "
+            "folder of a finished run, or NAME=FILE.",
+            code="no-weights",
+        )
     name, _, file_text = text.partition("=")
     if not name:
         raise UsageError(f"{text!r} names no model; write NAME or NAME=FILE.")
@@ -181,7 +181,13 @@ def build(
         preprocessing = replace(preprocessing, **known)
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
-    return Loaded(module, preprocessing, _classes(module), tuple(facts.get("class_names", ())))
+    return Loaded(
+        module,
+        preprocessing,
+        _classes(module),
+        tuple(facts.get("class_names", ())),
+        bool(facts.get("classifier", True)),
+    )
 
 
 def _self_supervised(spec: ModelSpec, size: tuple[int, int] | None) -> Loaded:
@@ -223,16 +229,11 @@ def _create(
         if pretrained and not isinstance(error, (TypeError, AssertionError)):
             raise ModelError(
                 f"{spec}: its pretrained weights could not be fetched "
-                f"({type(error).__name__}: {_first_line(error)}). Without a network, give a local "
+                f"({type(error).__name__}: {first_line(error)}). Without a network, give a local "
                 f"file: {spec}=weights.safetensors.",
                 code="offline",
             ) from error
-        raise ModelError(f"{spec} cannot be built: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise ModelError(f"{spec} cannot be built: {first_line(error)}") from error
 
 
 def _needs_size(name: str) -> bool:
@@ -301,94 +302,3 @@ def _preprocessing(spec: ModelSpec, module: nn.Module) -> Preprocessing:
 
 def _interpolation(name: str) -> Literal["bilinear", "bicubic"]:
     return "bicubic" if name == "bicubic" else "bilinear"
-
-
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """A state dict; wrappers ("state_dict", "model", EMA) and DDP prefixes are taken off.
-
-    Raises:
-        ModelError: unreadable, or nothing in it is a state dict.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError) as error:
-        raise ModelError(f"{file} cannot be read: {_first_line(error)}.") from error
-    except Exception as error:  # torch.load raises whatever its unpickler met
-        raise ModelError(
-            f"{file} is not a checkpoint of plain tensors ({_first_line(error)}). Save its "
-            "state_dict alone, best as .safetensors; fkdpipe never runs code from a file."
-        ) from error
-    for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
-        raise ModelError(f"{file} holds no state dict.")
-    state = {k: v for k, v in content.items() if torch.is_tensor(v)}
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, where: str) -> None:
-    """Fill a module, refusing any key or shape that does not fit.
-
-    Raises:
-        ModelError: with the first keys that are missing, unknown or of another shape.
-    """
-    own = module.state_dict()
-    problems = [
-        ("missing", [key for key in own if key not in state]),
-        ("unknown", [key for key in state if key not in own]),
-        (
-            "of another shape",
-            [
-                f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-                for key in own
-                if key in state and state[key].shape != own[key].shape
-            ],
-        ),
-    ]
-    lines = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in problems
-        if keys
-    ]
-    if lines:
-        raise ModelError(f"{where}: the checkpoint does not fit: {'; '.join(lines)}.", code="keys")
-    module.load_state_dict(state)
-
-
-def state_digest(module: nn.Module) -> str:
-    """sha256 (hex) over names, dtypes, shapes and bytes of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def write_export(file: Path, module: nn.Module, facts: dict[str, Any]) -> None:
-    """Weights for others: `timm.create_model(name, checkpoint_path=file)` loads them.
-
-    Args:
-        facts: kept as JSON in the header: student, size, mean, std, class names, ...
-    """
-    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    # One entry alone: the writer orders several at random, and equal runs give equal files.
-    save_file(state, file, metadata={_METADATA: json.dumps(facts)})
-
-
-def read_export(file: Path) -> dict[str, Any]:
-    """The facts in a safetensors header that fkdpipe wrote; empty for other files."""
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(file, "pt") as opened:
-            return json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {_first_line(error)}.") from error

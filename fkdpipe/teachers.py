@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo
 
-from fkdpipe import models
+from fkdpipe import models, weight_files
 from fkdpipe.errors import ModelError, UsageError
 from fkdpipe.models import ModelSpec, Preprocessing
 from fkdpipe.taps import Needs, Outputs, Tapped
@@ -103,7 +103,8 @@ def load_teachers(
 
     Raises:
         UsageError: numbers of weights or maps that do not fit.
-        ModelError: unknown name, unreadable weights, or classes that cannot be matched.
+        ModelError: unknown name, unreadable weights, classes that cannot be matched, or no
+            trained classifier.
     """
     if not specs:
         raise UsageError("name at least one teacher.")
@@ -121,12 +122,18 @@ def load_teachers(
     teachers = []
     for spec, share, class_map in zip(specs, shares, maps, strict=True):
         loaded = models.build(spec, size=size)
+        if class_names and not loaded.classifier:
+            raise ModelError(
+                f"{spec}: its classifier was never trained, because its run learnt features alone. "
+                "It can lend features, or be judged by `fkdpipe transfer`.",
+                code="no-classifier",
+            )
         columns = None
         if spec.library not in models.SELF_SUPERVISED:  # whose outputs are no classes
             columns = match_classes(
                 class_names, loaded.classes, loaded.class_names, class_map, teacher=str(spec)
             )
-        digest = models.state_digest(loaded.module)
+        digest = weight_files.state_digest(loaded.module)
         module = Tapped(loaded.module, needs).eval().requires_grad_(False)
         module = module.to(device).to(memory_format=torch.channels_last)
         teachers.append(

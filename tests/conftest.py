@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from fkdpipe import images, models, teachers
+from fkdpipe import images, models, teachers, weight_files
 from fkdpipe.models import ModelSpec
 from fkdpipe.replay import normalise
 
@@ -109,7 +109,7 @@ def checkpoint(tmp_path_factory, cut) -> Path:
         head.bias.copy_((head.bias - logits.mean(0)) * scale)
     file = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
     facts = {"student": "test_resnet", "size": [32, 32], "interpolation": "bilinear"}
-    models.write_export(file, module, facts)
+    weight_files.write_export(file, module, facts)
     return file
 
 

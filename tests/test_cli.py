@@ -96,6 +96,8 @@ def test_the_whole_way(pipeline, folder):
     figures = json.loads(made.stdout)
     assert {"top1", "top5", "images"} <= figures.keys()
     assert figures["images"] == 10
+    held_out = invoke("evaluate", folder / "val", pipeline / "run", "--json")
+    assert json.loads(held_out.stdout) == figures
 
 
 def test_a_teacher_can_be_evaluated_before_days_are_spent(folder, checkpoint):
@@ -136,14 +138,14 @@ def test_verify_exit_codes(pipeline, tmp_path):
     assert (problem["code"], problem["unit"]) == ("missing-file", 0)
 
 
-def test_settings_come_from_flag_then_set_then_recipe(tmp_path, folder, pipeline):
+def test_flags_and_set_come_before_the_recipe(tmp_path, folder, pipeline):
     recipe = tmp_path / "r.toml"
     recipe.write_text(
         'student = "test_resnet"\ntarget = "hard"\nsize = 32\nepochs = 3\nbatch_size = 16\n'
         "[optimizer]\nlr = 0.5\nweight_decay = 0.5\nmomentum = 0.5\n"
     )
     made = invoke(
-        "train", folder, pipeline / "store", "--recipe", recipe, "--set", "optimizer.lr=0.25",
+        "train", folder, pipeline / "store", "--recipe", recipe,
         "--set", "optimizer.weight_decay=0.25", "--lr", "0.125", "--epochs", "1",
         "--out", tmp_path / "run", "--cache", tmp_path / "cache",
     )  # fmt: skip
@@ -207,7 +209,12 @@ def mistakes(pipeline, folder, checkpoint, tmp_path):
         "report": (1, "is not a store", ["report", folder]),
         "verify": (1, "is not a store", ["verify", folder]),
         "evaluate": (1, "Did you mean", ["evaluate", folder, "resnet_18"]),
-        "no val": (1, "no val/ folder", ["evaluate", folder / "train", f"test_resnet={checkpoint}"]),
+        "no val": (1, "has class folders, but no val/ folder", ["evaluate", folder / "train", teacher[1], "--split", "val"]),
+        "unfinished": (1, "is a folder without student", ["evaluate", folder, folder]),
+        "no target": (2, "name what the student learns", [*train, *out]),
+        "in the store": (2, "is inside the store", [*train, "--target", "hard", "--out", pipeline / "store" / "run"]),
+        "twice": (2, "epochs is given twice", [*train, "--epochs", "2", "--set", "epochs=1", *out]),
+        "hub": (1, "could not be fetched", ["transfer", "resnet18", folder]),
     }  # fmt: skip
 
 
@@ -216,6 +223,7 @@ NAMES = [
     "unknown teacher", "offline", "does not fit", "precision", "device", "unknown target",
     "poor form", "no store", "labels without a store", "unknown student", "no student",
     "other classes", "batch", "recipe", "set", "report", "verify", "evaluate", "no val",
+    "unfinished", "no target", "in the store", "twice", "hub",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 import timm
 from conftest import CLASSES
 
-from fkdpipe import models
+from fkdpipe import weight_files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,7 @@ def test_the_make_commands_of_the_readme_exist():
 def test_the_commands_for_own_images_run_as_written(tmp_path, folder, monkeypatch):
     shutil.copytree(folder, tmp_path / "images")
     module = timm.create_model("resnet50", num_classes=len(CLASSES))
-    models.write_export(tmp_path / "teacher.safetensors", module, {"size": [64, 64]})
+    weight_files.write_export(tmp_path / "teacher.safetensors", module, {"size": [64, 64]})
     (block,) = (b for b in blocks(README, "sh") if "fkdpipe generate" in b)
     for long, short in SMALLER.items():
         assert long in block
@@ -65,7 +65,7 @@ def test_the_guide_to_inspecting_runs_as_written(tmp_path, folder, teacher, monk
     (tmp_path / "images").symlink_to(folder)
     make_store(tmp_path / "store", folder, [teacher])
     module = timm.create_model("resnet18", num_classes=len(CLASSES))
-    models.write_export(tmp_path / "student.safetensors", module, {"size": [32, 32]})
+    weight_files.write_export(tmp_path / "student.safetensors", module, {"size": [32, 32]})
     monkeypatch.chdir(tmp_path)
     commands = "".join(blocks((ROOT / "docs" / "guide-inspect.md").read_text(), "sh")).splitlines()
     assert len(commands) == 10

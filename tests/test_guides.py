@@ -13,7 +13,7 @@ import timm
 import torch
 from conftest import CLASSES
 
-from fkdpipe import models
+from fkdpipe import weight_files
 from fkdpipe.cli import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -70,7 +70,7 @@ def test_the_way_from_features_to_transfer(place, monkeypatch):
     assert "features" in said["report"]
     run(online)
     (more,) = blocks("guide-transfer.md", "sh")
-    told = run(more.replace("pets flowers", "pets --set epochs=1"))
+    told = run(more.replace("pets flowers", "pets"))
     assert "pets" in told["transfer"]
 
 
@@ -79,7 +79,7 @@ def test_the_python_of_the_transfer_guide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "pretrained").mkdir(parents=True)
     module = timm.create_model("resnet18", num_classes=len(CLASSES))
-    models.write_export(tmp_path / "runs/pretrained/student.safetensors", module, {})
+    weight_files.write_export(tmp_path / "runs/pretrained/student.safetensors", module, {})
     made: dict = {}
     for block in blocks("guide-transfer.md", "python"):
         exec(block, made)

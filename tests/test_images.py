@@ -214,6 +214,18 @@ def test_train_alone_is_a_split_but_a_class_named_train_is_not(tmp_path, cut):
     assert images.split_root(tmp_path, "train") == tmp_path
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("train", "valid"), ("val",), ("train",)])
+def test_folders_named_as_splits_are_never_classes(tmp_path, cut, names):
+    for name in names:
+        save(tmp_path / name / "a" / "x.jpg", cut)
+    for split in ("train", "val"):
+        if split in names:
+            assert images.scan(tmp_path, split=split).class_names == ("a",)
+        else:
+            with pytest.raises(ImagesError, match=f"{names[0]}/.*, but no {split}/ folder"):
+                images.scan(tmp_path, split=split)
+
+
 def test_the_fingerprint_is_of_names_and_sizes_alone(tmp_path, cut):
     for place in ("here", "there"):
         save(tmp_path / place / "a" / "x.jpg", cut)

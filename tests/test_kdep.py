@@ -14,7 +14,7 @@ from conftest import load_teacher
 from pipeline import CPU, make_store, prepare_run, train_settings
 from safetensors.torch import load_file
 
-from fkdpipe import features, models
+from fkdpipe import features, weight_files
 from fkdpipe.cli import cli
 from fkdpipe.errors import ModelError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import fit_basis
@@ -297,7 +297,7 @@ def test_the_teachers_classes_need_not_be_the_folders(tmp_path, folder):
     """Nobody asks about them: neither stored features nor a live teacher are matched."""
     file = tmp_path / "other.safetensors"
     other = timm.create_model("test_resnet", num_classes=11)
-    models.write_export(file, other, {"student": "test_resnet", "size": [32, 32]})
+    weight_files.write_export(file, other, {"student": "test_resnet", "size": [32, 32]})
     store = tmp_path / "store"
     made = ["generate", str(folder), str(store), "--teacher", f"test_resnet={file}", "--form",
             "none", "--features", "pre", "--crops", "4", "--device", "cpu"]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from conftest import CLASSES
 
-from fkdpipe import models, teachers
+from fkdpipe import models, teachers, weight_files
 from fkdpipe.errors import ModelError, UsageError
 from fkdpipe.models import ModelSpec
 
@@ -146,7 +146,7 @@ def test_a_broken_file_is_named(tmp_path, name, content):
 def test_exports_tell_what_they_are(tmp_path):
     module = timm.create_model("test_resnet", num_classes=4)
     facts = {"student": "test_resnet", "size": [48, 40], "mean": [0.1, 0.2, 0.3], "crop_pct": 0.9}
-    models.write_export(tmp_path / "student.safetensors", module, facts)
+    weight_files.write_export(tmp_path / "student.safetensors", module, facts)
     spec = models.parse_spec(str(tmp_path))
     assert spec == ModelSpec("test_resnet", "timm", tmp_path / "student.safetensors")
     loaded = models.build(spec)
@@ -158,15 +158,15 @@ def test_exports_tell_what_they_are(tmp_path):
 def test_the_digest_is_of_the_weights_alone(tmp_path):
     module = timm.create_model("test_resnet", num_classes=4)
     file = save(module, tmp_path / "x.pth")
-    models.write_export(tmp_path / "y.safetensors", module, {})
+    weight_files.write_export(tmp_path / "y.safetensors", module, {})
     digests = {
-        models.state_digest(models.build(ModelSpec("test_resnet", "timm", f)).module)
+        weight_files.state_digest(models.build(ModelSpec("test_resnet", "timm", f)).module)
         for f in (file, tmp_path / "y.safetensors")
     }
-    assert digests == {models.state_digest(module)}
+    assert digests == {weight_files.state_digest(module)}
     with torch.no_grad():
         module.fc.bias[0] += 1e-7
-    assert models.state_digest(module) not in digests
+    assert weight_files.state_digest(module) not in digests
 
 
 def test_teachers_are_frozen_and_in_eval_mode(teacher):

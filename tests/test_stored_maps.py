@@ -9,7 +9,7 @@ import torch
 from conftest import CLASSES
 from pipeline import CPU, make_store, prepare_run, train_settings
 
-from fkdpipe import features, models, teachers
+from fkdpipe import features, models, teachers, weight_files
 from fkdpipe.errors import FkdpipeError, StoreError, StoreMismatchError, UsageError
 from fkdpipe.labelgen import check
 from fkdpipe.storage import features as codes
@@ -34,7 +34,7 @@ def _one_thread():
 def write_teacher(file, *, seed=0) -> str:
     name, extra, side = tiny.NETWORKS["swin"]
     facts = {"student": name, "options": extra, "size": [side, side]}
-    models.write_export(file, tiny.network("swin", classes=len(CLASSES), seed=seed), facts)
+    weight_files.write_export(file, tiny.network("swin", classes=len(CLASSES), seed=seed), facts)
     return f"{name}={file}"
 
 

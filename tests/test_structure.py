@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "distributed": ERRORS,
     "progress": ERRORS,
     "selfsupervised": ERRORS,
-    "models": ERRORS | {"selfsupervised"},
+    "weight_files": ERRORS,
+    "models": ERRORS | {"selfsupervised", "weight_files"},
     "taps": ERRORS,
     "tails": ERRORS,
     "features": ERRORS,
-    "teachers": ERRORS | {"models", "taps"},
+    "teachers": ERRORS | {"models", "taps", "weight_files"},
     "replay": ERRORS | {"crops", "disk"},
     "storage": ERRORS | {"crops"},
     "labelgen": {
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "train": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "tails", "taps",
         "features", "colour",
-        "teachers",
+        "teachers", "weight_files",
         "replay", "storage",
     },
     "interchange": {"errors", "crops", "images", "progress", "storage"},

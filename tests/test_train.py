@@ -94,7 +94,7 @@ def test_the_student_learns_the_teacher_and_labels_matter(tmp_path, folder, stor
     """Trained on its own labels the student follows the teacher; trained on the same labels
     shuffled between images it does not. Agreement is measured on the training crops."""
     longer = {"epochs": 60, "optimizer": OptimizerSettings("adamw", lr=3e-3, weight_decay=0.0)}
-    shuffled = tmp_path / "shuffled"
+    shuffled = tmp_path / "shuffled-store"
     shutil.copytree(store.url, shuffled)
     shuffle_labels(shuffled)
     from fkdpipe.storage.store import open_store

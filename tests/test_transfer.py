@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
-from fkdpipe import config, models
+from fkdpipe import config, models, weight_files
 from fkdpipe.cli import cli
 from fkdpipe.errors import ImagesError, ModelError, UsageError
 from fkdpipe.train import loop, transfer
@@ -33,7 +33,7 @@ def backbone(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     file = tmp_path_factory.mktemp("backbone") / "student.safetensors"
     module = timm.create_model("test_resnet", num_classes=11)
-    models.write_export(file, module, {"student": "test_resnet", "size": [32, 32]})
+    weight_files.write_export(file, module, {"student": "test_resnet", "size": [32, 32]})
     return file
 
 
@@ -63,7 +63,7 @@ def test_two_heads_are_both_made_anew(tmp_path):
     """A distilled transformer has two classifiers."""
     torch.manual_seed(0)
     module = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, depth=1)
-    models.write_export(tmp_path / "m.safetensors", module, {"options": {"depth": 1}})
+    weight_files.write_export(tmp_path / "m.safetensors", module, {"options": {"depth": 1}})
     spec = models.parse_spec(f"deit_tiny_distilled_patch16_224={tmp_path / 'm.safetensors'}")
     made = models.build(spec, classes=7, new_head=True).module.state_dict()
     before = module.state_dict()

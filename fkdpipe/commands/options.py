@@ -37,14 +37,30 @@ def recipe_options(command: Callable) -> Callable:
 def resolve(
     cls: type, recipe: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]
 ) -> Any:
-    """Settings from flag, then --set, then recipe, then default."""
+    """Settings from flag or --set, then recipe, then default.
+
+    Raises:
+        UsageError: listing every problem; or a setting has a flag and a --set.
+    """
     from fkdpipe import config
 
+    assigned = [config.parse_assignment(text) for text in assignments]
     tables = [config.load_toml(recipe)] if recipe else []
-    tables += [config.parse_assignment(text) for text in assignments]
+    tables += assigned
     given = {key: value for key, value in flags.items() if value not in (None, (), "")}
+    for key in sorted(given.keys() & {key for table in assigned for key in _keys(table)}):
+        raise UsageError(f"{key} is given twice, by a flag and by --set; leave one of them out.")
     where = str(recipe) if recipe else "settings"
     return config.build(cls, config.merge(*tables, _nested(given)), where=where)
+
+
+def _keys(table: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of all values in nested tables."""
+    keys = set()
+    for name, value in table.items():
+        inner = isinstance(value, dict)
+        keys |= _keys(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}"}
+    return keys
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,16 @@ from fkdpipe.commands import options, terminal
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store", required=False)
-@click.option("--student", metavar="NAME[=FILE]", help="timm model, from scratch or a checkpoint.")
-@click.option("--target", help="What it learns, for example marginal-smoothing:5.")
+@click.option(
+    "--student",
+    metavar="NAME[=FILE]",
+    help="timm model from scratch, checkpoint or run folder.",
+)
+@click.option(
+    "--target",
+    help="What it learns, for example marginal-smoothing:5; with STORE it must be named."
+    "  [default: ground-truth]",
+)
 @click.option("--crops-per-image", type=int, metavar="m", help="Per batch.  [default: 1]")
 @click.option("--epochs", type=int, help="One pass with m crops is m epochs.  [default: 100]")
 @click.option("--batch-size", type=int, help="In crops, over all processes.  [default: 256]")
@@ -92,9 +100,7 @@ def train(
 @click.option(
     "--split",
     type=click.Choice(["val", "train"]),
-    default="val",
-    show_default=True,
-    help="Which images.",
+    help="Which images.  [default: val; DATA itself where it holds the classes]",
 )
 @click.option("--class-map", type=click.Path(path_type=Path), help="Whose output is which class.")
 @click.option(
@@ -116,7 +122,7 @@ def train(
 def evaluate(
     data: Path,
     model: str,
-    split: str,
+    split: str | None,
     class_map: Path | None,
     real: Path | None,
     numbered: bool,
@@ -143,7 +149,8 @@ def evaluate(
     where = options.choose_device(device)
     spec = parse_spec(model)
     with reporter.task("scan", 0, "files") as advance:
-        folder = images.scan(data, split=split, on_image=advance)  # type: ignore[arg-type]
+        chosen = split or ("val" if images.splits_of(data) else "train")
+        folder = images.scan(data, split=chosen, on_image=advance)  # type: ignore[arg-type]
     class_maps: list[teachers.ClassMap] = []
     if class_map:
         class_maps = [teachers.read_class_map(class_map)]

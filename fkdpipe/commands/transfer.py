@@ -35,8 +35,9 @@ def transfer(
 ) -> None:
     """Fine-tune MODEL on each of DATA, and train a linear probe on it.
 
-    MODEL is a run folder, or NAME=FILE; its classifier is left out. DATA are image folders with
-    train/ and val/. Of several learning rates the best mean over seeds is shown.
+    MODEL is a run folder, NAME=FILE, or NAME for pretrained weights; its classifier is left out.
+    DATA are image folders with train/ and val/. Of several learning rates the best mean over seeds
+    is shown.
 
     \b
     Example:

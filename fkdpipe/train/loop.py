@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fkdpipe import models
+from fkdpipe import weight_files
 from fkdpipe.errors import TrainingError
 from fkdpipe.progress import Advance
 from fkdpipe.train import parallel
 from fkdpipe.train.evaluate import Accuracy, evaluate
 from fkdpipe.train.feed import Batch
-from fkdpipe.train.metrics import Meter, MetricsLog
+from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
 from fkdpipe.train.state import CHECKPOINTS, Run, export, resume, save
 from fkdpipe.train.step import step
 
@@ -75,7 +75,9 @@ def train(run: Run) -> Result:
             if following is not None and stop.now(run):
                 _check_finite(run, meter)
                 _save_and_stop(run)
-    file = export(run, models.EXPORT_NAME)
+    file = export(run, weight_files.EXPORT_NAME)
+    if run.last is None:  # finished before this start
+        run.last = _recorded(run)
     if metrics is not None:
         metrics.close()
     return Result(
@@ -87,6 +89,11 @@ def train(run: Run) -> Result:
         student=file,
         failed=dict(run.feed.failed),
     )
+
+
+def _recorded(run: Run) -> Accuracy | None:
+    line = last_evaluation(run.out / "metrics.jsonl")
+    return Accuracy(*(line[k] for k in ("top1", "top5", "images", "skipped"))) if line else None
 
 
 def _one(run: Run, batch: Batch, meter: Meter) -> None:

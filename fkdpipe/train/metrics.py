@@ -61,6 +61,12 @@ def read(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_evaluation(file: Path) -> dict[str, Any] | None:
+    """The last line of a metrics file that tells an accuracy; None without one."""
+    lines = read(file) if file.is_file() else []
+    return next((line for line in reversed(lines) if line["kind"] == "eval"), None)
+
+
 class Meter:
     """Sums between two lines of metrics; the loss and the hits stay on the device till asked."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -23,8 +24,8 @@ from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
 from fkdpipe.taps import Needs
 from fkdpipe.teachers import Precision, Teacher, load_teachers, read_class_map
-from fkdpipe.train import checkpoint, inputs, methods, optim, parallel, students
-from fkdpipe.train.feed import Feed, check_batch
+from fkdpipe.train import checkpoint, checks, inputs, methods, optim, parallel, students
+from fkdpipe.train.feed import Feed
 from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.learner import build as build_learner
 from fkdpipe.train.learner import parameters
@@ -60,8 +61,9 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
-    _check_place(out, data)
-    _check(settings, needs, store, rank, device)
+    checks.check_place(out, data)
+    settings = dataclasses.replace(settings, target=checks.target(settings, needs, store))
+    checks.check(settings, needs, store, rank, device)
     begun = _begun_crops(out)
     with parallel.local_first(rank, device) if store else contextlib.nullcontext():
         training = _open(settings, needs, data, store, cache_dir, allow_partial, begun, reporter)
@@ -105,74 +107,6 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
-
-
-def _check_place(out: Path, data: Path) -> None:
-    there = next((above for above in (out, *out.parents) if above.exists()), out)
-    if there.exists() and not there.is_dir():
-        raise UsageError(f"{there} is a file; --out names a folder.")
-    place = out.resolve()
-    if data.resolve() in (place, *place.parents):
-        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
-
-
-def _check(
-    settings: TrainSettings,
-    needs: MethodNeeds,
-    store: Store | None,
-    rank: Rank,
-    device: torch.device,
-) -> None:
-    """What can be refused before anything is opened."""
-    target, name = settings.parsed_target, settings.method.get("name", "fkd")
-    if store is None and target.kind != "ground-truth":
-        raise UsageError(
-            f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
-            "Only --target ground-truth trains without one."
-        )
-    models.parse_spec(settings.student)
-    parallel.check(settings, device)
-    if settings.train_only == "classifier" and not needs.classifier:
-        raise UsageError(
-            f"method {name} does not train the classifier, and train_only classifier trains "
-            "nothing else."
-        )
-    block = settings.mixing.block if settings.mixing.on else 1
-    check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
-    at_once = settings.batch_size // (rank.world * settings.accumulate)
-    if at_once < needs.least:
-        raise UsageError(
-            f"method {name} takes statistics over the crops that a process sees at once, at least "
-            f"{needs.least}: batch size {settings.batch_size} over {rank.world} processes and "
-            f"{settings.accumulate} accumulated parts leaves {at_once}. Raise --batch-size."
-        )
-    if settings.mixing.on and not needs.mixing:
-        raise UsageError(
-            f"method {name} cannot mix images: what the teacher says "
-            "of a mixed image is no mix of what it says of each."
-        )
-    runs = settings.teacher is not None and not needs.stored
-    if settings.mixing.on and needs.teacher is not None and not runs:
-        raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
-    if settings.teacher is not None:
-        models.parse_spec(settings.teacher)
-        unused = not needs.live if needs.stored else needs.teacher is None and needs.soft is None
-        if unused:
-            raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
-    elif needs.live:
-        raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
-    if runs:
-        return
-    if needs.teacher is not None and store is None:
-        raise UsageError(
-            f"method {name} needs the teacher's features: a STORE made with --features"
-            f"{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
-        )
-    if needs.soft is not None and target.kind == "ground-truth":
-        raise UsageError(
-            f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
-            f"ground-truth{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
-        )
 
 
 def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> Order:
@@ -294,8 +228,8 @@ def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images
     """Held-out images, when the folder has a val/ beside its train/."""
     try:
         images.split_root(data, "val")
-    except ImagesError:
-        log.info("no val/ folder: the student is not evaluated while it trains")
+    except ImagesError as error:
+        log.warning("the student is not evaluated while it trains: %s", error)
         return None
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, split="val", on_image=advance)

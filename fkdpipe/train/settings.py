@@ -96,6 +96,8 @@ class ScheduleSettings:
 class TrainSettings:
     """A run.
 
+    target: what is learnt. None is ground-truth, unless the labels of a store are all there is
+        to teach with: then it must be named.
     size: side of the student's input in pixels; None takes the network's own.
     interpolation: of the crops' resize; None takes the network's own.
     replay: backend; threads: of the replay, None takes the machine's cores.
@@ -120,7 +122,7 @@ class TrainSettings:
     """
 
     student: str
-    target: str = "ground-truth"
+    target: str | None = None
     epochs: int = 100
     batch_size: int = 256
     crops_per_image: int = 1
@@ -157,7 +159,7 @@ class TrainSettings:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
     def __post_init__(self) -> None:
-        parse_target(self.target)
+        parse_target(self.target or "ground-truth")
         for name in (
             "epochs",
             "batch_size",
@@ -195,4 +197,4 @@ class TrainSettings:
 
     @property
     def parsed_target(self) -> Target:
-        return parse_target(self.target)
+        return parse_target(self.target or "ground-truth")

@@ -10,7 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fkdpipe import models
+from fkdpipe import weight_files
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import TrainingError
 from fkdpipe.images import ImageFolder
@@ -131,6 +131,6 @@ def export(run: Run, name: str) -> Path:
     if run.rank.main:
         facts = students.export_facts(run.settings, run.student, run.class_names)
         checkpoint.write_atomically(
-            file, lambda partial: models.write_export(partial, run.judged.network, facts)
+            file, lambda partial: weight_files.write_export(partial, run.judged.network, facts)
         )
     return file

@@ -10,6 +10,7 @@ from fkdpipe import models
 from fkdpipe.errors import UsageError
 from fkdpipe.models import Loaded
 from fkdpipe.replay import View
+from fkdpipe.train import methods
 from fkdpipe.train.settings import TrainSettings
 
 
@@ -56,4 +57,5 @@ def export_facts(
         "std": list(p.std),
         "crop_pct": p.crop_pct,
         "class_names": list(class_names),
+        "classifier": methods.needs(settings.method).classifier,
     }

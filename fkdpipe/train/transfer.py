@@ -7,6 +7,7 @@ with a step schedule that drops at 1/3 and 2/3, as KDEP's transfer experiments h
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from fkdpipe.errors import UsageError
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.train import loop, metrics, run
 from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["fine-tune", "probe"]
 
@@ -60,6 +63,7 @@ class TransferSettings:
         """The training run of one trial."""
         return TrainSettings(
             student=model,
+            pretrained=True,
             new_head=True,
             train_only="classifier" if mode == "probe" else "all",
             epochs=self.epochs,
@@ -124,7 +128,7 @@ def transfer(
     Of several processes the first returns them, the others nothing.
 
     Args:
-        model: a run folder or NAME=FILE.
+        model: a run folder, NAME=FILE, or NAME for the library's pretrained weights.
 
     Raises:
         ImagesError: a folder without train/ and val/. UsageError: two folders of one name.
@@ -140,15 +144,15 @@ def transfer(
         zip(names, folders, strict=True), settings.modes, settings.lr, settings.seeds
     ):
         place = out / f"{name}-{mode}-lr{lr:g}-seed{seed}"
+        log.info("%s: %s, learning rate %g, seed %d", folder, mode, lr, seed)
         prepared = run.prepare(
             settings.trial(model, mode, lr, seed), folder, place,
             cache_dir=place, device=device, rank=rank, reporter=reporter,
         )  # fmt: skip
         loop.train(prepared)
         # From the record, so that a trial that was finished before counts as well.
-        *_, last = (
-            line for line in metrics.read(place / "metrics.jsonl") if line["kind"] == "eval"
-        )
+        last = metrics.last_evaluation(place / "metrics.jsonl")
+        assert last is not None
         trials.append(Trial(name, mode, lr, seed, last["top1"], last["top5"]))
     return trials
 

@@ -23,7 +23,7 @@ from conftest import CLASSES
 from pipeline import make_store, prepare_run, train_settings
 from safetensors.torch import load_file
 
-from fkdpipe import config, models
+from fkdpipe import config, weight_files
 from fkdpipe.train import checkpoint, loop, metrics, state
 from fkdpipe.train import methods as table
 from fkdpipe.train import step as steps
@@ -110,7 +110,7 @@ def weights(tmp_path_factory):
             name, extra, side = tiny.NETWORKS[family]
             file = place / f"{family}.safetensors"
             facts = {"student": name, "options": extra, "size": [side, side]}
-            models.write_export(file, tiny.network(family, classes=len(CLASSES)), facts)
+            weight_files.write_export(file, tiny.network(family, classes=len(CLASSES)), facts)
             made[family] = f"{name}={file}"
         return made[family]
 

@@ -1,0 +1,122 @@
+"""What can be refused before a run is built: settings that do not go together, wrong places."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from fkdpipe import models
+from fkdpipe.crops import CropLaw
+from fkdpipe.distributed import Rank
+from fkdpipe.errors import UsageError
+from fkdpipe.storage.labels import parse_form, served_targets
+from fkdpipe.storage.store import Store
+from fkdpipe.train import parallel
+from fkdpipe.train.feed import check_batch
+from fkdpipe.train.methods.interface import MethodNeeds
+from fkdpipe.train.settings import TrainSettings
+
+log = logging.getLogger(__name__)
+
+
+def check_place(out: Path, data: Path) -> None:
+    """Refuse a run folder that is a file, or inside what others read.
+
+    Raises:
+        UsageError: saying where it lies.
+    """
+    there = next((above for above in (out, *out.parents) if above.exists()), out)
+    if there.exists() and not there.is_dir():
+        raise UsageError(f"{there} is a file; --out names a folder.")
+    place = out.resolve()
+    if data.resolve() in (place, *place.parents):
+        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
+    for above in (place, *place.parents):
+        if (above / "commits").is_dir() and (above / "zarr.json").is_file():
+            raise UsageError(f"--out {out} is inside the store {above}; name another place.")
+
+
+def target(settings: TrainSettings, needs: MethodNeeds, store: Store | None) -> str:
+    """What is learnt; nobody who names a store trains without its labels by forgetting --target.
+
+    Raises:
+        UsageError: no target is named, and the store's labels are all there is to teach with.
+    """
+    if settings.target is not None:
+        return settings.target
+    taught = needs.teacher is not None or needs.soft is not None
+    if store is not None and not taught:
+        forms = {p.settings["form"] for p in store.parts.values() if p.kind == "labels"}
+        served = sorted({t for form in forms for t in served_targets(parse_form(form))})
+        raise UsageError(
+            f"name what the student learns: --target with one of {', '.join(served)}, which "
+            f"{store.url} serves, or ground-truth, which leaves its labels out."
+        )
+    return "ground-truth"
+
+
+def check(
+    settings: TrainSettings,
+    needs: MethodNeeds,
+    store: Store | None,
+    rank: Rank,
+    device: torch.device,
+) -> None:
+    """Refuse what cannot work before anything is opened.
+
+    Raises:
+        UsageError: settings that do not go together, or with the machine.
+    """
+    target, name = settings.parsed_target, settings.method.get("name", "fkd")
+    if store is None and target.kind != "ground-truth":
+        raise UsageError(
+            f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
+            "Only --target ground-truth trains without one."
+        )
+    if store is not None and settings.crop != CropLaw():
+        log.warning("crop.* is for training without a store; this store's crops are recorded")
+    models.parse_spec(settings.student)
+    parallel.check(settings, device)
+    if settings.train_only == "classifier" and not needs.classifier:
+        raise UsageError(
+            f"method {name} does not train the classifier, and train_only classifier trains "
+            "nothing else."
+        )
+    block = settings.mixing.block if settings.mixing.on else 1
+    check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
+    at_once = settings.batch_size // (rank.world * settings.accumulate)
+    if at_once < needs.least:
+        raise UsageError(
+            f"method {name} takes statistics over the crops that a process sees at once, at least "
+            f"{needs.least}: batch size {settings.batch_size} over {rank.world} processes and "
+            f"{settings.accumulate} accumulated parts leaves {at_once}. Raise --batch-size."
+        )
+    if settings.mixing.on and not needs.mixing:
+        raise UsageError(
+            f"method {name} cannot mix images: what the teacher says "
+            "of a mixed image is no mix of what it says of each."
+        )
+    runs = settings.teacher is not None and not needs.stored
+    if settings.mixing.on and needs.teacher is not None and not runs:
+        raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
+    if settings.teacher is not None:
+        models.parse_spec(settings.teacher)
+        unused = not needs.live if needs.stored else needs.teacher is None and needs.soft is None
+        if unused:
+            raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
+    elif needs.live:
+        raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
+    if runs:
+        return
+    if needs.teacher is not None and store is None:
+        raise UsageError(
+            f"method {name} needs the teacher's features: a STORE made with --features"
+            f"{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
+        )
+    if needs.soft is not None and target.kind == "ground-truth":
+        raise UsageError(
+            f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
+            f"ground-truth{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
+        )
