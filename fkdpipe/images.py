@@ -240,6 +240,17 @@ def scan(
     )
 
 
+def remarks(folder: ImageFolder, most: int = 20) -> list[str]:
+    """What a user should know about a folder before days are spent on it, a line each."""
+    left_out = [f"{r.key} is left out: {r.reason}, {r.detail}" for r in folder.rejected]
+    lines = left_out[:most]
+    if len(left_out) > most:
+        lines.append(f"... and {len(left_out) - most} more files are left out")
+    if folder.empty_classes:
+        lines.append(f"classes without images: {', '.join(folder.empty_classes[:10])}")
+    return lines
+
+
 def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], *, where: str) -> None:
     """Refuse a class list that differs, naming the first differences.
 

@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from conftest import load_teacher
+from conftest import CLASSES, load_teacher
 from pipeline import CPU, make_store, prepare_run, train_settings
 from safetensors.torch import load_file
 
-from fkdpipe import features, weight_files
+from fkdpipe import features, models, teachers, weight_files
 from fkdpipe.cli import cli
 from fkdpipe.errors import ModelError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import fit_basis
@@ -228,6 +228,10 @@ def test_the_classifier_rests_and_the_export_is_a_plain_timm_model(
     assert run.module.network.fc.weight.grad is None
     assert not torch.equal(after["conv1.0.weight"], before["conv1.0.weight"])
     assert result.top1 is None  # an untrained classifier is not evaluated
+    as_teacher = [models.parse_spec(str(tmp_path / "run"))]
+    with pytest.raises(ModelError, match="its classifier was never trained"):
+        teachers.load_teachers(as_teacher, class_names=CLASSES)
+    assert teachers.load_teachers(as_teacher, class_names=())  # it can lend features
     plain = timm.create_model(
         "test_resnet", num_classes=5, checkpoint_path=str(result.student), **NARROW
     ).eval()

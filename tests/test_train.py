@@ -52,6 +52,21 @@ def test_a_run_leaves_what_it_says(tmp_path, folder, store):
     assert len(checkpoint.list_all(tmp_path / "run" / "checkpoints")) == 2
 
 
+def test_a_finished_run_started_again_tells_its_accuracy(tmp_path, folder, store):
+    done = train(tmp_path / "run", folder, store)
+    again = train(tmp_path / "run", folder, store)
+    assert done.top1 is not None
+    assert (again.steps, again.top1, again.top5) == (done.steps, done.top1, done.top5)
+
+
+def test_files_that_are_left_out_are_named(tmp_path, folder, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    (data / "train" / "ash" / "notes.jpg").write_text("text")
+    train(tmp_path / "run", data, None, target="ground-truth", epochs=1)
+    assert "ash/notes.jpg is left out: not-an-image" in caplog.text
+
+
 def test_the_learning_rate_is_set_per_pass(tmp_path, folder, store):
     """Serrated: one rate for a whole pass of m epochs."""
     train(tmp_path / "run", folder, store, batch_size=2, epochs=4, log_every=1)

@@ -279,15 +279,10 @@ def _open_or_create(
 
 
 def _tell(folder: images.ImageFolder) -> None:
-    """What a user should know about a folder before days are spent on it."""
     if not folder.class_names:
         log.info("no class folders: the images are taken as unlabelled")
-    for rejected in folder.rejected[:20]:
-        log.warning("%s is left out: %s, %s", rejected.key, rejected.reason, rejected.detail)
-    if len(folder.rejected) > 20:
-        log.warning("... and %d more files; the store lists them", len(folder.rejected) - 20)
-    if folder.empty_classes:
-        log.warning("classes without images: %s", ", ".join(folder.empty_classes[:10]))
+    for remark in images.remarks(folder):
+        log.warning("%s", remark)
 
 
 def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:

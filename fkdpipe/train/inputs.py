@@ -7,6 +7,7 @@ labels; that is how a teacher or a baseline is trained.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from fkdpipe.train.stored import Features, Labels
 
 Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 Factors = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def from_folder(
     """
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, need_classes=need_classes, on_image=advance)
+    for remark in images.remarks(folder):
+        log.warning("%s", remark)
     ids = crops.image_ids(folder.keys)
     order = crops.random_order(seed, ids)
     ids, sizes = ids[order], folder.size_N2[order]
