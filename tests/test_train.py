@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, load_teacher
 from pipeline import make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
 
@@ -236,11 +236,14 @@ def test_evaluate_leaves_out_what_cannot_be_read(tmp_path, folder):
     assert (made.images, made.skipped) == (len(held_out) - 1, 1)
 
 
-def test_other_settings_in_the_same_run_folder_are_refused(tmp_path, folder, store):
+def test_other_settings_in_the_same_run_folder_are_refused(tmp_path, folder, store, checkpoint):
     train(tmp_path / "run", folder, store, epochs=2)
-    with pytest.raises(TrainingError, match=r"settings.optimizer.lr: 0.02, now 0.5"):
+    with pytest.raises(TrainingError, match=r"settings: optimizer.lr: 0.02, now 0.5"):
         train(tmp_path / "run", folder, store, epochs=2, optimizer=OptimizerSettings("sgd", lr=0.5))
-    again = train(tmp_path / "run", folder, store, epochs=2, threads=1)
+    other = make_store(tmp_path / "other", folder, [load_teacher(checkpoint)], seed=5)
+    with pytest.raises(TrainingError, match="other images, crops or labels than it began with"):
+        train(tmp_path / "run", folder, other, epochs=2)
+    again = train(tmp_path / "run", folder, store, epochs=2, threads=1, eval_every=2)
     assert again.steps == -(-store.num_images * 2 // 16)
 
 

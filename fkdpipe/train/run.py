@@ -259,20 +259,12 @@ def _record(
         "parameters": counted,
         "files": methods.digests(settings.method),
     }
-    # These may differ between two starts of one run.
-    free = ("threads", "replay", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
-    compared = {
-        **record,
-        "settings": {k: v for k, v in record["settings"].items() if k not in free},
-    }
-    digest = schema.digest(compared)
+    digest = schema.digest({**record, "settings": _binding(record)})
     file = out / "settings.json"
     if file.exists():
         old = json.loads(file.read_text())
         if old.get("digest") != digest:
-            fresh = json.loads(json.dumps(record))
-            told = ("settings", "data", "teacher", "files")
-            changed = schema.differences({k: old.get(k) for k in told}, {k: fresh[k] for k in told})
+            changed = _changed(old, json.loads(json.dumps(record)))
             raise TrainingError(
                 f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
                 "Name another --out folder, or delete this one.",
@@ -283,6 +275,25 @@ def _record(
         text = json.dumps({"digest": digest, **record}, indent=1) + "\n"
         checkpoint.write_atomically(file, lambda partial: partial.write_text(text))
     return digest
+
+
+def _binding(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings that two starts of one run must share."""
+    free = {
+        "threads", "replay", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+        "tensorboard",
+    }  # fmt: skip
+    return {key: value for key, value in record["settings"].items() if key not in free}
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two starts, settings by the names that `--set` takes."""
+    lines = schema.differences(_binding(old), _binding(new))
+    for name in ("teacher", "files"):
+        lines += schema.differences({name: old.get(name)}, {name: new[name]})
+    if old.get("data") != new["data"]:
+        lines.append("other images, crops or labels than it began with")
+    return lines
 
 
 def _precision(settings: TrainSettings, device: torch.device) -> Precision:
