@@ -8,9 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import CLASSES, load_teacher
 from pipeline import CPU, arrays_of, make_store, prepare_run, stamps, train_settings, unchanged
 
+from fkdpipe.cli import cli
 from fkdpipe.crops import CropLaw
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import FkdpipeError, StoreMismatchError, TrainingError, UsageError
@@ -352,3 +354,15 @@ def test_a_store_that_grows_keeps_its_own_law_and_seed(tmp_path, folder, teacher
     assert len(two.rounds()) == 2
     for part in two.rounds():
         assert [part.settings[n] for n in names] == [one.rounds()[0].settings[n] for n in names]
+
+
+def test_a_dry_run_prices_what_the_run_would_make(tmp_path, folder, teacher, checkpoint):
+    make_store(tmp_path / "store", folder, [teacher], crops=3)
+    words = ["--dry-run", "--teacher", f"test_resnet={checkpoint}", "--features", "post"]
+    runner = CliRunner()
+    told = runner.invoke(cli, ["generate", str(folder), str(tmp_path / "store"), *words])
+    assert told.exit_code == 0, told.output
+    assert "images x 3 crops" in told.stdout
+    refused = runner.invoke(cli, ["generate", str(folder), str(tmp_path / "none"), *words])
+    assert refused.exit_code == 2  # as a real run
+    assert "--crops M" in refused.stderr

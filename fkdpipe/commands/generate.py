@@ -69,13 +69,17 @@ def generate(
     """
     from fkdpipe.labelgen.settings import GenerateSettings
 
+    if repair:
+        flags = _with_recorded(store, options.given_table(recipe, assignments, flags), flags)
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe import distributed
     from fkdpipe.errors import UsageError
     from fkdpipe.labelgen import dry_run as forecasting
+    from fkdpipe.labelgen import existing
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
     from fkdpipe.labelgen import repair as repairing
+    from fkdpipe.storage import begin
     from fkdpipe.storage.location import open_location
 
     rank = distributed.parse_part(part) if part else distributed.current()
@@ -88,6 +92,8 @@ def generate(
     resources = run.Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
     location = open_location(store)
     if dry_run:
+        source = settings.source or planning.default_source(loaded)
+        settings = existing.as_store(begin.find_store(location), settings, source)
         _print_forecast(forecasting.forecast(data, settings, loaded, resources, reporter=reporter))
         return
     restored = repairing.restore(location, data) if repair else None
@@ -109,6 +115,32 @@ def generate(
         )
         for path, count in Counter(path for path, _ in withdrawn.left).items():
             click.echo(f"{path}: {count} units are still broken; --repair with what made them")
+
+
+def _with_recorded(store: str, given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a repair, and what the store records of the source that is not said again.
+
+    Raises:
+        UsageError: no teacher is named; says with which options the store was made.
+    """
+    from fkdpipe.errors import StoreError, UsageError
+    from fkdpipe.labelgen import existing
+    from fkdpipe.storage.location import open_location
+    from fkdpipe.storage.store import Store
+
+    try:
+        recorded = existing.recorded_options(Store(open_location(store)))
+    except StoreError:
+        recorded = {}  # damaged records: the repair restores them first
+    if not given.get("teacher"):
+        made = "".join(f"\n  {existing.as_words(each)}" for each in recorded.values())
+        raise UsageError(
+            "--repair needs the teacher that made the store: --teacher NAME or NAME=FILE."
+            + (f" The store was made with:{made}" if made else "")
+        )
+    source = given.get("source") or (next(iter(recorded)) if len(recorded) == 1 else "")
+    old = {k: v for k, v in recorded.get(source, {}).items() if k != "teacher" and k not in given}
+    return {**flags, **old}
 
 
 def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[Teacher]:

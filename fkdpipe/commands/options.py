@@ -40,11 +40,20 @@ def resolve(
     """Settings from flag, then --set, then recipe, then default."""
     from fkdpipe import config
 
+    where = str(recipe) if recipe else "settings"
+    return config.build(cls, given_table(recipe, assignments, flags), where=where)
+
+
+def given_table(
+    recipe: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What the user gave, as one table."""
+    from fkdpipe import config
+
     tables = [config.load_toml(recipe)] if recipe else []
     tables += [config.parse_assignment(text) for text in assignments]
     given = {key: value for key, value in flags.items() if value not in (None, (), "")}
-    where = str(recipe) if recipe else "settings"
-    return config.build(cls, config.merge(*tables, _nested(given)), where=where)
+    return config.merge(*tables, _nested(given))
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fkdpipe.crops import LAW_NAME, CropLaw
@@ -55,6 +56,67 @@ def crops_per_image(store: Store | None, settings: GenerateSettings) -> int:
     if not have:
         raise UsageError("say how many crops per image to record: --crops M.")
     return have
+
+
+def as_store(store: Store | None, settings: GenerateSettings, source: str) -> GenerateSettings:
+    """The settings with what a run onto this store would take from it.
+
+    Args:
+        source: whose form is taken, where none is asked for.
+    """
+    if store is None:
+        return settings
+    drawn = drawing(store, settings)
+    return replace(
+        settings,
+        form=settings.form or form_of(store, source),
+        crops=crops_per_image(store, settings),
+        crop=drawn.law,
+        seed=drawn.seed,
+        boxes="derived" if drawn.derived else "stored",
+    )
+
+
+def form_of(store: Store, source: str) -> str | None:
+    """Of the labels of a source, None where there are none."""
+    ours = (p for p in store.parts.values() if p.kind == "labels" and p.source == source)
+    return next((p.settings["form"] for p in ours), None)
+
+
+def recorded_options(store: Store) -> dict[str, dict[str, Any]]:
+    """By source, the settings its labels and features were made with; imported ones left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in store.parts.values():
+        if part.kind not in ("labels", "features") or "imported_from" in part.settings:
+            continue
+        old = part.settings
+        names = [_spec(teacher) for teacher in old["teachers"]]
+        options = found.setdefault(part.source, {"teacher": names, "form": "none"})
+        options |= {"source": part.source, "precision": old["precision"]}
+        if part.kind == "labels":
+            options |= {"form": old["form"], "temperature": old["temperature"]}
+        else:
+            dims = "" if old["basis"] is None else f":{old['dims']}"
+            kept = {*options.get("features", ()), f"{part.tap}{dims}"}
+            options |= {"features": sorted(kept), "features_code": old["code"]}
+    return found
+
+
+def _spec(teacher: Mapping[str, Any]) -> str:
+    name, library = teacher["name"], teacher["library"]
+    return name if library == "timm" else f"{library}:{name}"
+
+
+def as_words(options: Mapping[str, Any]) -> str:
+    """Settings as options of the command line."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if name == "features_code":
+            words.append(f"--set {name}={value}")
+        else:
+            words += [f"--{name} {each}" for each in values]
+    return " ".join(words)
 
 
 def check_drawing(store: Store, part: Part, wanted: Drawing) -> None:

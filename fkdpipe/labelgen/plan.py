@@ -153,9 +153,9 @@ def _form(
     if settings.form is not None:
         return labels.parse_form(settings.form)
     store = begin.find_store(location)
-    for part in store.parts.values() if store is not None else ():
-        if part.kind == "labels" and part.source == source:
-            return labels.parse_form(part.settings["form"])
+    recorded = existing.form_of(store, source) if store is not None else None
+    if recorded is not None:
+        return labels.parse_form(recorded)
     return (
         Form("logits") if _self_supervised(teachers) else Form("topk", min(10, _classes(teachers)))
     )
