@@ -231,7 +231,7 @@ class Store:
         if manifest is None:
             done = sum(marker is not None for _, marker in self.markers(part))
             units = words.count(self.units_of(part), "unit")
-            state = f"{done} of {units} made"
+            state = f"{done} of {units}"
             if done == self.units_of(part):
                 state = f"{units} made, and what closes it is missing"
             raise UnsealedStoreError(

@@ -127,7 +127,9 @@ def _check_place(store: Store, location: Location, wanted: dict[str, Json]) -> N
             "poorer --form, or --derive-boxes."
         )
     there = begin.find_store(location)  # refuses what is no store of ours
-    for path, part in there.parts.items() if there is not None else ():
+    if there is None or there.facts["fingerprint"] != store.facts["fingerprint"]:
+        return  # of other images: refused where the list of images is begun
+    for path, part in there.parts.items():
         if path != IMAGES and part.settings != wanted.get(path):
             raise StoreMismatchError(
                 f"{location.url} holds a store with another {path}. Name a new folder, or give "
