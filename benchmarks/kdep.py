@@ -95,7 +95,8 @@ def make_folders(place: Path, size: Size) -> tuple[Path, Path]:
 
 def settings(options: dict[str, Any], epochs: int, seed: int, **changes: Any) -> TrainSettings:
     return TrainSettings(
-        student="resnet10t", student_options=options, size=32, epochs=epochs, seed=seed,
+        student="resnet10t", target="ground-truth", student_options=options, size=32,
+        epochs=epochs, seed=seed,
         batch_size=64, crops_per_image=4, crop=LAW, threads=1, eval_every=epochs,
         optimizer=OptimizerSettings(name="adamw", lr=0.003), **changes,
     )  # fmt: skip

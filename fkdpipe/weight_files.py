@@ -33,10 +33,12 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError) as error:
         raise ModelError(f"{file} cannot be read: {first_line(error)}.") from error
-    except Exception as error:  # torch.load raises whatever its unpickler met
+    except Exception as error:  # whatever torch met; its text advises to run the file
         raise ModelError(
-            f"{file} is not a checkpoint of plain tensors ({first_line(error)}). Save its "
-            "state_dict alone, best as .safetensors; fkdpipe never runs code from a file."
+            f"{file} is no checkpoint of plain tensors: it is broken, or holds more than tensors, "
+            "and nothing of it is run. Save the state_dict alone, as .safetensors or with "
+            "torch.save(model.state_dict(), FILE).",
+            code="not-tensors",
         ) from error
     for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import socket
@@ -20,8 +22,14 @@ from fkdpipe import crops, features, images, replay
 from fkdpipe.cli import cli
 from fkdpipe.crops import CropLaw
 from fkdpipe.distributed import Rank
-from fkdpipe.errors import FkdpipeError, ImagesError, ModelError, UsageError
-from fkdpipe.labelgen import fit_basis
+from fkdpipe.errors import (
+    FkdpipeError,
+    ImagesError,
+    ModelError,
+    StoreMismatchError,
+    UsageError,
+)
+from fkdpipe.labelgen import check, fit_basis
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.replay import Request, View, normalise
@@ -166,6 +174,12 @@ def test_generation_stores_the_leading_components_of_the_same_crops(
     width = len(fitted.basis.mean_D)
     assert values["rounds/0/features/t/post/value"].shape[-1] == width
     assert codes.error_bound("float16") < 1e-3
+    again = functools.partial(check.teacher, store, part, folder, [tapped], device=CPU, sample=9)
+    assert not again(basis=fitted.basis).problems
+    other = dataclasses.replace(fitted.basis, mean_D=fitted.basis.mean_D + 1)
+    for given, words in ((other, "another basis than"), (None, "Name its file")):
+        with pytest.raises(StoreMismatchError, match=words):
+            again(basis=given)
 
 
 def test_a_share_takes_so_many_of_every_class_and_depends_on_the_seed(folder, scanned):
@@ -226,6 +240,11 @@ def test_the_command_tells_the_std_ratios_and_draws_them(tmp_path, folder, check
     assert answer["std_ratio"] == features.std_ratios(basis, 8)
     with Image.open(tmp_path / "plot.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    text = runner.invoke(cli, words).stdout
+    before = (tmp_path / "basis").read_bytes()
+    refused = runner.invoke(cli, words)  # a store may need it
+    assert refused.exit_code == 2
+    assert "Choose another name, or delete the file" in refused.stderr
+    assert (tmp_path / "basis").read_bytes() == before
+    text = runner.invoke(cli, [*words[:2], str(tmp_path / "again"), *words[3:]]).stdout
     assert "after PTS" in text
     assert f"{answer['std_ratio']['svd']:,.2f}" in text

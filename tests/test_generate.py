@@ -14,6 +14,7 @@ from conftest import CLASSES, load_teacher
 from pipeline import CPU, arrays_of, make_store
 
 from fkdpipe import images, replay, teachers
+from fkdpipe.crops import CropLaw
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import (
     ImagesError,
@@ -267,6 +268,8 @@ def test_other_settings_on_an_existing_store_are_refused(tmp_path, folder, teach
         ({"form": "topk:2"}, "form: topk:3, now topk:2"),
         ({"temperature": 4.0}, "temperature: 1.0, now 4.0"),
         ({"seed": 9}, "seed: 0, now 9"),
+        ({"crop": CropLaw(flip=0.25)}, r"crop\.flip: 0\.5, now 0\.25\. Leave them out"),
+        ({"crop": CropLaw(scale=(0.5, 1))}, r"crop\.scale: \(0\.08, 1\.0\), now \(0\.5, 1\)"),
         ({"crops": 2}, "has 4 crops per image, 2 are asked for"),
     ]:
         with pytest.raises(StoreMismatchError, match=words):
@@ -285,7 +288,7 @@ def test_a_foreign_folder_is_not_written_into(tmp_path, folder, teacher):
 
 
 def test_k_above_the_classes_is_refused_before_anything_is_written(tmp_path, folder, teacher):
-    with pytest.raises(UsageError, match="has 5 classes"):
+    with pytest.raises(UsageError, match=r"has 5 classes.*topk:5 or less, or full"):
         make_store(tmp_path / "store", folder, [teacher], form="topk:6")
     assert not (tmp_path / "store").exists()
 

@@ -8,9 +8,12 @@ import types
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import CLASSES, load_teacher
 from pipeline import CPU, arrays_of, make_store, prepare_run, stamps, train_settings, unchanged
 
+from fkdpipe.cli import cli
+from fkdpipe.crops import CropLaw
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import FkdpipeError, StoreMismatchError, TrainingError, UsageError
 from fkdpipe.labelgen import check, dry_run, generate
@@ -338,3 +341,28 @@ def test_a_dry_run_of_one_part_measures_a_whole_sample_after_its_first_batch(
     assert predicted.sampled_crops == 32 * 16
     assert predicted.crops_per_s == (32 * 16 - 16) / 4
     assert predicted.bytes_per_crop > 4  # labels too, not the boxes alone
+
+
+def test_a_store_that_grows_keeps_its_own_law_and_seed(tmp_path, folder, teacher):
+    law = CropLaw(scale=(0.4, 1.0), flip=0.0)
+    one = make_store(
+        tmp_path / "one", folder, [teacher], crops=6, crop=law, seed=3, boxes="derived"
+    )
+    make_store(tmp_path / "two", folder, [teacher], crop=law, seed=3, boxes="derived")
+    two = make_store(tmp_path / "two", folder, [teacher], crops=6)  # nothing is said again
+    names = ("scale", "flip", "seed", "boxes")
+    assert len(two.rounds()) == 2
+    for part in two.rounds():
+        assert [part.settings[n] for n in names] == [one.rounds()[0].settings[n] for n in names]
+
+
+def test_a_dry_run_prices_what_the_run_would_make(tmp_path, folder, teacher, checkpoint):
+    make_store(tmp_path / "store", folder, [teacher], crops=3)
+    words = ["--dry-run", "--teacher", f"test_resnet={checkpoint}", "--features", "post"]
+    runner = CliRunner()
+    told = runner.invoke(cli, ["generate", str(folder), str(tmp_path / "store"), *words])
+    assert told.exit_code == 0, told.output
+    assert "images x 3 crops" in told.stdout
+    refused = runner.invoke(cli, ["generate", str(folder), str(tmp_path / "none"), *words])
+    assert refused.exit_code == 2  # as a real run
+    assert "--crops M" in refused.stderr

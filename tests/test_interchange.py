@@ -323,7 +323,12 @@ def test_the_commands_say_what_they_did(tmp_path, few):
     assert (found["images"], found["failed"]) == (len(truth), {"no-label": 1})
     again = run.invoke(cli, words)
     assert "0 units made, 1 kept" in again.stdout
-    made = run.invoke(cli, ["export", "fkd", str(tmp_path / "store"), str(tmp_path / "out")])
+    assert again.stdout.endswith("The labels are source fkd.\n")
+    named = run.invoke(cli, [*words, "--source-name", "t"])
+    assert named.stdout.endswith("The labels are source t, beside fkd.\n")
+    made = run.invoke(
+        cli, ["export", "fkd", str(tmp_path / "store"), str(tmp_path / "out"), "--source", "t"]
+    )
     assert made.exit_code == 0, made.output
     assert f"in {len(truth) - 1} files" in made.stdout
     assert "note: " in made.stdout

@@ -55,3 +55,10 @@ def test_a_mistake_is_refused_at_once(code, words, command, folder, checkpoint, 
     assert not isinstance(made.exception, (TypeError, OSError, OverflowError))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
     assert images.scan(folder).fingerprint == before
+
+
+def test_folders_without_labels_say_what_is_missing(folder, tmp_path):
+    words = ["import", "sre2l", str(tmp_path), str(folder), str(tmp_path / "store")]
+    made = CliRunner().invoke(cli, words)
+    assert made.exit_code == 1, made.output
+    assert "has no folder epoch_<E>" in made.stderr

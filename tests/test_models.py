@@ -130,7 +130,7 @@ def test_no_pickle_is_run(tmp_path):
     torch.save({"state_dict": Malicious()}, tmp_path / "x.pth")
     (tmp_path / "y.pth").write_bytes(pickle.dumps(Malicious()))
     for name in ("x.pth", "y.pth"):
-        with pytest.raises(ModelError, match="never runs code from a file"):
+        with pytest.raises(ModelError, match="nothing of it is run"):
             models.build(ModelSpec("test_resnet", "timm", tmp_path / name))
     assert not os.path.exists("/tmp/fkdpipe-was-here")
 
@@ -237,3 +237,15 @@ def test_class_maps(tmp_path):
         teachers.read_class_map(file)
     with pytest.raises(UsageError, match="cannot be read"):
         teachers.read_class_map(tmp_path / "none.txt")
+
+
+def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
+    module = timm.create_model("test_resnet", num_classes=5)
+    torch.save(module, tmp_path / "whole.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    for name in ("whole.pth", "broken.pth"):
+        with pytest.raises(
+            ModelError, match=r"nothing of it is run\. Save the state_dict"
+        ) as raised:
+            models.read_weights(tmp_path / name)
+        assert "weights_only" not in str(raised.value)

@@ -237,15 +237,18 @@ def test_a_repair_makes_its_own_parts_and_names_the_others(
     for source in ("a", "b"):
         damage(store.location, f"rounds/0/labels/{source}/ids/c/1/0/0", "flip")
     words = [
-        "generate", folder, store.url, "--teacher", f"test_resnet={checkpoint}", "--form", "topk:3",
-        "--repair",
+        "generate", folder, store.url, "--repair", "--teacher", f"test_resnet={checkpoint}"
     ]  # fmt: skip
+    bare = CliRunner().invoke(cli, list(map(str, words[:4])))
+    assert bare.exit_code == 2
+    for source in ("a", "b"):
+        assert f"--form topk:3 --source {source} --precision float32" in bare.stderr
     refused = CliRunner().invoke(cli, [*map(str, words), "--source", "a", "--part", "1/2"])
     assert refused.exit_code == 2
     made = CliRunner().invoke(cli, [*map(str, words), "--source", "a"])
     assert made.exit_code == 0, made.output
-    assert "1 units made again" in made.stdout
-    assert "rounds/0/labels/b: 1 units are still broken" in made.stdout
+    assert "1 unit made again" in made.stdout
+    assert "rounds/0/labels/b: 1 unit still broken" in made.stdout
     found = verify.verify(Store(store.location), full=True)
     assert [(p.code, p.part, p.unit) for p in found] == [("checksum", "rounds/0/labels/b", 1)]
     made = CliRunner().invoke(cli, [*map(str, words), "--source", "b"])
@@ -260,3 +263,22 @@ def test_a_repair_waits_for_nobody_and_disturbs_nobody(whole, tmp_path, folder):
     with Claim(location, 1, 3), pytest.raises(ClaimedError, match="is being written by process"):
         repair.restore(location, folder)
     assert {key: location.read(key) for key, _ in location.list()} == before
+
+
+def test_a_repair_need_not_be_told_what_the_store_records(tmp_path, folder, checkpoint):
+    from conftest import load_teacher
+
+    taught = load_teacher(checkpoint, needs=SETTINGS.needs)
+    store = make_store(
+        tmp_path / "store", folder, [taught], form="none", features=("post",), features_code="int8",
+        seed=4,
+    )  # fmt: skip
+    before = contents(store)
+    shard = next(
+        key for key in before if key.startswith("rounds/0/features/t/post/") and "/c/" in key
+    )
+    damage(store.location, shard, "flip")
+    words = ["generate", folder, store.url, "--repair", "--teacher", f"test_resnet={checkpoint}"]
+    made = CliRunner().invoke(cli, list(map(str, words)))
+    assert made.exit_code == 0, made.output
+    assert contents(store) == before

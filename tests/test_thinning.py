@@ -84,3 +84,19 @@ def test_thinning_cannot_make_a_richer_store(tmp_path, folder, teacher):
     with pytest.raises(UsageError, match="has 4 crops per image"):
         thin.thin(store, place, Thinning(crops=9))
     assert not (tmp_path / "thin").exists()
+
+
+def test_a_store_is_not_thinned_onto_another_or_to_itself(tmp_path, folder, teacher):
+    store = make_store(tmp_path / "store", folder, [teacher])
+    before = stamps(store)
+    small = Thinning(crops=2)
+    with pytest.raises(UsageError, match="is the store itself"):
+        thin.thin(store, store.location, small)
+    with pytest.raises(UsageError, match=r"nothing of .* Say what is to be smaller: --crops"):
+        thin.thin(store, LocalLocation(tmp_path / "same"), Thinning())
+    assert not (tmp_path / "same").exists()
+    thin.thin(store, LocalLocation(tmp_path / "thin"), small)
+    with pytest.raises(StoreMismatchError, match="Name a new folder") as raised:
+        thin.thin(store, LocalLocation(tmp_path / "thin"), Thinning(crops=3))
+    assert "--source" not in str(raised.value)
+    assert unchanged(before, store)

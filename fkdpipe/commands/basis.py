@@ -55,6 +55,11 @@ def fit_basis(
     settings = options.resolve(FitSettings, recipe, assignments, flags)
     if basis.is_dir() or not basis.parent.is_dir():
         raise UsageError(f"{basis}: name a file in a folder that exists.")
+    if basis.exists():
+        raise UsageError(
+            f"{basis} exists, and stores whose features were made with it need it. Choose another "
+            "name, or delete the file first."
+        )
     from fkdpipe import distributed, features, teachers
     from fkdpipe.labelgen import basis_plot
     from fkdpipe.labelgen import fit_basis as fitting

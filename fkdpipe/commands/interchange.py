@@ -49,6 +49,7 @@ def import_(
     from fkdpipe import interchange
     from fkdpipe.interchange import importing
     from fkdpipe.interchange.source import ImportSettings
+    from fkdpipe.storage import words
     from fkdpipe.storage.location import open_location
 
     interchange.choose(interchange.IMPORTS, format)  # before anything is scanned
@@ -79,11 +80,15 @@ def import_(
         )
         return
     why = ", ".join(f"{count} {code}" for code, count in sorted(made.failed.items()))
+    left_out = words.count(made.failed.total(), "image")
     click.echo(
         f"{store}: {made.store.num_images:,} images x {made.crops} crops, form {made.form}; "
-        f"{made.made} units made, {made.kept} kept, {made.failed.total()} images left out"
+        f"{words.count(made.made, 'unit')} made, {made.kept} kept, {left_out} left out"
         f"{f' ({why})' if why else ''}."
     )
+    others = [name for name in made.store.sources() if name != made.source]
+    beside = f", beside {', '.join(others)}" if others else ""
+    click.echo(f"The labels are source {made.source}{beside}.")
 
 
 @click.command()
@@ -106,6 +111,7 @@ def export(
     """
     from fkdpipe import interchange
     from fkdpipe.interchange.exporting import ExportSettings
+    from fkdpipe.storage import words
     from fkdpipe.storage.store import open_store
 
     write = interchange.choose(interchange.EXPORTS, format)
@@ -116,6 +122,6 @@ def export(
         found = {"images": made.images, "files": made.files, "notes": list(made.notes)}
         terminal.print_json(found)
         return
-    click.echo(f"{out}: labels of {made.images:,} images in {made.files:,} files.")
+    click.echo(f"{out}: labels of {made.images:,} images in {words.count(made.files, 'file')}.")
     for note in made.notes:
         click.echo(f"note: {note}")

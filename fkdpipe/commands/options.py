@@ -44,14 +44,26 @@ def resolve(
     """
     from fkdpipe import config
 
+    where = str(recipe) if recipe else "settings"
+    return config.build(cls, given_table(recipe, assignments, flags), where=where)
+
+
+def given_table(
+    recipe: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What the user gave, as one table.
+
+    Raises:
+        UsageError: a setting has a flag and a --set.
+    """
+    from fkdpipe import config
+
     assigned = [config.parse_assignment(text) for text in assignments]
-    tables = [config.load_toml(recipe)] if recipe else []
-    tables += assigned
     given = {key: value for key, value in flags.items() if value not in (None, (), "")}
     for key in sorted(given.keys() & {key for table in assigned for key in _keys(table)}):
         raise UsageError(f"{key} is given twice, by a flag and by --set; leave one of them out.")
-    where = str(recipe) if recipe else "settings"
-    return config.build(cls, config.merge(*tables, _nested(given)), where=where)
+    recipes = [config.load_toml(recipe)] if recipe else []
+    return config.merge(*recipes, *assigned, _nested(given))
 
 
 def _keys(table: dict[str, Any], prefix: str = "") -> set[str]:

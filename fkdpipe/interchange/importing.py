@@ -49,6 +49,7 @@ class Imported:
     """What an import did.
 
     Attributes:
+        source: name its labels have in the store.
         made, kept: units committed now, and before.
         failed: reason code to how many images. examples: some of them, key and reason.
         moved: boxes moved back into their image after float16 had put them outside.
@@ -58,6 +59,7 @@ class Imported:
     store: Store
     form: str
     crops: int
+    source: str = ""
     made: int = 0
     kept: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -91,7 +93,9 @@ def import_labels(
     store = _open_or_create(location, folder, source, settings)
     order = crops.random_order(int(store.facts["order_seed"]), crops.image_ids(folder.keys))
     parts = _parts(store, source, settings)
-    result = Imported(store, str(source.form), source.crops, notes=source.all_notes())
+    result = Imported(
+        store, str(source.form), source.crops, parts[1].source, notes=source.all_notes()
+    )
     units = range(store.num_units)
     with (
         Claim(location, 0, 1) as claim,

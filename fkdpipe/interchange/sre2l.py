@@ -121,10 +121,12 @@ def _epochs(place: Path, crops: int | None) -> list[Path]:
         if name and path.is_dir():
             found[int(name[1])] = path
     wanted = crops or len(found)
-    if not found or set(range(wanted)) - set(found):
+    if not found:
+        raise LabelsError(f"{place} has no folder epoch_<E>.", code="no-labels")
+    if set(range(wanted)) - set(found):
         raise LabelsError(
-            f"{place} has {len(found)} folders epoch_<E>; {wanted} are needed, from epoch_0 on: "
-            "the order of an epoch follows from all those before it.",
+            f"{place} has {len(found)} of the folders epoch_<E>; {wanted} are needed, from epoch_0 "
+            "on: the order of an epoch follows from all those before it.",
             code="no-labels",
         )
     return [found[epoch] for epoch in range(wanted)]

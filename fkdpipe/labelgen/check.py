@@ -71,6 +71,25 @@ def other_teachers(part: Part, teachers: Sequence[Teacher]) -> list[str]:
     return schema.differences({"teachers": part.settings["teachers"]}, {"teachers": ours})
 
 
+def check_basis(part: Part, basis: Basis | None) -> None:
+    """Refuse a basis that is not the one a part's features were made with.
+
+    Raises:
+        StoreMismatchError: another one, or none where one is needed.
+    """
+    recorded = part.settings.get("basis")
+    if recorded is None or (basis is not None and basis.digest == recorded):
+        return
+    if basis is None:
+        found = f"{part.path} holds components of a basis (digest {recorded[:12]})."
+    else:
+        found = (
+            f"{part.path}: digest {basis.digest[:12]} is another basis than the store's features "
+            f"were made with (digest {recorded[:12]})."
+        )
+    raise StoreMismatchError(f"{found} Name its file with --basis FILE.", code="other-basis")
+
+
 def teacher(
     store: Store,
     part: Part,
@@ -88,8 +107,9 @@ def teacher(
         sample: crops looked at, drawn from all of the part; the same at every call.
 
     Raises:
-        StoreMismatchError: the part was made by other teachers.
+        StoreMismatchError: the part was made by other teachers, or with another basis.
     """
+    check_basis(part, basis)
     changed = other_teachers(part, teachers)
     if changed:
         raise StoreMismatchError(

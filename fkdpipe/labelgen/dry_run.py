@@ -16,7 +16,7 @@ import torch
 from fkdpipe import images
 from fkdpipe.distributed import Rank
 from fkdpipe.images import ImageFolder
-from fkdpipe.labelgen import generate, plan
+from fkdpipe.labelgen import existing, generate, plan
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.progress import Advance, Reporter, silent
@@ -72,7 +72,7 @@ def forecast(
     """
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, need_classes=False, on_image=advance)
-    crops_M = settings.crops or 1
+    crops_M = existing.crops_per_image(None, settings)
     few = replace(settings, crops=min(crops_M, SAMPLE_CROPS), source="")
     some = _subset(folder, SAMPLE_IMAGES)
     with tempfile.TemporaryDirectory(prefix="fkdpipe-dry-run-") as place:

@@ -20,11 +20,13 @@ from fkdpipe.crops import LAW_NAME
 from fkdpipe.distributed import Rank
 from fkdpipe.errors import StoreMismatchError, UsageError
 from fkdpipe.features import Basis
+from fkdpipe.labelgen import existing
+from fkdpipe.labelgen.existing import Drawing
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.models import SELF_SUPERVISED
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.replay import Backend, BackendChoice, Request
-from fkdpipe.storage import begin, labels, rounds, schema, writer
+from fkdpipe.storage import begin, labels, schema, writer
 from fkdpipe.storage import features as stored_features
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import Location
@@ -103,7 +105,8 @@ def prepare(
     form = _form(settings, location, source, teachers)
     wanted = _wanted_parts(settings, form, teachers, basis, source)
     fields = [field for part in wanted for field in part.fields]
-    store = _open_or_create(location, data, settings, fields, rank, folder, reporter)
+    drawn = existing.drawing(begin.find_store(location), settings)
+    store = _open_or_create(location, data, settings, drawn, fields, rank, folder, reporter)
     root = images.split_root(data, "train")
     images.check_same_classes(store.images.class_names, images.class_folders(root), where=str(data))
     backend = _backend(store, source, settings.replay, device, root)
@@ -113,7 +116,7 @@ def prepare(
         "packages": writer.package_versions(),
     }
     plans = []
-    for crops in _rounds(store, settings):
+    for crops in _rounds(store, settings, drawn):
         count = int(crops.settings["crops"])
         made = [
             writer.add_part(
@@ -150,9 +153,9 @@ def _form(
     if settings.form is not None:
         return labels.parse_form(settings.form)
     store = begin.find_store(location)
-    for part in store.parts.values() if store is not None else ():
-        if part.kind == "labels" and part.source == source:
-            return labels.parse_form(part.settings["form"])
+    recorded = existing.form_of(store, source) if store is not None else None
+    if recorded is not None:
+        return labels.parse_form(recorded)
     return (
         Form("logits") if _self_supervised(teachers) else Form("topk", min(10, _classes(teachers)))
     )
@@ -250,6 +253,7 @@ def _open_or_create(
     location: Location,
     data: Path,
     settings: GenerateSettings,
+    drawn: Drawing,
     fields: list[Field],
     rank: Rank,
     folder: images.ImageFolder | None,
@@ -262,18 +266,17 @@ def _open_or_create(
             time.sleep(1)
     if store is not None:
         return store
-    if settings.crops is None:
-        raise UsageError("say how many crops per image to record: --crops M.")
+    crops_M = existing.crops_per_image(None, settings)
     if folder is None:
         with reporter.task("scan", 0, "files") as advance:
             folder = images.scan(data, need_classes=False, on_image=advance)
     _tell(folder)
-    crop_fields = schema.crop_fields(jitter=settings.crop.jitter is not None)
-    per_image = schema.bytes_per_image([*fields, *crop_fields], settings.crops)
+    crop_fields = schema.crop_fields(jitter=drawn.law.jitter is not None)
+    per_image = schema.bytes_per_image([*fields, *crop_fields], crops_M)
     return writer.create_store(
         location,
         image_columns(folder),
-        seed=settings.seed,
+        seed=drawn.seed,
         unit=schema.unit_images(per_image),
     )
 
@@ -298,7 +301,7 @@ def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:
     )
 
 
-def _rounds(store: Store, settings: GenerateSettings) -> list[Part]:
+def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Part]:
     """The rounds there are, and a further one for the crops that are still wanted."""
     known = store.rounds()
     have = sum(int(part.settings["crops"]) for part in known)
@@ -312,32 +315,14 @@ def _rounds(store: Store, settings: GenerateSettings) -> list[Part]:
     for part in known:
         if wanted == have and part.settings["law"] != LAW_NAME:
             continue  # imported boxes: they are stored, and nothing is drawn
-        changed = schema.differences(_law(part.settings), _law(_wanted_law(settings)))
-        if changed:
-            raise StoreMismatchError(
-                f"{store.url} was made with other settings: {'; '.join(changed)}.", code="settings"
-            )
+        existing.check_drawing(store, part, drawn)
     if wanted > have:
         known.append(
             writer.add_crops(
-                store,
-                settings.crop,
-                seed=settings.seed,
-                count=wanted - have,
-                derived=settings.boxes == "derived",
+                store, drawn.law, seed=drawn.seed, count=wanted - have, derived=drawn.derived
             )
         )
     return known
-
-
-def _wanted_law(settings: GenerateSettings) -> Json:
-    return rounds.crop_settings(
-        settings.crop, seed=settings.seed, first=0, count=0, derived=settings.boxes == "derived"
-    )
-
-
-def _law(settings: Json) -> Json:
-    return {k: v for k, v in settings.items() if k not in ("first", "crops")}
 
 
 def _backend(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +29,10 @@ class GenerateSettings:
     components of `basis`, or "map" (the last map after the final norm).
     features_code: float16, or int8 after a cube root.
     crops: M, crops per image in all; None keeps what the store has.
-    crop: the law they are drawn by, colour jitter included (crop.jitter).
-    boxes: stored, or derived from the seed with a checksum.
+    crop: the law they are drawn by, colour jitter included (crop.jitter). boxes: stored, or derived
+    from the seed with a checksum. None takes the store's, or RandomResizedCrop and stored.
     source: name of the labels within the store; "" takes the teachers' names.
-    seed: of the crops and of the order of images.
+    seed: of the crops and of the order of images; None takes the store's, or 0.
     batch: crops per teacher batch. threads: of the replay, None takes the machine's cores.
     """
 
@@ -45,10 +45,10 @@ class GenerateSettings:
     features_code: Literal["float16", "int8"] = "float16"
     basis: Path | None = None
     crops: int | None = None
-    crop: CropLaw = field(default_factory=CropLaw)
-    boxes: Literal["stored", "derived"] = "stored"
+    crop: CropLaw | None = None
+    boxes: Literal["stored", "derived"] | None = None
     source: str = ""
-    seed: int = 0
+    seed: int | None = None
     precision: Precision = "float32"
     batch: int = 64
     replay: Literal["auto", "cpu", "dali"] = "auto"
@@ -76,7 +76,7 @@ class GenerateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1; found {value}.")
-        if not 0 <= self.seed < 2**63:
+        if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
         if self.source:
             schema.check_source_name(self.source)

@@ -25,7 +25,7 @@ import google_crc32c
 import numpy as np
 
 from fkdpipe.errors import StoreError
-from fkdpipe.storage import commits, rounds, schema
+from fkdpipe.storage import commits, rounds, schema, words
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest
 from fkdpipe.storage.schema import Field
@@ -210,8 +210,8 @@ def _require_space(store: Store, fields: list[Field], crops_M: int, folder: Path
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
-            f"the label cache needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB "
-            "free. Name a larger local folder with --cache.",
+            f"the label cache needs {words.size(needed)} and {folder} has "
+            f"{words.size(free)} free. Name a larger local folder with --cache.",
             code="cache-full",
         )
 

@@ -117,7 +117,10 @@ def parse_target(text: str) -> Target:
 def check_form(form: Form, classes: int) -> None:
     """Raises UsageError when K is more than the teacher's classes."""
     if form.sparse and form.k > classes:
-        raise UsageError(f"form {form}: the teacher has {classes} classes, fewer than {form.k}.")
+        raise UsageError(
+            f"form {form}: the teacher has {classes} classes, fewer than {form.k}. Take "
+            f"topk:{classes} or less, or full."
+        )
 
 
 def check_target(form: Form, target: Target, classes: int) -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from fkdpipe.errors import DamagedStoreError, StoreError, UnsealedStoreError
-from fkdpipe.storage import commits, schema
+from fkdpipe.storage import commits, schema, words
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import Location, open_location
@@ -230,8 +230,12 @@ class Store:
         manifest = self.manifest(part)
         if manifest is None:
             done = sum(marker is not None for _, marker in self.markers(part))
+            units = words.count(self.units_of(part), "unit")
+            state = f"{done} of {units}"
+            if done == self.units_of(part):
+                state = f"{units} made, and what closes it is missing"
             raise UnsealedStoreError(
-                f"{self.url}: {part.path} is not finished ({done} of {self.units_of(part)} units). "
+                f"{self.url}: {part.path} is not finished ({state}). "
                 "Start the same `fkdpipe generate` again: it makes the rest.",
                 code="unsealed",
             )

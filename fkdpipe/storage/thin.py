@@ -14,6 +14,7 @@ from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.reader import Segment
+from fkdpipe.storage.schema import Json
 from fkdpipe.storage.store import IMAGES, Store
 
 Failed = dict[int, tuple[str, str]]
@@ -68,22 +69,21 @@ def thin(
         "crops": count,
         "boxes": "derived" if wanted.derived_boxes else "stored",
     }
+    labels_settings = {**old.settings, "form": str(new_form), "crops": count}
     if wanted.derived_boxes:
         rounds.law_of(crops_settings)  # boxes of an import cannot be drawn again
-    begin.find_store(location)  # refuses what is no store of ours
-    made = writer.create_store(
-        location, _columns(store), seed=int(store.facts["order_seed"]), unit=store.unit_size,
-        group=store.group_size,
-    )  # fmt: skip
+    path = f"rounds/0/labels/{source}"
+    _check_place(store, location, {"rounds/0/crops": crops_settings, path: labels_settings})
+    made = _create(store, location)
     crop_fields = [] if wanted.derived_boxes else rounds.fields_of(crops_settings)
     crops_part = writer.add_part(
         made, "rounds/0/crops", "crops", crops_settings, crop_fields, count
     )
     labels_part = writer.add_part(
         made,
-        f"rounds/0/labels/{source}",
+        path,
         "labels",
-        {**old.settings, "form": str(new_form), "crops": count},
+        labels_settings,
         schema.label_fields(new_form, int(old.settings["classes"])),
         count,
         provenance={**old.provenance, "thinned_from": str(form)},
@@ -108,6 +108,36 @@ def thin(
     return made
 
 
+def _check_place(store: Store, location: Location, wanted: dict[str, Json]) -> None:
+    """Refuse to write where another store is, or a store that is no smaller.
+
+    Args:
+        wanted: settings of the new store's parts, by path.
+
+    Raises:
+        UsageError: it is the store itself, or would hold all that the store holds.
+        StoreMismatchError: another store is there.
+    """
+    if location.url == store.url:
+        raise UsageError(f"{store.url} is the store itself; name a new folder for the smaller one.")
+    parts = {path: part.settings for path, part in store.parts.items() if path != IMAGES}
+    if parts == wanted:
+        raise UsageError(
+            f"nothing of {store.url} would be left out. Say what is to be smaller: --crops M, a "
+            "poorer --form, or --derive-boxes."
+        )
+    there = begin.find_store(location)  # refuses what is no store of ours
+    if there is None or there.facts["fingerprint"] != store.facts["fingerprint"]:
+        return  # of other images: refused where the list of images is begun
+    for path, part in there.parts.items():
+        if path != IMAGES and part.settings != wanted.get(path):
+            raise StoreMismatchError(
+                f"{location.url} holds a store with another {path}. Name a new folder, or give "
+                "the options it was begun with to go on with it.",
+                code="settings",
+            )
+
+
 def _check(form: Form, new: Form, classes: int) -> None:
     labels.check_form(new, classes)
     richness = {"hard": 0, "topk": 1, "full": 2, "logits": 3}
@@ -120,6 +150,13 @@ def _check(form: Form, new: Form, classes: int) -> None:
             "topk:K to topk:K:compact to hard, and to smaller K.",
             code="form-too-poor",
         )
+
+
+def _create(store: Store, location: Location) -> Store:
+    """A store of the same images in the same order, or the one that was begun there."""
+    seed = int(store.facts["order_seed"])
+    unit, group = store.unit_size, store.group_size
+    return writer.create_store(location, _columns(store), seed=seed, unit=unit, group=group)
 
 
 def _columns(store: Store) -> writer.ImageColumns:
