@@ -176,7 +176,8 @@ def write_labels(
                 path = images.path_of(place, names[row])
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 # a view would be saved with the whole unit behind it
-                torch.save([v[i].clone() for v in (fraction, flip, label)], os.fsdecode(path))
+                value = [v[i].clone() for v in (fraction, flip, label)]
+                exporting.save_torch(value, os.fsdecode(path))
                 files += 1
     notes = [
         *export.notes(),
