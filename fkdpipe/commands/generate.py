@@ -128,17 +128,16 @@ def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[
 
 
 def _print_forecast(f: Forecast) -> None:
-    from fkdpipe.storage.report import to_gigabytes
+    from fkdpipe.storage.report import readable_bytes
 
-    hours = f.seconds / 3600
     click.echo(
         f"{f.images:,} images x {f.crops_per_image} crops ({f.rejected} files rejected), "
         f"{f.units} units"
     )
-    click.echo(f"store   {to_gigabytes(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
+    click.echo(f"store   {readable_bytes(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
     click.echo(
-        f"time    {hours:,.2f} hours for one process at {f.crops_per_s:,.0f} crops/s, measured on "
-        f"{f.sampled_crops:,} crops"
+        f"time    {terminal.readable_time(f.seconds)} for one process at {f.crops_per_s:,.0f} "
+        f"crops/s, measured on {f.sampled_crops:,} crops"
     )
-    gpu = f", GPU {to_gigabytes(f.gpu_bytes)}" if f.gpu_bytes else ""
-    click.echo(f"memory  {to_gigabytes(f.buffer_bytes)} for a unit in the making{gpu}")
+    gpu = f", GPU {readable_bytes(f.gpu_bytes)}" if f.gpu_bytes else ""
+    click.echo(f"memory  {readable_bytes(f.buffer_bytes)} for a unit in the making{gpu}")

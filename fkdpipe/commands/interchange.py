@@ -116,6 +116,9 @@ def export(
         found = {"images": made.images, "files": made.files, "notes": list(made.notes)}
         terminal.print_json(found)
         return
-    click.echo(f"{out}: labels of {made.images:,} images in {made.files:,} files.")
+    click.echo(
+        f"{out}: labels of {terminal.counted(made.images, 'images')} in "
+        f"{terminal.counted(made.files, 'files')}."
+    )
     for note in made.notes:
         click.echo(f"note: {note}")

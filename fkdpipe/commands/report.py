@@ -145,10 +145,14 @@ def _print_report(r: StorageReport) -> None:
         click.echo(lines.replace("\0", " "))  # which kept each target in one piece
     left_out = f"{r.rejected} files rejected, {r.failed} images without labels"
     for source in r.sources:
-        click.echo(f"source {source.name}: {source.units_done} of {source.units} units; {left_out}")
+        units = terminal.counted(source.units, "units")
+        click.echo(f"source {source.name}: {source.units_done} of {units}; {left_out}")
     click.echo()
     terminal.print_table("", *footprint.field_table(r))
     click.echo("raw: uncompressed, entropy: an ideal code; both bytes per crop.\n")
+    if not r.finished:
+        click.echo(footprint.unfinished_words([r]))
+        return
     click.echo(f"At this size per crop, ImageNet-1K x 200 crops: {to_gigabytes(r.imagenet)}")
     terminal.print_table("", *footprint.paper_rows(r))
     click.echo("planned: a store of nothing more than that label (fkdpipe report --plan).")
@@ -163,6 +167,8 @@ def _print_reports(measured: list[StorageReport]) -> None:
     click.echo("In brackets: bytes per crop of an ideal code.\n")
     click.echo("At these sizes per crop, ImageNet-1K x 200 crops:")
     terminal.print_table("", *footprint.paper_side_by_side(measured))
+    if words := footprint.unfinished_words(measured):
+        click.echo(words)
     _echo_classes(measured)
 
 

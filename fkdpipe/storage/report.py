@@ -109,6 +109,11 @@ class StorageReport:
     failed: int
     rejected: int
 
+    @property
+    def finished(self) -> bool:
+        """Sizes per crop are told of crops that are all there."""
+        return bool(self.sources) and all(s.units_done == s.units for s in self.sources)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "images": self.images,
@@ -301,6 +306,14 @@ def paper_table(form_text: str, classes: int, imagenet: int) -> tuple[PaperRow, 
         this = imagenet if name in served else None
         rows.append(PaperRow(name, size, this, planned.stored_bytes))
     return tuple(rows)
+
+
+def readable_bytes(size: float) -> str:
+    """Decimal bytes in the unit that leaves few digits before the point."""
+    for unit, scale in (("B", 1), ("kB", 1e3), ("MB", 1e6)):
+        if size < 999.5 * scale:
+            return f"{size:.0f} B" if unit == "B" else f"{size / scale:.3g} {unit}"
+    return to_gigabytes(size)
 
 
 def to_gigabytes(size: float) -> str:
