@@ -6,7 +6,10 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+from functools import wraps
 from inspect import cleandoc
 from typing import Any, NoReturn
 
@@ -24,7 +27,7 @@ from fkdpipe.commands import (
     train,
     transfer,
 )  # fmt: skip
-from fkdpipe.errors import FkdpipeError
+from fkdpipe.errors import FkdpipeError, disk_words
 
 
 class _Failed(click.ClickException):
@@ -44,12 +47,43 @@ class _Commands(click.Group):
         except FkdpipeError as error:
             kind = _Misused if error.exit_code == 2 else _Failed
             raise kind(str(error)) from error
+        except OSError as error:
+            if error.errno is None or error.errno == errno.EPIPE:  # no words; the reader has left
+                raise
+            raise _Failed(_disk_message(error)) from error
         except KeyboardInterrupt:
             message = "interrupted. What is committed is kept; start the same command to go on."
             raise _Failed(message) from None
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)  # in the order of a user's work, not of the alphabet
+
+
+def _disk_message(error: OSError) -> str:
+    path = "a file" if error.filename is None else os.fsdecode(error.filename)
+    return (
+        f"{path}: {disk_words(error, 'it')} and start the same command again; what was complete "
+        "before is kept."
+    )
+
+
+def _naming_out(command: click.Command) -> None:
+    """An error of the disk that names no file (a write's never does) names what the command
+    writes."""
+    run = command.callback
+    assert run is not None
+
+    @wraps(run)
+    def named(**given: Any) -> Any:
+        try:
+            return run(**given)
+        except OSError as error:
+            out = given.get("out") or given.get("basis")
+            if error.errno is None or error.filename is not None or out is None:
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
+
+    command.callback = named
 
 
 def _example_last(command: click.Command) -> None:
@@ -90,6 +124,7 @@ for command in (
     store.thin,
 ):
     _example_last(command)
+    _naming_out(command)
     cli.add_command(command)
 _example_last(cli)
 

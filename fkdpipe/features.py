@@ -10,6 +10,7 @@ Letters: N vectors, D_t teacher width, K components kept, D_s student width, B b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
-from fkdpipe.errors import ModelError, UsageError
+from fkdpipe.errors import ModelError, UsageError, writing
 
 Tap = Literal["pre", "post"]
 Kept = Literal["pre", "post", "map"]  # what a store keeps: penultimate vectors, or the last map
@@ -159,8 +160,14 @@ def save_basis(file: Path, basis: Basis) -> None:
     header = json.dumps({"count": basis.count, "facts": basis.facts}, sort_keys=True)
     partial = file.with_name(f"{file.name}.partial")
     values = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-    save_file(values, partial, metadata={_METADATA: header})
-    os.replace(partial, file)
+    try:
+        with writing(file):
+            save_file(values, partial, metadata={_METADATA: header})
+            os.replace(partial, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def load_basis(file: Path) -> Basis:

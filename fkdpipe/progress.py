@@ -25,6 +25,18 @@ class Reporter(Protocol):
         """
 
 
+def shared(advance: Advance, parts: int) -> Advance:
+    """Counts what is done once for each of several parts, told when it is done for all."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        before, done = done // parts, done + count
+        advance(done // parts - before)
+
+    return add
+
+
 class _Silent:
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:

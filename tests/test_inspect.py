@@ -123,6 +123,10 @@ def test_what_cannot_be_chosen_says_what_can(opened, tmp_path):
             choose.one_crop(opened, text)
     with pytest.raises(StoreError, match="Did you mean cedar"):
         choose.choose(opened, Choice(class_name="ceder"), opened.found.rows)
+    with pytest.raises(StoreError, match="It has ash, beech, cedar, date palm, élm"):
+        choose.choose(opened, Choice(class_name="0"), opened.found.rows)
+    with pytest.raises(StoreError, match=f"One of its images is {opened.store.images.keys[0]}"):
+        choose.row_of(opened, "0")
     with pytest.raises(StoreError, match="look through more with --limit"):
         choose.choose(opened, Choice(class_name="cedar"), opened.found.rows[:0])
     with pytest.raises(UsageError, match="name two with --source"):
@@ -205,8 +209,16 @@ def test_images_that_cannot_be_read_are_left_out_and_named(opened, folder, tmp_p
     assert "recorded" in found.left_out[1]
     assert keys[0] in pages.sheet_page(found, title="t", lead="l")
     assert sheet.draw(found, title="t").height > 100
-    with pytest.raises(ReplayError, match="no image can be shown"):
+    with pytest.raises(ReplayError, match="no image can be shown") as caught:
         views.look(opened, other, [Chosen(0, (0,))])
+    assert "other images" not in str(caught.value)
+
+
+def test_a_folder_of_other_images_is_said(opened, tmp_path):
+    (tmp_path / "other" / "rocket").mkdir(parents=True)
+    key = opened.store.images.keys[0]
+    with pytest.raises(ReplayError, match=f"found rocket; expected images like {re.escape(key)}"):
+        views.look(opened, tmp_path / "other", [Chosen(0, (0,))])
 
 
 def an_image(key="a/b.jpg", name="a", names=("a", "b"), box=(10, 40, 20, 50)) -> ImageView:

@@ -178,17 +178,15 @@ def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[
 
 def _print_forecast(f: Forecast) -> None:
     from fkdpipe.storage import words
-    from fkdpipe.storage.report import to_gigabytes
 
-    hours = f.seconds / 3600
     click.echo(
         f"{f.images:,} images x {words.count(f.crops_per_image, 'crop')} "
         f"({words.count(f.rejected, 'file')} rejected), {words.count(f.units, 'unit')}"
     )
-    click.echo(f"store   {to_gigabytes(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
+    click.echo(f"store   {words.size(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
     click.echo(
-        f"time    {hours:,.2f} hours for one process at {f.crops_per_s:,.0f} crops/s, measured on "
-        f"{f.sampled_crops:,} crops"
+        f"time    {terminal.readable_time(f.seconds)} for one process at {f.crops_per_s:,.0f} "
+        f"crops/s, measured on {f.sampled_crops:,} crops"
     )
-    gpu = f", GPU {to_gigabytes(f.gpu_bytes)}" if f.gpu_bytes else ""
-    click.echo(f"memory  {to_gigabytes(f.buffer_bytes)} for a unit in the making{gpu}")
+    gpu = f", GPU {words.size(f.gpu_bytes)}" if f.gpu_bytes else ""
+    click.echo(f"memory  {words.size(f.buffer_bytes)} for a unit in the making{gpu}")

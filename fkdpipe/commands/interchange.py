@@ -122,6 +122,7 @@ def export(
         found = {"images": made.images, "files": made.files, "notes": list(made.notes)}
         terminal.print_json(found)
         return
-    click.echo(f"{out}: labels of {made.images:,} images in {words.count(made.files, 'file')}.")
+    files = words.count(made.files, "file")
+    click.echo(f"{out}: labels of {words.count(made.images, 'image')} in {files}.")
     for note in made.notes:
         click.echo(f"note: {note}")

@@ -133,6 +133,7 @@ def _report(stores: tuple[str, ...], html: Path | None, *, as_json: bool) -> Non
 
 def _print_report(r: StorageReport) -> None:
     from fkdpipe.inspect import footprint
+    from fkdpipe.storage import words
     from fkdpipe.storage.report import to_gigabytes
 
     form = f"form {r.form}" if r.form else "no labels"
@@ -140,15 +141,19 @@ def _print_report(r: StorageReport) -> None:
         f"{r.url}: {r.images:,} images x {r.crops_per_image} crops, {r.classes:,} classes, {form}"
     )
     if r.targets:
-        words = f"serves {', '.join(r.targets)}".replace(" (", "\0(").replace("any K", "any\0K")
-        lines = textwrap.fill(words, 80, subsequent_indent="  ", break_on_hyphens=False)
+        serves = f"serves {', '.join(r.targets)}".replace(" (", "\0(").replace("any K", "any\0K")
+        lines = textwrap.fill(serves, 80, subsequent_indent="  ", break_on_hyphens=False)
         click.echo(lines.replace("\0", " "))  # which kept each target in one piece
     left_out = f"{r.rejected} files rejected, {r.failed} images without labels"
     for source in r.sources:
-        click.echo(f"source {source.name}: {source.units_done} of {source.units} units; {left_out}")
+        units = words.count(source.units, "unit")
+        click.echo(f"source {source.name}: {source.units_done} of {units}; {left_out}")
     click.echo()
     terminal.print_table("", *footprint.field_table(r))
     click.echo("raw: uncompressed, entropy: an ideal code; both bytes per crop.\n")
+    if not r.finished:
+        click.echo(footprint.unfinished_words([r]))
+        return
     click.echo(f"At this size per crop, ImageNet-1K x 200 crops: {to_gigabytes(r.imagenet)}")
     terminal.print_table("", *footprint.paper_rows(r))
     click.echo("planned: a store of nothing more than that label (fkdpipe report --plan).")
@@ -163,6 +168,8 @@ def _print_reports(measured: list[StorageReport]) -> None:
     click.echo("In brackets: bytes per crop of an ideal code.\n")
     click.echo("At these sizes per crop, ImageNet-1K x 200 crops:")
     terminal.print_table("", *footprint.paper_side_by_side(measured))
+    if words := footprint.unfinished_words(measured):
+        click.echo(words)
     _echo_classes(measured)
 
 

@@ -176,9 +176,10 @@ def thin(
       fkdpipe thin store small --crops 50 --form topk:5:compact
     """
     from fkdpipe.storage import thin as thinning
+    from fkdpipe.storage import words
     from fkdpipe.storage.labels import parse_form
     from fkdpipe.storage.location import open_location
-    from fkdpipe.storage.report import measure, to_gigabytes
+    from fkdpipe.storage.report import measure
     from fkdpipe.storage.store import open_store
 
     wanted = thinning.Thinning(
@@ -194,6 +195,6 @@ def thin(
     before, after = (measure(s) for s in (opened, made))
     click.echo(
         f"{out}: {after.images:,} images x {after.crops_per_image} crops, form {after.form}, "
-        f"{to_gigabytes(after.stored_bytes)} ({before.stored_bytes / after.stored_bytes:.1f} times "
-        "smaller)"
+        f"{words.size(after.stored_bytes)} "
+        f"({before.stored_bytes / after.stored_bytes:.1f} times smaller)"
     )

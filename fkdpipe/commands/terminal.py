@@ -66,15 +66,33 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     if title:
         click.echo(title)  # rich would break it at the table's width
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_printable, row))
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 80
-    console.print(table)
+    cells = [[_printable(text) for text in row] for row in [columns, *rows]]
+    for chosen in _fitting(cells, console.width):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index in chosen:
+            side: Any = "right" if index else "left"
+            table.add_column(cells[0][index], justify=side, overflow="fold", no_wrap=index > 0)
+        for row in cells[1:]:
+            table.add_row(*(row[index] for index in chosen))
+        console.print(table)
+
+
+def _fitting(cells: list[list[str]], width: int) -> list[list[int]]:
+    """Columns of each table, where one for all would break numbers or names: the first column
+    stands in each, and the others are shared out evenly."""
+    from rich.cells import cell_len
+
+    wide = [max(map(cell_len, column)) + 3 for column in zip(*cells, strict=True)]
+    room = max(width + 1 - wide[0], width // 2)
+    tables: list[list[int]] = [[0]]
+    for index in range(1, len(wide)):
+        if len(tables[-1]) > 1 and sum(wide[k] for k in tables[-1][1:]) + wide[index] > room:
+            tables.append([0])
+        tables[-1].append(index)
+    return tables
 
 
 def _printable(text: str) -> str:
@@ -103,7 +121,7 @@ class _Bars:
             TextColumn("{task.description:<9}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(unit),
+            TextColumn(_noun(total, unit)),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -147,11 +165,13 @@ class _Lines:
                 if total and done > earlier:
                     seconds = (now - begun) / (done - earlier) * max(total - done, 0)
                     left = f", {_duration(seconds)} left"
-                click.echo(f"{name}: {done:,}{_of(total)} {unit}, {speed}{left}", err=True)
+                told = f"{name}: {done:,}{_of(total)} {_noun(total or done, unit)}"
+                click.echo(f"{told}, {speed}{left}", err=True)
 
         yield advance
         seconds = time.monotonic() - begun
-        click.echo(f"{name}: {done:,}{_of(total)} {unit} in {_duration(seconds)}", err=True)
+        told = f"{name}: {done:,}{_of(total)} {_noun(total or done, unit)}"
+        click.echo(f"{told} in {_duration(seconds)}", err=True)
 
 
 class _Rate:
@@ -167,7 +187,22 @@ class _Rate:
         while len(self._points) > 2 and now - self._points[0][0] > 10:
             self._points.pop(0)
         (t0, n0), (t1, n1) = self._points[0], self._points[-1]
-        return f"{(n1 - n0) / max(t1 - t0, 1e-3):,.0f} {self._unit}/s"
+        rate = (n1 - n0) / max(t1 - t0, 1e-3)
+        if 0 < rate < 0.95:
+            return f"{1 / rate:,.1f} s/{_noun(1, self._unit)}"
+        return f"{rate:,.0f} {self._unit}/s"
+
+
+def readable_time(seconds: float) -> str:
+    """In seconds, minutes or hours, whichever leaves few digits."""
+    for scale, unit in ((1, "seconds"), (60, "minutes")):
+        if seconds < 99.95 * scale:
+            return f"{seconds / scale:,.1f} {unit}"
+    return f"{seconds / 3600:,.1f} hours"
+
+
+def _noun(count: int, unit: str) -> str:
+    return unit.removesuffix("s") if count == 1 else unit
 
 
 def _of(total: int) -> str:

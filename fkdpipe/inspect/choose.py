@@ -82,8 +82,8 @@ def row_of(opened: Opened, key: str) -> int:
     found = np.flatnonzero(keys == key)
     if not len(found):
         near = difflib.get_close_matches(key, keys.tolist(), n=3, cutoff=0.5)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise StoreError(f"{opened.store.url} has no image {key!r}.{hint}", code="no-image")
+        hint = f"Did you mean {', '.join(near)}?" if near else f"One of its images is {keys[0]}."
+        raise StoreError(f"{opened.store.url} has no image {key!r}. {hint}", code="no-image")
     row = int(found[0])
     if row in opened.found.failed:
         code, detail = opened.found.failed[row]
@@ -139,8 +139,10 @@ def _class_of(opened: Opened, name: str) -> int:
         raise StoreError("the images of this store have no classes.", code="no-classes")
     if name not in opened.class_names:
         near = difflib.get_close_matches(name, opened.class_names, n=3, cutoff=0.5)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise StoreError(f"{opened.store.url} has no class {name!r}.{hint}", code="no-class")
+        some = ", ".join(opened.class_names[:8])
+        more = ", ..." if len(opened.class_names) > 8 else ""
+        hint = f"Did you mean {', '.join(near)}?" if near else f"It has {some}{more}."
+        raise StoreError(f"{opened.store.url} has no class {name!r}. {hint}", code="no-class")
     return opened.class_names.index(name)
 
 

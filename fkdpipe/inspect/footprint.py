@@ -11,6 +11,7 @@ import numpy as np
 
 from fkdpipe.inspect.html import figures, page, table
 from fkdpipe.inspect.plots import COLOURS, Panel
+from fkdpipe.storage import words
 from fkdpipe.storage.plan import Plan
 from fkdpipe.storage.report import PaperRow, StorageReport, to_gigabytes
 
@@ -50,9 +51,10 @@ def field_table(r: StorageReport) -> Table:
 
 
 def _this(row: PaperRow, r: StorageReport) -> int | None:
-    """A store at the paper's size, where it serves the row's label: K is at most its classes."""
+    """A store at the paper's size, where it is finished and serves the row's label: K is at most
+    its classes."""
     k = row.name.partition(":")[2]
-    return None if k.isdigit() and int(k) > r.classes else row.this
+    return None if not r.finished or (k.isdigit() and int(k) > r.classes) else row.this
 
 
 def paper_rows(r: StorageReport) -> Table:
@@ -79,9 +81,9 @@ def store_table(reports: Sequence[StorageReport]) -> Table:
             f"{r.images:,}",
             str(r.crops_per_image),
             f"{r.classes:,}",
-            to_gigabytes(r.stored_bytes) if r.stored_bytes >= 1e8 else f"{r.stored_bytes:,} B",
-            f"{r.bytes_per_crop:.2f}",
-            to_gigabytes(r.imagenet),
+            words.size(r.stored_bytes),
+            f"{r.bytes_per_crop:.2f}" if r.finished else "",
+            to_gigabytes(r.imagenet) if r.finished else "",
         ]
         for name, r in zip(names_of(reports), reports, strict=True)
     ]
@@ -206,6 +208,7 @@ def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
     bars += [
         (f"{name} ({r.form or 'no labels'})", float(r.imagenet), COLOURS[0])
         for name, r in zip(names_of(reports), reports, strict=True)
+        if r.finished
     ]
     where = np.arange(len(bars))
     gigabytes = [size / 1e9 for _, size, _ in bars]
@@ -283,7 +286,7 @@ def report_page(reports: Sequence[StorageReport]) -> str:
         [paper_rows(r) for r in reports] if len(reports) == 1 else [paper_side_by_side(reports)]
     )
     body += [table(*each) for each in tables]
-    body.append(f"<p>{escape(other_classes(reports))}</p>")
+    body += [f"<p>{escape(say(reports))}</p>" for say in (unfinished_words, other_classes)]
     return page("Storage", ENTROPY_WORDS, body)
 
 
@@ -294,6 +297,18 @@ def plan_page(plan: Plan) -> str:
     body = [table(*plan_table(plan)), figures(plan_panels(plan))]
     body += [heading("Fields"), table(*plan_fields(plan))]
     return page("Plan of a store", lead, body)
+
+
+def unfinished_words(reports: Sequence[StorageReport]) -> str:
+    """What is missing of stores whose size at ImageNet's scale cannot be told yet."""
+    said = [
+        f"{name} has {sum(x.units_done for x in r.sources) or 'none'} of its "
+        f"{sum(x.units for x in r.sources)} units"
+        for name, r in zip(names_of(reports), reports, strict=True)
+        if not r.finished
+    ]
+    words = "its size at ImageNet's scale is told once generate has finished it."
+    return f"Not finished: {', '.join(said)}; {words}" if said else ""
 
 
 def heading(words: str) -> str:

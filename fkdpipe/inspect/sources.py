@@ -14,7 +14,7 @@ import numpy as np
 
 from fkdpipe.errors import StoreError, StoreMismatchError
 from fkdpipe.models import SELF_SUPERVISED
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.progress import Reporter, shared, silent
 from fkdpipe.storage import labels, reader
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.reader import CropReader, Finished, Segment, SparseReader, WideReader
@@ -48,7 +48,8 @@ class Labels:
         self._read: tuple[int, tuple[int, ...], np.ndarray] | None = None
         self._reader: SparseReader | WideReader
         if self.form.sparse:
-            with reporter.task("labels", store.num_images * len(segments), "images") as advance:
+            with reporter.task("labels", store.num_images, "images") as told:
+                advance = shared(told, len(segments))
                 self._reader = SparseReader(store, segments, cache_dir, advance)
         else:
             field = "log_prob" if self.form.kind == "full" else "logit"

@@ -146,8 +146,25 @@ def look(
                 )
             )
     if chosen and not shown:
-        raise ReplayError(f"{root}: no image can be shown; {left_out[0]}.", code="no-images")
+        hint = _other_images(opened, root)
+        raise ReplayError(f"{root}: no image can be shown; {left_out[0]}.{hint}", code="no-images")
     return Views(tuple(shown), tuple(left_out))
+
+
+def _other_images(opened: Opened, root: Path) -> str:
+    """What to say where none of a sample of the store's images is in a folder."""
+    keys = [str(key) for key in opened.store.images.keys[:20]]
+    if any(os.path.exists(images.path_of(root, key)) for key in keys):
+        return ""
+    found = _some(images.class_folders(root)) or "no folders"
+    return (
+        f" These seem to be other images than the store's: found {found}; expected images like "
+        f"{_some(keys)}. Name the folder that the store was made of."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _class_name(opened: Opened, row: int) -> str | None:

@@ -5,14 +5,16 @@ Letters: I images of a unit that have labels, M crops of each over all rounds, K
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fkdpipe.errors import LabelsError, UsageError
+from fkdpipe.errors import LabelsError, UsageError, writing
 from fkdpipe.interchange.source import SEED_FIELD
 from fkdpipe.progress import Advance
 from fkdpipe.storage import labels, reader, rounds
@@ -228,3 +230,15 @@ def empty_folder(out: Path) -> Path:
         raise LabelsError(f"{out} is not empty. Name a new folder.", code="not-empty")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save; a failed write is an OSError that names the file.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    import torch
+
+    with writing(path), open(path, "wb") as file:
+        torch.save(value, file)

@@ -12,6 +12,7 @@ the file layout of its released code.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.store import Store
+
+log = logging.getLogger(__name__)
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # coordinates, flips, labels
 
@@ -162,6 +165,9 @@ def write_labels(
     exporting.refuse_jitter(export, "FKD")
     if export.classes > 2**24:
         raise LabelsError("FKD keeps class ids as float32, which is exact up to 2**24 classes.")
+    trainer = _trainer_words(export)
+    if trainer:
+        log.warning("%s", trainer)  # before much is written, and in the notes after it
     place = exporting.empty_folder(out)
     names, odd = _names(store)
     files = 0
@@ -176,15 +182,16 @@ def write_labels(
                 path = images.path_of(place, names[row])
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 # a view would be saved with the whole unit behind it
-                torch.save([v[i].clone() for v in (fraction, flip, label)], os.fsdecode(path))
+                value = [v[i].clone() for v in (fraction, flip, label)]
+                exporting.save_torch(value, os.fsdecode(path))
                 files += 1
     notes = [
         *export.notes(),
         "FKD's files keep neither the teacher, its temperature, the number of classes nor the list "
         "of images; keep the store or write them down",
     ]
-    if export.form.kind != "hard" and export.keep not in (1, 5, 10):
-        notes.append(f"FKD's trainer knows K = 5 and 10; these labels keep {export.keep}")
+    if trainer:
+        notes.append(trainer)
     said = {
         "cut": "labels are named up to the image name's first dot, where FKD's trainer looks",
         "ambiguous": "images share a name with another up to the first dot; their labels are "
@@ -194,6 +201,13 @@ def write_labels(
     }
     notes += [f"{odd[kind]:,} {text}" for kind, text in said.items() if odd[kind]]
     return Exported(len(export.found.rows), files, tuple(notes))
+
+
+def _trainer_words(export: Export) -> str:
+    """What FKD's trainer cannot do with these labels; "" where it can use them."""
+    if export.form.kind == "hard" or export.keep in (1, 5, 10):
+        return ""
+    return f"FKD's trainer knows K = 5 and 10; these labels keep {export.keep}"
 
 
 def _stored(export: Export, unit: Labelled) -> np.ndarray:

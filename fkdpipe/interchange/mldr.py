@@ -277,21 +277,20 @@ def write_labels(
     Raises:
         LabelsError: `out` is not empty, or colours were changed.
     """
-    import torch
-
     export = Export(store, settings)
     exporting.refuse_jitter(export, "ml-dr")
     place = exporting.empty_folder(out)
     listed = store.images
     index_N = imagefolder.index_of([str(k) for k in listed.keys], (r[0] for r in listed.rejected))
-    torch.save(_export_config(export), place / "config.pth.tar")
+    exporting.save_torch(_export_config(export), place / "config.pth.tar")
     files = 1
     with reporter.task("export", store.num_images, "images") as advance:
         for unit in export.units(advance):
             for i, index in enumerate(index_N[unit.rows].tolist()):
                 if index >= 0:
                     # protocol 2, not ml-dr's 4: from torch 2.6 on, only 2 loads by default
-                    torch.save((index, _export_samples(unit, i)), place / f"{index}.pth.tar")
+                    sample = (index, _export_samples(unit, i))
+                    exporting.save_torch(sample, place / f"{index}.pth.tar")
                     files += 1
     notes = [
         *export.notes(),

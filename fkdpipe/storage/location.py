@@ -7,14 +7,13 @@ rename, fsync of the folders; on an object store a put is atomic as it is.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fkdpipe.errors import StoreError
+from fkdpipe.errors import StoreError, disk_words
 from fkdpipe.storage import process
 
 # Ends the names of files that are being written: `<name>.<machine>-<process>.partial`.
@@ -186,13 +185,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _explained(error: OSError, path: Path) -> StoreError:
-    what = {
-        errno.ENOSPC: "the disk is full. Free some space",
-        errno.EDQUOT: "the disk quota is used up. Free some space",
-        errno.EACCES: "permission denied. Make the store writable",
-        errno.EPERM: "permission denied. Make the store writable",
-        errno.EROFS: "the file system is read-only. Make the store writable",
-    }.get(error.errno or 0, f"{error.strerror or error}. Mend that")
+    what = disk_words(error, "the store")
     return StoreError(
         f"{path} cannot be written: {what} and start the same command again; everything committed "
         "so far is kept.",

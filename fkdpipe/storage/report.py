@@ -109,6 +109,11 @@ class StorageReport:
     failed: int
     rejected: int
 
+    @property
+    def finished(self) -> bool:
+        """Sizes per crop are told of crops that are all there."""
+        return bool(self.sources) and all(s.units_done == s.units for s in self.sources)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "images": self.images,

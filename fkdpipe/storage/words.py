@@ -9,8 +9,8 @@ def count(number: int, what: str) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes in the largest decimal unit that leaves a digit before the point."""
-    for unit, least in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= least:
-            return f"{number / least:,.1f} {unit}"
-    return f"{number:,.0f} bytes"
+    """Decimal bytes in the unit that leaves few digits before the point."""
+    for unit, scale in (("B", 1), ("kB", 1e3), ("MB", 1e6)):
+        if number < 999.5 * scale:
+            return f"{number:.0f} B" if unit == "B" else f"{number / scale:.3g} {unit}"
+    return f"{number / 1e9:,.2f} GB" if number < 1e11 else f"{number / 1e12:,.2f} TB"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fkdpipe.errors import TrainingError
+from fkdpipe.errors import TrainingError, writing
 
 _PATTERN = "step-*.pt"
 
@@ -18,7 +18,7 @@ def save(folder: Path, step: int, content: dict[str, Any], *, keep: int) -> Path
     """Write `step-<step>.pt` and remove all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{step:09d}.pt"
-    write_atomically(file, lambda partial: torch.save(content, partial))
+    write_atomically(file, lambda partial: _save(content, partial))
     for old in list_all(folder)[:-keep]:
         with contextlib.suppress(FileNotFoundError):
             old.unlink()
@@ -50,14 +50,25 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_atomically(file: Path, write: Any) -> None:
-    """Call `write(partial)` for a temporary file, flush it and rename it to `file`."""
+    """Call `write(partial)` for a temporary file, flush it and rename it to `file`.
+
+    Raises:
+        OSError: the disk refused; the file is as it was.
+    """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        write(partial)
-        descriptor = os.open(partial, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        os.replace(partial, file)
+        with writing(file):
+            write(partial)
+            descriptor = os.open(partial, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            os.replace(partial, file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written nothing can be removed
+            partial.unlink(missing_ok=True)
         raise
+
+
+def _save(content: dict[str, Any], partial: Path) -> None:
+    with open(partial, "wb") as file:  # of Python: torch's own tells no reason when a write fails
+        torch.save(content, file)

@@ -19,7 +19,7 @@ from fkdpipe import crops, images
 from fkdpipe.crops import CropLaw
 from fkdpipe.errors import StoreMismatchError, UsageError
 from fkdpipe.features import Kept, Tap
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.progress import Reporter, shared, silent
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.schema import UNIT_IMAGES
@@ -154,7 +154,10 @@ def from_store(
     found = reader.finished(store, wanted, allow_partial=allow_partial, crops=crops_per_image)
     if not len(found.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
-    with reporter.task("labels", store.num_images * (len(found.crops) * 2), "images") as advance:
+    narrow = target.kind != "ground-truth" and reader.label_form(found.labels[0]).sparse
+    lists = len(found.crops) + (len(found.labels[0]) if narrow else 0)  # of cached values
+    with reporter.task("labels", store.num_images, "images") as told:
+        advance = shared(told, lists)
         boxes = reader.CropReader(store, found.crops, cache_dir, advance)
         labels: Labels | None = None
         if target.kind != "ground-truth":
