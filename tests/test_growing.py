@@ -20,7 +20,7 @@ from fkdpipe.labelgen import check, dry_run, generate
 from fkdpipe.labelgen import unit as making
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.replay import normalise
-from fkdpipe.storage import features, labels, reader, schema, verify
+from fkdpipe.storage import features, labels, reader, report, schema, verify
 from fkdpipe.storage.store import open_store
 from fkdpipe.taps import Needs
 
@@ -244,6 +244,9 @@ def test_units_shrink_with_their_buffers():
     assert schema.unit_images(2**40) == schema.LEAST_UNIT_IMAGES
 
 
+NOT_PER_CROP = ("images", "commits")
+
+
 def test_a_dry_run_predicts_and_writes_nothing(tmp_path, folder, teacher):
     settings = GenerateSettings(teacher=("t",), crops=20, source="t", form="topk:3")
     resources = generate.Resources(device=CPU, batch=16)
@@ -253,6 +256,15 @@ def test_a_dry_run_predicts_and_writes_nothing(tmp_path, folder, teacher):
     assert predicted.images == store.num_images
     assert predicted.crops == store.num_images * 20
     assert 0.4 < predicted.stored_bytes / actual < 2
+    measured = report.measure(store)
+    metadata = sum(
+        len(text)
+        for part in store.parts.values()
+        for key, text in part.metadata.items()
+        if part.kind != "images" and key != f"{part.path}/zarr.json"
+    )
+    arrays = sum(f.stored_bytes for n, f in measured.fields.items() if n not in NOT_PER_CROP)
+    assert predicted.bytes_per_crop == pytest.approx((arrays - metadata) / predicted.crops, rel=0.3)
     assert predicted.seconds > 0
     assert predicted.units == 1
     fields = [f for part in store.parts.values() if part.round == 0 for f in part.fields]

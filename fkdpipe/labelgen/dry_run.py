@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.progress import Advance, Reporter, silent
 from fkdpipe.storage import report, schema
 from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.store import Store
 from fkdpipe.teachers import Teacher
 
 SAMPLE_IMAGES = 32
@@ -91,11 +93,12 @@ def forecast(
     chunk = min(schema.CHUNK_IMAGES, made.store.unit_size)
     filled = len(some) / (-(-len(some) // chunk) * chunk)
     raw = {field.name for field in fields if field.codec == "raw"}
-    per_crop = sum(
-        f.bytes_per_crop * (filled if n in raw else 1.0)
-        for n, f in size.fields.items()
-        if n not in ("images", "commits")
-    )
+    once = _array_metadata_bytes(made.store)  # as large for a few crops as for millions
+    per_crop = -sum(n * (filled if name in raw else 1.0) for name, n in once.items()) / sampled
+    for name, stored in size.fields.items():
+        if name not in ("images", "commits"):
+            shrunk = filled if name.rsplit("/", 1)[-1] in raw else 1.0
+            per_crop += stored.bytes_per_crop * shrunk
     per_image = size.fields["images"].stored_bytes / size.images
     crops = len(folder) * crops_M
     rate = max(1, sampled - clock.crops) / (ended - clock.since)
@@ -106,7 +109,7 @@ def forecast(
         images=len(folder),
         crops_per_image=crops_M,
         crops=crops,
-        stored_bytes=round(crops * per_crop + len(folder) * per_image),
+        stored_bytes=round(crops * per_crop + len(folder) * per_image + once.total()),
         bytes_per_crop=per_crop,
         crops_per_s=rate,
         seconds=crops / rate,
@@ -116,6 +119,16 @@ def forecast(
         rejected=len(folder.rejected),
         sampled_crops=sampled,
     )
+
+
+def _array_metadata_bytes(store: Store) -> Counter[str]:
+    """Bytes of the zarr.json of the arrays beside the list of images, by the array's name."""
+    found: Counter[str] = Counter()
+    for part in store.parts.values():
+        for key, text in part.metadata.items():
+            if part.kind != "images" and key != f"{part.path}/zarr.json":
+                found[key.split("/")[-2]] += len(text)
+    return found
 
 
 class _Clock:
