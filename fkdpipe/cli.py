@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from fkdpipe import __version__
+from fkdpipe import __version__, disk
 from fkdpipe.commands import (
     basis,
     demo,
@@ -27,7 +27,7 @@ from fkdpipe.commands import (
     train,
     transfer,
 )  # fmt: skip
-from fkdpipe.errors import FkdpipeError, disk_words
+from fkdpipe.errors import FkdpipeError
 
 
 class _Failed(click.ClickException):
@@ -62,7 +62,7 @@ class _Commands(click.Group):
 def _disk_message(error: OSError) -> str:
     path = "a file" if error.filename is None else os.fsdecode(error.filename)
     return (
-        f"{path}: {disk_words(error, 'it')} and start the same command again; what was complete "
+        f"{path}: {disk.words(error, 'it')} and start the same command again; what was complete "
         "before is kept."
     )
 

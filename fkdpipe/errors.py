@@ -19,12 +19,6 @@ scripts and tests; sentences may change. `assert` is kept for our own mistakes.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import re
-from collections.abc import Iterator
-
 
 class FkdpipeError(Exception):
     """Root of the tree; `exit_code` is what the command line returns."""
@@ -84,37 +78,3 @@ class ReplayError(FkdpipeError):
 
 class TrainingError(FkdpipeError):
     """A training run cannot go on."""
-
-
-def disk_words(error: OSError, place: str) -> str:
-    """Why the disk refused, and what to do; `place` is what would have to be writable."""
-    return {
-        errno.ENOSPC: "the disk is full. Free some space",
-        errno.EDQUOT: "the disk quota is used up. Free some space",
-        errno.EACCES: f"permission denied. Make {place} writable",
-        errno.EPERM: f"permission denied. Make {place} writable",
-        errno.EROFS: f"the file system is read-only. Make {place} writable",
-    }.get(error.errno or 0, f"{error.strerror or error}. Mend that")
-
-
-@contextlib.contextmanager
-def writing(file: str | os.PathLike[str]) -> Iterator[None]:
-    """A failed write as an OSError that names `file`, also where torch (which hides the error of a
-    Python file behind a RuntimeError) or safetensors (which only prints it) raise another."""
-    try:
-        yield
-    except Exception as error:
-        number = None if isinstance(error, FkdpipeError) else _disk_errno(error)
-        if number is None or (isinstance(error, OSError) and error.filename is not None):
-            raise
-        raise OSError(number, os.strerror(number), os.fspath(file)) from error
-
-
-def _disk_errno(error: BaseException) -> int | None:
-    hidden: BaseException | None = error
-    while hidden is not None:
-        if isinstance(hidden, OSError):
-            return hidden.errno
-        hidden = hidden.__context__
-    printed = re.search(r"\(os error (\d+)\)", str(error))
-    return int(printed[1]) if printed else None

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
-from fkdpipe.errors import ModelError, UsageError, writing
+from fkdpipe import disk
+from fkdpipe.errors import ModelError, UsageError
 
 Tap = Literal["pre", "post"]
 Kept = Literal["pre", "post", "map"]  # what a store keeps: penultimate vectors, or the last map
@@ -161,7 +162,7 @@ def save_basis(file: Path, basis: Basis) -> None:
     partial = file.with_name(f"{file.name}.partial")
     values = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
     try:
-        with writing(file):
+        with disk.writing(file):
             save_file(values, partial, metadata={_METADATA: header})
             os.replace(partial, file)
     except OSError:

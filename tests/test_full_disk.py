@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pipeline import make_store
 from safetensors.torch import save_file
 
-from fkdpipe import errors
+from fkdpipe import disk, errors
 from fkdpipe.cli import cli
 from fkdpipe.interchange import exporting
 from fkdpipe.train import checkpoint
@@ -62,7 +62,7 @@ def test_torch_hides_the_reason_of_a_failed_write_and_it_is_found():
 
 
 def test_safetensors_prints_the_reason_of_a_failed_write_and_it_is_found():
-    with pytest.raises(OSError) as caught, errors.writing("x"):
+    with pytest.raises(OSError) as caught, disk.writing("x"):
         save_file({"a": torch.zeros(1)}, "/proc/fkdpipe/x")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, "x")
 
@@ -84,7 +84,7 @@ def test_a_failed_checkpoint_leaves_the_earlier_one(monkeypatch, tmp_path):
 
 def test_an_error_of_ours_with_an_os_error_behind_it_stays_ours():
     def read():
-        with errors.writing("x"):
+        with disk.writing("x"):
             try:
                 raise OSError(errno.ENOENT, "gone")
             except OSError:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ERRORS = {"errors"}
 MAY_IMPORT = {
     "errors": set(),
-    "disk": set(),
+    "disk": ERRORS,
     "crops": ERRORS,
     "colour": ERRORS,
     "images": ERRORS | {"disk"},
@@ -28,10 +28,10 @@ MAY_IMPORT = {
     "models": ERRORS | {"selfsupervised", "weight_files"},
     "taps": ERRORS,
     "tails": ERRORS,
-    "features": ERRORS,
+    "features": ERRORS | {"disk"},
     "teachers": ERRORS | {"models", "taps", "weight_files"},
     "replay": ERRORS | {"crops", "disk"},
-    "storage": ERRORS | {"crops"},
+    "storage": ERRORS | {"crops", "disk"},
     "labelgen": {
         "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
         "features", "colour",
@@ -43,12 +43,13 @@ MAY_IMPORT = {
         "storage",
     },
     "train": {
-        "errors", "crops", "images", "config", "distributed", "progress", "models", "tails", "taps",
+        "errors", "disk", "crops", "images", "config", "distributed", "progress", "models", "tails",
+        "taps",
         "features", "colour",
         "teachers", "weight_files",
         "replay", "storage",
     },
-    "interchange": {"errors", "crops", "images", "progress", "storage"},
+    "interchange": {"errors", "disk", "crops", "images", "progress", "storage"},
 }  # fmt: skip
 
 

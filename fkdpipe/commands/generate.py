@@ -28,10 +28,7 @@ if TYPE_CHECKING:
     help="timm model, torchvision:NAME, or a run folder; several are averaged.",
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
-@click.option(
-    "--form",
-    help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]",
-)
+@click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
 @click.option("--features", multiple=True, metavar="pre|post[:D]|map", help="Features too.")
 @click.option("--basis", type=click.Path(path_type=Path), help="Of fit-basis, for pre:D.")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.")

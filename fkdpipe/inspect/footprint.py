@@ -307,8 +307,8 @@ def unfinished_words(reports: Sequence[StorageReport]) -> str:
         for name, r in zip(names_of(reports), reports, strict=True)
         if not r.finished
     ]
-    words = "its size at ImageNet's scale is told once generate has finished it."
-    return f"Not finished: {', '.join(said)}; {words}" if said else ""
+    later = "its size at ImageNet's scale is told once generate has finished it."
+    return f"Not finished: {', '.join(said)}; {later}" if said else ""
 
 
 def heading(words: str) -> str:

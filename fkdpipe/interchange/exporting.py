@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fkdpipe.errors import LabelsError, UsageError, writing
+from fkdpipe import disk
+from fkdpipe.errors import LabelsError, UsageError
 from fkdpipe.interchange.source import SEED_FIELD
 from fkdpipe.progress import Advance
 from fkdpipe.storage import labels, reader, rounds
@@ -240,5 +241,5 @@ def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
     """
     import torch
 
-    with writing(path), open(path, "wb") as file:
+    with disk.writing(path), open(path, "wb") as file:
         torch.save(value, file)

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fkdpipe.errors import StoreError, disk_words
+from fkdpipe import disk
+from fkdpipe.errors import StoreError
 from fkdpipe.storage import process
 
 # Ends the names of files that are being written: `<name>.<machine>-<process>.partial`.
@@ -185,7 +186,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _explained(error: OSError, path: Path) -> StoreError:
-    what = disk_words(error, "the store")
+    what = disk.words(error, "the store")
     return StoreError(
         f"{path} cannot be written: {what} and start the same command again; everything committed "
         "so far is kept.",

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fkdpipe.errors import TrainingError, writing
+from fkdpipe import disk
+from fkdpipe.errors import TrainingError
 
 _PATTERN = "step-*.pt"
 
@@ -57,7 +58,7 @@ def write_atomically(file: Path, write: Any) -> None:
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        with writing(file):
+        with disk.writing(file):
             write(partial)
             descriptor = os.open(partial, os.O_RDONLY)
             os.fsync(descriptor)
