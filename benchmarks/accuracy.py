@@ -30,17 +30,17 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from fkdpipe import models, teachers
-from fkdpipe.crops import CropLaw
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.networks import models, teachers
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import loop, run
 from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
 
 CPU = torch.device("cpu")
-LAW = CropLaw(scale=(0.25, 1.0), flip=0.0)
+LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)
 SIDE, DIGIT_SIDES, LEARNED = 96, (36, 64), 1000
 CROPS = 48
 NARROW = {"channels": [16, 32, 64, 128]}

@@ -21,9 +21,9 @@ import photographs
 import timm
 import torch
 
-from fkdpipe import crops, images
-from fkdpipe.crops import CropLaw
-from fkdpipe.replay import Backend, Interpolation, Request, View, normalise, open_replay
+from fkdpipe.pixels import crops, images
+from fkdpipe.pixels.crops import CropDistribution
+from fkdpipe.pixels.replay import Backend, Interpolation, Request, View, normalise, open_replay
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZE, CROPS, MODEL = 224, 4, "resnet18"
@@ -33,7 +33,7 @@ def requests(data: Path) -> list[Request]:
     """CROPS crops of every image, 16 images at a time."""
     found = images.scan(data, need_classes=False)
     drawn = crops.sample(
-        CropLaw(),
+        CropDistribution(),
         seed=0,
         image_id_N=crops.image_ids(found.keys),
         size_N2=found.size_N2,

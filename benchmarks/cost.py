@@ -20,10 +20,10 @@ from typing import Any
 import common
 import torch
 
-from fkdpipe import models, taps
-from fkdpipe.models import ModelSpec
-from fkdpipe.taps import Needs, Tapped
-from fkdpipe.teachers import autocast
+from fkdpipe.networks import feature_layers, models
+from fkdpipe.networks.feature_layers import FeatureNetwork, Needs
+from fkdpipe.networks.models import ModelSpec
+from fkdpipe.networks.teachers import autocast
 from fkdpipe.train import methods, optim
 from fkdpipe.train.learner import Learner
 from fkdpipe.train.methods.interface import Context, Targets
@@ -55,14 +55,18 @@ def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None
         for name in (STUDENT, TEACHER)
     )
     live = needs.live or needs.teacher is not None or needs.soft is not None
-    frozen = Tapped(teacher.module, needs.teacher or Needs()).eval().requires_grad_(False)
-    tapped, frozen = Tapped(student.module, needs.student).to(DEVICE), frozen.to(DEVICE)
+    frozen = FeatureNetwork(teacher.module, needs.teacher or Needs()).eval().requires_grad_(False)
+    network, frozen = FeatureNetwork(student.module, needs.student).to(DEVICE), frozen.to(DEVICE)
     context = Context(
-        classes=CLASSES, scores=CLASSES, epochs=100,
-        student=taps.example(tapped, (side, side), DEVICE), student_network=student.module,
-        teacher=taps.example(frozen, (side, side), DEVICE), teacher_network=teacher.module,
-    )  # fmt: skip
-    learner = Learner(tapped, methods.build(table, context)).to(DEVICE).train()
+        classes=CLASSES,
+        scores=CLASSES,
+        epochs=100,
+        student=feature_layers.example(network, (side, side), DEVICE),
+        student_network=student.module,
+        teacher=feature_layers.example(frozen, (side, side), DEVICE),
+        teacher_network=teacher.module,
+    )
+    learner = Learner(network, methods.build(table, context)).to(DEVICE).train()
     optimizer = optim.build(learner, OptimizerSettings("sgd", lr=0.01))
     pixels = torch.rand(batch, 3, side, side, device=DEVICE).to(memory_format=torch.channels_last)
     truth_BC = torch.eye(CLASSES, device=DEVICE)[torch.arange(batch) % CLASSES]

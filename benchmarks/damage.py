@@ -35,13 +35,13 @@ import small
 import torch
 from small import Bench
 
-from fkdpipe.errors import FkdpipeError
+from fkdpipe.common.errors import FkdpipeError
 from fkdpipe.labelgen import generate, plan, repair
 from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.networks.teachers import Teacher, load_teachers
 from fkdpipe.storage import commits, labels, reader, schema, verify
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import open_store
-from fkdpipe.teachers import Teacher, load_teachers
 
 Undo = Callable[[], None]
 SPARSE, WIDE = "t", "w"

@@ -29,17 +29,17 @@ import photographs
 import timm
 import torch
 
-from fkdpipe import features, teachers, weight_files
+from fkdpipe.inspect.report import measure
 from fkdpipe.labelgen import fit_basis, generate, plan
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.models import parse_spec
+from fkdpipe.networks import features, teachers, weight_files
+from fkdpipe.networks.feature_layers import Needs
+from fkdpipe.networks.models import parse_spec
+from fkdpipe.networks.teachers import Teacher
 from fkdpipe.storage.location import LocalLocation
-from fkdpipe.storage.report import measure
 from fkdpipe.storage.store import Store, open_store
-from fkdpipe.taps import Needs
-from fkdpipe.teachers import Teacher
 from fkdpipe.train import run, step
 from fkdpipe.train.feed import Batch
 from fkdpipe.train.settings import TrainSettings

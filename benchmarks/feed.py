@@ -36,12 +36,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
-from fkdpipe import teachers, weight_files
-from fkdpipe.distributed import Rank
+from fkdpipe.common.distributed import Rank
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.models import ModelSpec
-from fkdpipe.replay import View, cpu, normalise
+from fkdpipe.networks import teachers, weight_files
+from fkdpipe.networks.models import ModelSpec
+from fkdpipe.pixels.replay import View, cpu, normalise
 from fkdpipe.storage import labels, rounds
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import LocalLocation

@@ -32,9 +32,11 @@ import simulated
 import torch
 from simulated import Labels
 
-from fkdpipe import crops, demo
-from fkdpipe.crops import CropLaw
-from fkdpipe.storage import labels, report, schema, thin, writer
+from fkdpipe.commands import demo_data
+from fkdpipe.inspect import report
+from fkdpipe.pixels import crops
+from fkdpipe.pixels.crops import CropDistribution
+from fkdpipe.storage import labels, schema, thin, writer
 from fkdpipe.storage.labels import Form, parse_form
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
@@ -133,16 +135,20 @@ def _short(value: float) -> float:
 
 def box_bytes(size_N2: np.ndarray, keys: list[str]) -> float:
     """Entropy of a box in bytes: its size is uniform on a region, its place on what is left."""
-    law = CropLaw()
+    distribution = CropDistribution()
     drawn = crops.sample(
-        law, seed=0, image_id_N=crops.image_ids(keys), size_N2=size_N2, crops_M=np.arange(CROPS)
+        distribution,
+        seed=0,
+        image_id_N=crops.image_ids(keys),
+        size_N2=size_N2,
+        crops_M=np.arange(CROPS),
     )
     bits = 0.0
     for (height, width), box_M4 in zip(size_N2.astype(int), drawn.box_NM4, strict=True):
         h, w = np.arange(1, height + 1)[:, None], np.arange(1, width + 1)[None]
         area, ratio = h * w / (height * width), w / h
-        fits = (area >= law.scale[0]) & (area <= law.scale[1])
-        fits &= (ratio >= law.ratio[0]) & (ratio <= law.ratio[1])
+        fits = (area >= distribution.scale[0]) & (area <= distribution.scale[1])
+        fits &= (ratio >= distribution.ratio[0]) & (ratio <= distribution.ratio[1])
         rooms = (height - box_M4[:, 2] + 1.0) * (width - box_M4[:, 3] + 1.0)
         bits += math.log2(fits.sum()) + np.log2(rooms).mean()
     return bits / len(keys) / 8
@@ -224,7 +230,7 @@ def simulated_rows(root: Path, images: int) -> Iterator[dict[str, Any]]:
 def wide_store(place: Path, made: Labels, form: Form) -> Store:
     """One small unit of all scores: nothing of them is compressed, so the size says enough."""
     store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=128)
-    boxes = writer.add_crops(store, CropLaw(), seed=0, count=made.crops)
+    boxes = writer.add_crops(store, CropDistribution(), seed=0, count=made.crops)
     settings = {"form": str(form), "classes": simulated.CLASSES, "temperature": 1.0}
     settings |= {"crops": made.crops, "teachers": [{"name": "simulated"}]}
     fields = schema.label_fields(form, simulated.CLASSES)
@@ -245,8 +251,9 @@ def wide_store(place: Path, made: Labels, form: Form) -> Store:
 
 def demo_rows(root: Path, pictures: int, epochs: int) -> Iterator[dict[str, Any]]:
     data, store = root / "data", root / "demo-full"
-    demo.make_images(data, count=pictures)
-    _fkdpipe("train", data, "--student", demo.TEACHER, "--target", "ground-truth", "--size", "32",
+    demo_data.make_images(data, count=pictures)
+    _fkdpipe("train", data, "--student", demo_data.TEACHER, "--target", "ground-truth",
+             "--size", "32",
              "--epochs", epochs, "--batch-size", "64", "--crops-per-image", "4", "--lr", "0.003",
              "--set", "optimizer.name=adamw", "--set", "crop.flip=0.0", "--set",
              "crop.scale=[0.25,1.0]", "--out", root / "teacher")  # fmt: skip

@@ -20,10 +20,10 @@ import common
 import numpy as np
 import torch
 
-from fkdpipe.images import ImageFolder
 from fkdpipe.interchange import EXPORTS, IMPORTS, importing
 from fkdpipe.interchange.exporting import ExportSettings
 from fkdpipe.interchange.source import ImportSettings
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import Store, open_store
 

@@ -27,23 +27,25 @@ from typing import Any
 import common
 import torch
 
-from fkdpipe import demo, features, teachers
-from fkdpipe.crops import CropLaw
+from fkdpipe.commands import demo_data
+from fkdpipe.downstream import transfer
+from fkdpipe.downstream.transfer import TransferSettings, Trial
 from fkdpipe.labelgen import fit_basis, generate, plan
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.models import parse_spec
+from fkdpipe.networks import features, teachers
+from fkdpipe.networks.models import parse_spec
+from fkdpipe.networks.weight_files import EXPORT_NAME
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
-from fkdpipe.train import loop, run, transfer
+from fkdpipe.train import loop, run
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import export
-from fkdpipe.train.transfer import TransferSettings, Trial
-from fkdpipe.weight_files import EXPORT_NAME
 
 CPU = torch.device("cpu")
-LAW = CropLaw(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is another shape
+LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is another shape
 TEACHER = {"channels": [32, 64, 128, 256]}
 STUDENT = {"channels": [8, 16, 32, 64]}
 SUPERVISED, EQUAL_TIME, RANDOM = "supervised", "supervised, equal time", "random initialisation"
@@ -83,7 +85,7 @@ QUICK = Size(200, 4, 4, 3, 0.5, (0,))
 
 def make_folders(place: Path, size: Size) -> tuple[Path, Path]:
     """(pictures of 0 to 5, pictures of 6 to 9), each with train/ and val/."""
-    demo.make_images(place / "all", count=size.scans)
+    demo_data.make_images(place / "all", count=size.scans)
     for name, digits in (("old", range(6)), ("new", range(6, 10))):
         for split in ("train", "val"):
             (place / name / split).mkdir(parents=True)

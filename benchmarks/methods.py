@@ -38,8 +38,8 @@ import accuracy
 import common
 import torch
 
-from fkdpipe.crops import CropLaw
-from fkdpipe.storage.report import measure as measure_store
+from fkdpipe.inspect.report import measure as measure_store
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import run
 from fkdpipe.train.learner import parameters
@@ -47,7 +47,7 @@ from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSet
 from fkdpipe.train.state import Run
 from fkdpipe.train.step import step
 
-LAW = CropLaw(scale=(0.5, 1.0), flip=0.0)
+LAW = CropDistribution(scale=(0.5, 1.0), flip=0.0)
 SIDES, LEARNED = (60, 90), 128
 SWIN = "swin_small_patch4_window7_224"
 WIDTHS = {"large": 64, "small": 32}  # of the teachers' first stage
@@ -242,7 +242,7 @@ def measure(root: Path, cases: list[Case], size: Size) -> dict[str, dict[str, An
                 "step_over_none": common.median_ratio(found[case.name], found[NONE]),
                 "step_ms": 1000 * statistics.median(found[case.name]),
                 "peak_mb": round(peak, 1),
-                "helper_params": parameters(runs[case.name].learner)["helpers"],
+                "helper_params": parameters(runs[case.name].learner)["auxiliary"],
             }
             common.say(f"{case.name}: {costs[case.name]}")
     return costs

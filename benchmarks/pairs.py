@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
 
-from fkdpipe import models, taps
-from fkdpipe.models import Loaded, ModelSpec
-from fkdpipe.replay import normalise
-from fkdpipe.taps import Needs, Tapped
+from fkdpipe.networks import feature_layers, models
+from fkdpipe.networks.feature_layers import FeatureNetwork, Needs
+from fkdpipe.networks.models import Loaded, ModelSpec
+from fkdpipe.pixels.replay import normalise
 from fkdpipe.train import methods, optim
 from fkdpipe.train.learner import Learner
 from fkdpipe.train.methods.interface import Context, Targets
@@ -86,18 +86,18 @@ def step(pair: Pair) -> dict[str, Any]:
     table = {"name": pair.method, **pair.settings}
     needs = methods.needs(table)
     student, teacher = build(pair.student), build(pair.teacher)
-    frozen = Tapped(teacher.module, needs.teacher or Needs()).eval().requires_grad_(False)
-    tapped = Tapped(student.module, needs.student)
+    frozen = FeatureNetwork(teacher.module, needs.teacher or Needs()).eval().requires_grad_(False)
+    network = FeatureNetwork(student.module, needs.student)
     context = Context(
         classes=CLASSES,
         scores=CLASSES,
         epochs=100,
-        student=taps.example(tapped, (SIDE, SIDE), CPU),
+        student=feature_layers.example(network, (SIDE, SIDE), CPU),
         student_network=student.module,
-        teacher=taps.example(frozen, (SIDE, SIDE), CPU),
+        teacher=feature_layers.example(frozen, (SIDE, SIDE), CPU),
         teacher_network=teacher.module,
     )
-    learner = Learner(tapped, methods.build(table, context)).train()
+    learner = Learner(network, methods.build(table, context)).train()
     optimizer = optim.build(learner, OptimizerSettings("sgd", lr=0.01))
     before = {name: p.detach().clone() for name, p in learner.named_parameters()}
     begun = time.perf_counter()
@@ -138,7 +138,7 @@ def pixels(network: Loaded) -> torch.Tensor:
 
 
 def check(
-    learner: Learner, teacher: Tapped, before: dict[str, torch.Tensor], loss: torch.Tensor
+    learner: Learner, teacher: FeatureNetwork, before: dict[str, torch.Tensor], loss: torch.Tensor
 ) -> None:
     assert torch.isfinite(loss), "the loss is not finite"
     assert not any(part.training for part in teacher.modules()), "the teacher trains"

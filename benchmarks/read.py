@@ -30,7 +30,7 @@ import simulated
 import torch
 from simulated import Labels
 
-from fkdpipe.crops import CropLaw
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import labels, reader, schema, writer
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
@@ -213,7 +213,7 @@ def make_wide(place: Path, units: int) -> Store:
         {},
     )
     store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=1024)
-    boxes = writer.add_crops(store, CropLaw(), seed=0, count=WIDE_CROPS)
+    boxes = writer.add_crops(store, CropDistribution(), seed=0, count=WIDE_CROPS)
     settings = {"form": "full", "classes": simulated.CLASSES, "temperature": 1.0}
     settings |= {"crops": WIDE_CROPS, "teachers": [{"name": "random"}]}
     fields = schema.label_fields(labels.Form("full"), simulated.CLASSES)

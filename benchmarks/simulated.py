@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import crops
-from fkdpipe.crops import CropLaw
+from fkdpipe.pixels import crops
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import labels, rounds, schema, writer
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import LocalLocation
@@ -153,8 +153,8 @@ def _statistics(ids: np.ndarray, prob: np.ndarray, entropy: float) -> dict[str, 
 def make_store(place: Path, made: Labels, form: Form, *, derived: bool = False) -> Store:
     """A store of these labels, through the public writer; sparse forms only."""
     store = writer.create_store(LocalLocation(place), columns(made), seed=0, unit=1024)
-    law = CropLaw()
-    boxes = writer.add_crops(store, law, seed=0, count=made.crops, derived=derived)
+    distribution = CropDistribution()
+    boxes = writer.add_crops(store, distribution, seed=0, count=made.crops, derived=derived)
     settings = {
         "form": str(form),
         "classes": CLASSES,
@@ -224,7 +224,7 @@ def fkd_state(made: Labels, row: int, k: int) -> list[np.ndarray]:
     """
     size = made.size_N2[row : row + 1]
     drawn = crops.sample(
-        CropLaw(),
+        CropDistribution(),
         seed=0,
         image_id_N=crops.image_ids([_keys(made.images)[row]]),
         size_N2=size,

@@ -20,15 +20,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a parallel region before the fork would h
 import timm
 import torch
 
+from fkdpipe import cli
+
 # Everything the children need, imported once.
-import fkdpipe.labelgen.dry_run
-import fkdpipe.labelgen.generate
-import fkdpipe.labelgen.plan
-import fkdpipe.labelgen.repair
-import fkdpipe.replay.cpu
-import fkdpipe.teachers  # noqa: F401
-from fkdpipe import cli, demo, models, weight_files
-from fkdpipe.models import ModelSpec
+from fkdpipe.commands import demo_data
+from fkdpipe.networks import models, weight_files
+from fkdpipe.networks.models import ModelSpec
 from fkdpipe.storage import schema
 
 UNIT_IMAGES = 4
@@ -47,7 +44,7 @@ class Bench:
 
 def prepare(root: Path, *, images: int) -> Bench:
     """Write pictures of ten classes and a teacher with random weights below `root`."""
-    demo.make_images(root / "data", count=images * 5 // 4)
+    demo_data.make_images(root / "data", count=images * 5 // 4)
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=10).eval()
     size = [32, 32]

@@ -24,9 +24,10 @@ import common
 import timm
 import torch
 
-from fkdpipe import demo, models, teachers, weight_files
+from fkdpipe.commands import demo_data
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.networks import models, teachers, weight_files
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import loop, run
@@ -54,7 +55,7 @@ def main() -> None:
     teachers_ = {5: TEACHERS[5]} if arguments.quick else TEACHERS
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        demo.make_images(root / "images", count=200 if arguments.quick else 1000)
+        demo_data.make_images(root / "images", count=200 if arguments.quick else 1000)
         store = make_store(root)
         common.say("runs: plain, fkd and " + ", ".join(f"kd {name}" for name in teachers_.values()))
         runs = {"plain": prepare(root, store, "plain", target="ground-truth")}

@@ -38,14 +38,15 @@ import photographs
 import timm
 import torch
 
-from fkdpipe import models, replay, teachers, weight_files
-from fkdpipe.distributed import default_threads
+from fkdpipe.common.distributed import default_threads
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.replay import Backend, View
+from fkdpipe.networks import models, teachers, weight_files
+from fkdpipe.networks.teachers import Precision, Teacher, autocast
+from fkdpipe.pixels import replay
+from fkdpipe.pixels.replay import Backend, View
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store
-from fkdpipe.teachers import Precision, Teacher, autocast
 from fkdpipe.train import loop, run, targets
 from fkdpipe.train.feed import Batch
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings

@@ -14,7 +14,7 @@ import numpy as np
 import timm
 import torch
 
-from fkdpipe import taps
+from fkdpipe.networks import feature_layers
 from fkdpipe.storage import features
 
 FILE = Path(__file__).with_name("methods.md")
@@ -44,7 +44,7 @@ def stage_bytes(name: str, network: torch.nn.Module, stage: int) -> int:
 def row(name: str) -> list[str]:
     with torch.device("meta"):
         network = timm.create_model(name)
-    width = taps.width(network)
+    width = feature_layers.width(network)
     last, before = (stage_bytes(name, network, stage) for stage in (1, 2))
     return [
         f"`{name}`",

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from fkdpipe import __version__, disk
+from fkdpipe import __version__
 from fkdpipe.commands import (
     basis,
     demo,
@@ -27,7 +27,8 @@ from fkdpipe.commands import (
     train,
     transfer,
 )  # fmt: skip
-from fkdpipe.errors import FkdpipeError
+from fkdpipe.common import disk
+from fkdpipe.common.errors import FkdpipeError
 
 
 class _Failed(click.ClickException):

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from fkdpipe import images, models, teachers, weight_files
-from fkdpipe.models import ModelSpec
-from fkdpipe.replay import normalise
+from fkdpipe.networks import models, teachers, weight_files
+from fkdpipe.networks.models import ModelSpec
+from fkdpipe.pixels import images
+from fkdpipe.pixels.replay import normalise
 
 CLASSES = ("ash", "beech", "cedar", "date palm", "élm")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fkdpipe.taps import Outputs
+from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train.methods.interface import Context, Targets
 
 CLASSES = 5

@@ -8,15 +8,17 @@ import numpy as np
 from PIL import Image
 
 
-def crop_params(law, uniforms, height: int, width: int) -> tuple[int, int, int, int]:
+def crop_params(distribution, uniforms, height: int, width: int) -> tuple[int, int, int, int]:
     """torchvision 0.29 RandomResizedCrop.get_params in plain Python, with our random numbers.
 
     `uniforms(attempt, draw)` gives a float in [0, 1); draws 0 to 3 are area, aspect, top, left.
     """
     area = height * width
     for attempt in range(10):
-        share = law.scale[0] + (law.scale[1] - law.scale[0]) * uniforms(attempt, 0)
-        low, high = math.log(law.ratio[0]), math.log(law.ratio[1])
+        share = distribution.scale[0] + (distribution.scale[1] - distribution.scale[0]) * uniforms(
+            attempt, 0
+        )
+        low, high = math.log(distribution.ratio[0]), math.log(distribution.ratio[1])
         aspect = math.exp(low + (high - low) * uniforms(attempt, 1))
         w = round(math.sqrt(area * share * aspect))
         h = round(math.sqrt(area * share / aspect))
@@ -25,10 +27,10 @@ def crop_params(law, uniforms, height: int, width: int) -> tuple[int, int, int, 
             left = int(uniforms(attempt, 3) * (width - w + 1))
             return top, left, h, w
     ratio = width / height
-    if ratio < law.ratio[0]:
-        w, h = width, round(width / law.ratio[0])
-    elif ratio > law.ratio[1]:
-        w, h = round(height * law.ratio[1]), height
+    if ratio < distribution.ratio[0]:
+        w, h = width, round(width / distribution.ratio[0])
+    elif ratio > distribution.ratio[1]:
+        w, h = round(height * distribution.ratio[1]), height
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w

@@ -10,12 +10,12 @@ import torch
 from conftest import CLASSES
 
 from fkdpipe.cli import cli
-from fkdpipe.distributed import Rank
+from fkdpipe.common.distributed import Rank
 from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.networks.teachers import Teacher
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import Store, open_store
-from fkdpipe.teachers import Teacher
 from fkdpipe.train import loop, metrics, run
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import Run

@@ -12,45 +12,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fkdpipe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each room may import of the package. Rooms not listed (cli, commands, demo) may import all.
-ERRORS = {"errors"}
+# What each room may import of the package. `commands`, `cli` and the front door may import all.
 MAY_IMPORT = {
-    "errors": set(),
-    "disk": ERRORS,
-    "crops": ERRORS,
-    "colour": ERRORS,
-    "images": ERRORS | {"disk"},
-    "config": ERRORS,
-    "distributed": ERRORS,
-    "progress": ERRORS,
-    "selfsupervised": ERRORS,
-    "weight_files": ERRORS,
-    "models": ERRORS | {"selfsupervised", "weight_files"},
-    "taps": ERRORS,
-    "tails": ERRORS,
-    "features": ERRORS | {"disk"},
-    "teachers": ERRORS | {"models", "taps", "weight_files"},
-    "replay": ERRORS | {"crops", "disk"},
-    "storage": ERRORS | {"crops", "disk"},
-    "labelgen": {
-        "errors", "crops", "images", "config", "distributed", "progress", "models", "taps",
-        "features", "colour",
-        "teachers",
-        "replay", "storage",
-    },
-    "inspect": {
-        "errors", "crops", "images", "models", "taps", "teachers", "progress", "colour", "replay",
-        "storage",
-    },
-    "train": {
-        "errors", "disk", "crops", "images", "config", "distributed", "progress", "models", "tails",
-        "taps",
-        "features", "colour",
-        "teachers", "weight_files",
-        "replay", "storage",
-    },
-    "interchange": {"errors", "disk", "crops", "images", "progress", "storage"},
-}  # fmt: skip
+    "common": set(),
+    "pixels": {"common"},
+    "networks": {"common"},
+    "storage": {"common", "pixels"},
+    "interchange": {"common", "pixels", "storage"},
+    "labelgen": {"common", "pixels", "networks", "storage"},
+    "inspect": {"common", "pixels", "networks", "storage"},
+    "train": {"common", "pixels", "networks", "storage"},
+    "downstream": {"common", "pixels", "networks", "storage", "train"},
+}
+TOP = {"cli", "commands", "__init__", "__main__"}
 
 
 def room(path: Path) -> str:
@@ -84,13 +58,12 @@ def test_only_replay_imports_nvidias_decoders_and_storage_no_torch():
         assert "nvidia" not in names or path.name in ("dali.py", "region.py")
         if room(path) == "storage":
             assert not names & {"torch", "torchvision", "timm"}
-        if room(path) not in ("cli", "commands", "__main__"):
+        if room(path) not in TOP:
             assert "click" not in names
 
 
 def test_every_room_is_in_the_table():
-    known = {*MAY_IMPORT, "cli", "commands", "demo", "__init__", "__main__"}
-    assert {room(path) for path in FILES} <= known
+    assert {room(path) for path in FILES} == {*MAY_IMPORT, *TOP}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

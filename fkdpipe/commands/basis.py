@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("basis", type=click.Path(path_type=Path))
 @click.option("--teacher", metavar="NAME[=FILE]", help="timm model or a run folder.")
 @click.option("--images", metavar="P%", help="Share of every class.  [default: 10%]")
-@click.option("--tap", metavar="pre|post", help="Before or after the last ReLU.  [default: pre]")
+@click.option("--layer", metavar="pre|post", help="Before or after the last ReLU.  [default: pre]")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.  [default: 1]")
 @click.option("--seed", type=int, help="Of the images and the crops.  [default: 0]")
 @click.option("--store", help="Take this store's images and crops.")
@@ -42,14 +42,14 @@ def fit_basis(
 ) -> None:
     """Fit the SVD basis of a teacher's features on crops of DATA, into the file BASIS.
 
-    With the crop law and seed of a later `generate`, on the very crops it will draw; class folders
-    are not needed. Under torchrun, processes share the images.
+    Give the crop settings and the seed of the later `generate`: it fits on the very crops that
+    `generate` draws. Class folders are not needed. Under torchrun, processes share the images.
 
     \b
     Example:
       fkdpipe fit-basis images basis.safetensors --teacher resnet50 --images 10%
     """
-    from fkdpipe.errors import UsageError
+    from fkdpipe.common.errors import UsageError
     from fkdpipe.labelgen.fit_basis import FitSettings
 
     settings = options.resolve(FitSettings, recipe, assignments, flags)
@@ -60,11 +60,12 @@ def fit_basis(
             f"{basis} exists, and stores whose features were made with it need it. Choose another "
             "name, or delete the file first."
         )
-    from fkdpipe import distributed, features, teachers
+    from fkdpipe.common import distributed
     from fkdpipe.labelgen import basis_plot
     from fkdpipe.labelgen import fit_basis as fitting
     from fkdpipe.labelgen.generate import Resources
-    from fkdpipe.models import parse_spec
+    from fkdpipe.networks import features, teachers
+    from fkdpipe.networks.models import parse_spec
     from fkdpipe.storage.store import open_store
 
     if plot:
@@ -96,7 +97,7 @@ def fit_basis(
 
 
 def _print_fitted(file: Path, fitted: Fitted, width: int, *, as_json: bool) -> None:
-    from fkdpipe import features
+    from fkdpipe.networks import features
 
     b = fitted.basis
     ratios = features.std_ratios(b, width)

@@ -24,7 +24,7 @@ def demo(out: Path) -> None:
     Example:
       fkdpipe demo --out demo
     """
-    from fkdpipe import demo as demo_
+    from fkdpipe.commands import demo_data as demo_
 
     outcome = demo_.run(out, say=click.echo, reporter=terminal.reporter())
     click.echo()

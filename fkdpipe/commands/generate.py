@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fkdpipe.labelgen.dry_run import Forecast
     from fkdpipe.labelgen.repair import Restored, Withdrawn
     from fkdpipe.labelgen.settings import GenerateSettings
-    from fkdpipe.teachers import Teacher
+    from fkdpipe.networks.teachers import Teacher
 
 
 @click.command()
@@ -63,7 +63,7 @@ def generate(
 
     Started again, it makes what is missing. Several processes share a store under torchrun, or
     with --part on several machines. More --crops, another teacher or --features add to a store,
-    and its crop law, seed and form need not be said again.
+    and its crop distribution, seed and form need not be said again.
 
     A --class-map file has either one class name per line, in the order of the teacher's outputs,
     or a class folder and the number of its output, from 0, on every line ("n01440764 0"). Lines
@@ -78,8 +78,8 @@ def generate(
     if repair:
         flags = _with_recorded(store, options.given_table(recipe, assignments, flags), flags)
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
-    from fkdpipe import distributed
-    from fkdpipe.errors import UsageError
+    from fkdpipe.common import distributed
+    from fkdpipe.common.errors import UsageError
     from fkdpipe.labelgen import dry_run as forecasting
     from fkdpipe.labelgen import existing
     from fkdpipe.labelgen import generate as run
@@ -137,7 +137,7 @@ def _with_recorded(store: str, given: dict[str, Any], flags: dict[str, Any]) -> 
     Raises:
         UsageError: no teacher is named; says with which options the store was made.
     """
-    from fkdpipe.errors import StoreError, UsageError
+    from fkdpipe.common.errors import StoreError, UsageError
     from fkdpipe.labelgen import existing
     from fkdpipe.storage.location import open_location
     from fkdpipe.storage.store import Store
@@ -158,8 +158,9 @@ def _with_recorded(store: str, given: dict[str, Any], flags: dict[str, Any]) -> 
 
 
 def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[Teacher]:
-    from fkdpipe import images, teachers
-    from fkdpipe.models import parse_spec
+    from fkdpipe.networks import teachers
+    from fkdpipe.networks.models import parse_spec
+    from fkdpipe.pixels import images
 
     named = settings.form != "none"  # features alone have no classes to match
     return teachers.load_teachers(

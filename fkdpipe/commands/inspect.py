@@ -75,7 +75,7 @@ def inspect(
     Example:
       fkdpipe inspect store images --by worst --out worst.html
     """
-    from fkdpipe.errors import UsageError
+    from fkdpipe.common.errors import UsageError
     from fkdpipe.inspect import choose, pages, sheet, sources, views
 
     if sum(each is not None for each in (crop, image, class_name)) > 1:
@@ -159,7 +159,7 @@ def analyse(
     """
     import numpy as np
 
-    from fkdpipe.errors import UsageError
+    from fkdpipe.common.errors import UsageError
     from fkdpipe.inspect import analysis, sources
 
     if model and data is None:
@@ -192,10 +192,11 @@ def _models(
     device: str,
 ) -> list[Any]:
     """(name, predictions) of each model, its replay open as long as the stack is."""
-    from fkdpipe import images, teachers
     from fkdpipe.inspect import models
-    from fkdpipe.models import parse_spec
-    from fkdpipe.replay import open_replay
+    from fkdpipe.networks import teachers
+    from fkdpipe.networks.models import parse_spec
+    from fkdpipe.pixels import images
+    from fkdpipe.pixels.replay import open_replay
 
     root = images.split_root(data, "train")
     loaded = teachers.load_teachers(

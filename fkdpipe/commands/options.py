@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
@@ -42,7 +42,7 @@ def resolve(
     Raises:
         UsageError: listing every problem; or a setting has a flag and a --set.
     """
-    from fkdpipe import config
+    from fkdpipe.common import config
 
     where = str(recipe) if recipe else "settings"
     return config.build(cls, given_table(recipe, assignments, flags), where=where)
@@ -56,7 +56,7 @@ def given_table(
     Raises:
         UsageError: a setting has a flag and a --set.
     """
-    from fkdpipe import config
+    from fkdpipe.common import config
 
     assigned = [config.parse_assignment(text) for text in assignments]
     given = {key: value for key, value in flags.items() if value not in (None, (), "")}

@@ -11,8 +11,8 @@ import click
 from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
+    from fkdpipe.inspect.report import StorageReport
     from fkdpipe.storage.plan import Plan
-    from fkdpipe.storage.report import StorageReport
 
 
 @click.command()
@@ -62,7 +62,7 @@ def report(
     Example:
       fkdpipe report store
     """
-    from fkdpipe.errors import UsageError
+    from fkdpipe.common.errors import UsageError
 
     context = click.get_current_context()
     of_plan = ("images", "crops", "classes", "forms", "features", "derive_boxes",
@@ -110,7 +110,7 @@ def report(
 
 
 def _report(stores: tuple[str, ...], html: Path | None, *, as_json: bool) -> None:
-    from fkdpipe.storage.report import measure
+    from fkdpipe.inspect.report import measure
     from fkdpipe.storage.store import open_store
 
     measured = [measure(open_store(store), bounds=True) for store in stores]
@@ -133,8 +133,8 @@ def _report(stores: tuple[str, ...], html: Path | None, *, as_json: bool) -> Non
 
 def _print_report(r: StorageReport) -> None:
     from fkdpipe.inspect import footprint
+    from fkdpipe.inspect.report import to_gigabytes
     from fkdpipe.storage import words
-    from fkdpipe.storage.report import to_gigabytes
 
     form = f"form {r.form}" if r.form else "no labels"
     click.echo(

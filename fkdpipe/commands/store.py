@@ -55,7 +55,7 @@ def verify(
     Example:
       fkdpipe verify store --full
     """
-    from fkdpipe.errors import StoreError, UsageError
+    from fkdpipe.common.errors import StoreError, UsageError
     from fkdpipe.storage import verify as verifying
     from fkdpipe.storage.store import open_store
 
@@ -101,12 +101,12 @@ def _against_data(
     sample: int,
     device: str,
 ) -> list[Problem]:
-    from fkdpipe import features, teachers
-    from fkdpipe.errors import ModelError, StoreError
+    from fkdpipe.common.errors import ModelError, StoreError
     from fkdpipe.labelgen import check
-    from fkdpipe.models import parse_spec
+    from fkdpipe.networks import features, teachers
+    from fkdpipe.networks.feature_layers import needs_of
+    from fkdpipe.networks.models import parse_spec
     from fkdpipe.storage.verify import Problem
-    from fkdpipe.taps import needs_of
 
     try:
         problems = check.folder(store, data)
@@ -131,7 +131,7 @@ def _against_data(
         class_maps=[teachers.read_class_map(file) for file in class_map],
         precision=parts[0].settings["precision"] or "float32",  # unknown of imports
         device=where,
-        needs=needs_of({part.tap for part in parts}),
+        needs=needs_of({part.layer for part in parts}),
     )
     fitted = features.load_basis(basis) if basis else None
     changed = {part.path: check.other_teachers(part, loaded) for part in parts}
@@ -175,11 +175,11 @@ def thin(
     Example:
       fkdpipe thin store small --crops 50 --form topk:5:compact
     """
+    from fkdpipe.inspect.report import measure
     from fkdpipe.storage import thin as thinning
     from fkdpipe.storage import words
     from fkdpipe.storage.labels import parse_form
     from fkdpipe.storage.location import open_location
-    from fkdpipe.storage.report import measure
     from fkdpipe.storage.store import open_store
 
     wanted = thinning.Thinning(

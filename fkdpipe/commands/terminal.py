@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from fkdpipe.errors import FkdpipeError, UsageError
+from fkdpipe.common.errors import FkdpipeError, UsageError
 
 
 def start_logging() -> None:

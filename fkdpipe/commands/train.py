@@ -67,8 +67,8 @@ def train(
     flags["optimizer.lr"] = flags.pop("lr")
     flags["method.name"] = flags.pop("method")
     settings = options.resolve(TrainSettings, recipe, assignments, flags)
-    from fkdpipe import distributed
-    from fkdpipe.progress import silent
+    from fkdpipe.common import distributed
+    from fkdpipe.common.progress import silent
     from fkdpipe.storage.store import open_store
     from fkdpipe.train import loop, parallel
     from fkdpipe.train.run import prepare
@@ -140,14 +140,13 @@ def evaluate(
     Example:
       fkdpipe evaluate images runs/student --json
     """
-    from fkdpipe import images, teachers
-    from fkdpipe.distributed import default_threads
-    from fkdpipe.models import parse_spec
+    from fkdpipe.common.distributed import default_threads
+    from fkdpipe.networks import models, teachers
+    from fkdpipe.pixels import images
     from fkdpipe.train import evaluate as evaluation
 
     reporter = terminal.reporter()
     where = options.choose_device(device)
-    spec = parse_spec(model)
     with reporter.task("scan", 0, "files") as advance:
         chosen = split or ("val" if images.splits_of(data) else "train")
         folder = images.scan(data, split=chosen, on_image=advance)  # type: ignore[arg-type]
@@ -157,7 +156,7 @@ def evaluate(
     elif numbered:
         class_maps = [teachers.numbered_classes(folder.class_names)]
     (teacher,) = teachers.load_teachers(
-        [spec],
+        [models.parse_spec(model)],
         class_names=folder.class_names,
         class_maps=class_maps,
         precision=precision,  # type: ignore[arg-type]

@@ -43,16 +43,16 @@ def transfer(
     Example:
       fkdpipe transfer runs/student pets flowers --seed 0 --seed 1 --seed 2
     """
-    from fkdpipe.train.transfer import TransferSettings
+    from fkdpipe.downstream.transfer import TransferSettings
 
     settings = options.resolve(TransferSettings, recipe, assignments, flags)
     import dataclasses
     import tempfile
 
-    from fkdpipe import distributed
-    from fkdpipe.progress import silent
+    from fkdpipe.common import distributed
+    from fkdpipe.common.progress import silent
+    from fkdpipe.downstream import transfer as transferring
     from fkdpipe.train import parallel
-    from fkdpipe.train import transfer as transferring
 
     rank = distributed.current()
     where = options.choose_device(device, rank.local)

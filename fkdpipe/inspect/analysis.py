@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.inspect.measures import (
     UNSURE,
     background,
@@ -26,7 +27,6 @@ from fkdpipe.inspect.measures import (
 )
 from fkdpipe.inspect.results import Analysis, Band, Change, ClassAnalysis, SourceAnalysis
 from fkdpipe.inspect.sources import Labels, Opened, blocks
-from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage.labels import Target
 

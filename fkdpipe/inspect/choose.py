@@ -11,10 +11,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from fkdpipe.errors import StoreError, UsageError
+from fkdpipe.common.errors import StoreError, UsageError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.inspect.measures import FLOOR, entropy, total_variation
 from fkdpipe.inspect.sources import Opened, blocks
-from fkdpipe.progress import Reporter, silent
 
 Order = Literal["stored", "sure", "unsure", "entropy", "worst", "disagreement"]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from fkdpipe.inspect.html import figures, page, table
 from fkdpipe.inspect.plots import COLOURS, Panel
+from fkdpipe.inspect.report import PaperRow, StorageReport, to_gigabytes
 from fkdpipe.storage import words
 from fkdpipe.storage.plan import Plan
-from fkdpipe.storage.report import PaperRow, StorageReport, to_gigabytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

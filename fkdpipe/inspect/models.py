@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe import colour, images
-from fkdpipe.errors import ModelError, ReplayError
+from fkdpipe.common.errors import ModelError, ReplayError
 from fkdpipe.inspect.analysis import Predict
 from fkdpipe.inspect.sources import Opened
-from fkdpipe.replay import Replay, Request, View, normalise
-from fkdpipe.teachers import Teacher
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import colour, images
+from fkdpipe.pixels.replay import Replay, Request, View, normalise
 
 
 def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray) -> Request:

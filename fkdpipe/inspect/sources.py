@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.errors import StoreError, StoreMismatchError
-from fkdpipe.models import SELF_SUPERVISED
-from fkdpipe.progress import Reporter, shared, silent
+from fkdpipe.common.errors import StoreError, StoreMismatchError
+from fkdpipe.common.progress import Reporter, shared, silent
+from fkdpipe.networks.models import SELF_SUPERVISED
 from fkdpipe.storage import labels, reader
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.reader import CropReader, Finished, Segment, SparseReader, WideReader

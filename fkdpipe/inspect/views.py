@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fkdpipe import colour, images
-from fkdpipe.errors import ReplayError
+from fkdpipe.common.errors import ReplayError
 from fkdpipe.inspect.choose import Chosen
 from fkdpipe.inspect.measures import entropy
 from fkdpipe.inspect.models import factors, request
 from fkdpipe.inspect.sources import Labels, Opened
-from fkdpipe.replay import DECODE_ERRORS, View, open_replay, size_failure
+from fkdpipe.pixels import colour, images
+from fkdpipe.pixels.replay import DECODE_ERRORS, View, open_replay, size_failure
 
 BARS = 4  # most probable classes that are named; the image's own is added when it is not among them
 

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fkdpipe.errors import FkdpipeError, LabelsError, UsageError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import FkdpipeError, LabelsError, UsageError
 from fkdpipe.interchange import fkd, mldr, parquet, relabel, sre2l, tinyvit
 from fkdpipe.interchange.exporting import Exported
 from fkdpipe.interchange.source import DAMAGE, ImportSettings, LabelSource
+from fkdpipe.pixels.images import ImageFolder
 
 log = logging.getLogger(__name__)
 

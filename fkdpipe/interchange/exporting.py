@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fkdpipe import disk
-from fkdpipe.errors import LabelsError, UsageError
+from fkdpipe.common import disk
+from fkdpipe.common.errors import LabelsError, UsageError
+from fkdpipe.common.progress import Advance
 from fkdpipe.interchange.source import SEED_FIELD
-from fkdpipe.progress import Advance
 from fkdpipe.storage import labels, reader, rounds
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.reader import Finished, Segment, WideReader
@@ -57,7 +57,7 @@ class Labelled:
         rows: int64 (I,), places in the store. keys: of the images. size_I2: (height, width).
         box_IM4: uint16. flip_IM: bool.
         ids_IMK: int64, most probable first. prob_IMK: float32; all one for form `hard`.
-        jitter_IM4: float32 colour factors (`fkdpipe.crops.Crops`), None without any.
+        jitter_IM4: float32 colour factors (`fkdpipe.pixels.crops.Crops`), None without any.
     """
 
     unit: int

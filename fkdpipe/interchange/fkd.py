@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import crops, images
-from fkdpipe.errors import LabelsError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.interchange import exporting, matching, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
 from fkdpipe.interchange.matching import LabelTree
@@ -28,13 +27,14 @@ from fkdpipe.interchange.source import (
     ImageLabels,
     ImportSettings,
     LabelSource,
-    imported_law,
+    imported_distribution,
     refuse_half_ids,
     to_pixels,
     whole_numbers,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.pixels import crops, images
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.store import Store
 
@@ -75,7 +75,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         classes=classes,
         classes_known=settings.classes is not None,
         crops=crops,
-        law=imported_law("fkd", crops),
+        distribution=imported_distribution("fkd", crops),
         fingerprint=tree.fingerprint(),
         read=read,
         notes=tuple(notes),

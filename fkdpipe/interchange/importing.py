@@ -15,10 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import crops, images
-from fkdpipe.crops import Crops
-from fkdpipe.errors import LabelsError, StoreMismatchError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError, StoreMismatchError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.interchange.source import (
     DAMAGE,
     SEED_FIELD,
@@ -28,7 +26,9 @@ from fkdpipe.interchange.source import (
     check,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.pixels import crops, images
+from fkdpipe.pixels.crops import Crops
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage import begin, labels, rounds, schema, writer
 from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import Location
@@ -150,8 +150,14 @@ def _parts(store: Store, source: LabelSource, settings: ImportSettings) -> tuple
     origin = {"format": source.format, "fingerprint": source.fingerprint, **source.origin}
     given = settings.temperature
     fields = [*schema.crop_fields(), *source.fields]
-    law = source.law if source.law["law"] == crops.LAW_NAME else {**source.law, "labels": origin}
-    crops_part = writer.add_part(store, "rounds/0/crops", "crops", law, fields, source.crops)
+    distribution = (
+        source.distribution
+        if source.distribution["law"] == crops.DISTRIBUTION_NAME
+        else {**source.distribution, "labels": origin}
+    )
+    crops_part = writer.add_part(
+        store, "rounds/0/crops", "crops", distribution, fields, source.crops
+    )
     facts: Json = {
         "form": str(source.form),
         "classes": source.classes,

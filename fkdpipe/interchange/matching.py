@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import images
-from fkdpipe.errors import LabelsError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError
 from fkdpipe.interchange.torchfile import BrokenFileError
+from fkdpipe.pixels import images
+from fkdpipe.pixels.images import ImageFolder
 
 MAX_DEPTH = 4  # folders between what the user names and the class folders
 SAMPLE = 32

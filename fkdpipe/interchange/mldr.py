@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fkdpipe.errors import LabelsError, UsageError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError, UsageError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.interchange import exporting, imagefolder, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
 from fkdpipe.interchange.source import (
@@ -28,10 +28,10 @@ from fkdpipe.interchange.source import (
     ImageLabels,
     ImportSettings,
     LabelSource,
-    imported_law,
+    imported_distribution,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.schema import Json
 from fkdpipe.storage.store import Store
@@ -64,7 +64,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
     k = len(probe[0][1])
     classes = settings.classes or config.get("num_classes")
     crop = config["reinforce"]["image_augmentation"]["random_resized_crop"]
-    law = imported_law("ml-dr", crops)
+    distribution = imported_distribution("ml-dr", crops)
 
     def read(position: int) -> ImageLabels:
         index = int(index_N[position])
@@ -80,8 +80,8 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         classes=classes if type(classes) is int else len(folder.class_names),
         classes_known=type(classes) is int,
         crops=crops,
-        law={
-            **law,
+        distribution={
+            **distribution,
             "scale": list(crop.get("scale", (0.08, 1.0))),
             "ratio": list(crop.get("ratio", (3 / 4, 4 / 3))),
         },
@@ -311,9 +311,11 @@ def _export_samples(unit: Labelled, i: int) -> list[Json]:
 
 def _export_config(export: Export) -> Json:
     """What ml-dr's trainer looks up, and what else is known."""
-    law = export.found.crops[0].part.settings
-    crop = {name: law[name] for name in ("scale", "ratio") if law[name] is not None}
-    flip = 0.5 if law["flip"] is None else law["flip"]
+    distribution = export.found.crops[0].part.settings
+    crop = {
+        name: distribution[name] for name in ("scale", "ratio") if distribution[name] is not None
+    }
+    flip = 0.5 if distribution["flip"] is None else distribution["flip"]
     return {
         "num_classes": export.classes,
         "teacher": {"name": ",".join(str(t.get("name")) for t in export.settings["teachers"])},

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.interchange import exporting
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
-from fkdpipe.progress import Reporter, silent
 from fkdpipe.storage.store import Store
 
 

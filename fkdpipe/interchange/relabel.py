@@ -2,9 +2,9 @@
 
 A file is one tensor (2, K, H, W): scores before softmax and class ids of the K best classes in
 every cell, float32 (ReLabel) or float16 (TokenLabeling). There are no crops; they are drawn here
-by our own law, and the map is pooled for each as in training with these maps: a RoI-align of the
-dense map (0 where a class is not listed) over the box, scaled to the map and shifted by half a
-cell, to one cell, then softmax.
+by our own distribution, and the map is pooled for each as in training with these maps: a
+RoI-align of the dense map (0 where a class is not listed) over the box, scaled to
+the map and shifted by half a cell, to one cell, then softmax.
 
 The published training passes (top, left, bottom, right) where the RoI-align takes (left, top,
 right, bottom). `compat_transposed` reproduces that; the default pools the box that was cut.
@@ -19,10 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import crops
-from fkdpipe.crops import CropLaw
-from fkdpipe.errors import LabelsError, UsageError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.interchange import matching, torchfile
 from fkdpipe.interchange.source import (
     ImageLabels,
@@ -32,6 +29,9 @@ from fkdpipe.interchange.source import (
     whole_numbers,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
+from fkdpipe.pixels import crops
+from fkdpipe.pixels.crops import CropDistribution
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.rounds import crop_settings
 
@@ -53,7 +53,7 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         UsageError: the number of crops is not given.
         LabelsError: no files that fit, none that can be read, or ids rounded by float16.
     """
-    M, keep, law = settings.crops, settings.keep, CropLaw()
+    M, keep, distribution = settings.crops, settings.keep, CropDistribution()
     if M is None:
         raise UsageError("label maps have no crops: say how many to draw per image, --crops M.")
     tree = matching.match(place, folder, ".pt")
@@ -68,7 +68,7 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
             raise BrokenFileError("class-range", f"class {int(ids_KHW.max())} of {classes}")
         size = folder.size_N2[position : position + 1]
         drawn = crops.sample(
-            law,
+            distribution,
             seed=settings.seed,
             image_id_N=crops.image_ids([folder.keys[position]]),
             size_N2=size,
@@ -85,7 +85,9 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         classes=classes,
         classes_known=settings.classes is not None,
         crops=M,
-        law=crop_settings(law, seed=settings.seed, first=0, count=M, derived=False),
+        distribution=crop_settings(
+            distribution, seed=settings.seed, first=0, count=M, derived=False
+        ),
         fingerprint=tree.fingerprint(),
         read=read,
         extra=tree.extra,

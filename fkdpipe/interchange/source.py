@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fkdpipe.crops import boxes_outside
-from fkdpipe.errors import LabelsError, UsageError
+from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.interchange.torchfile import BrokenFileError
+from fkdpipe.pixels.crops import boxes_outside
 from fkdpipe.storage import schema
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.schema import Field, Json
@@ -101,7 +101,8 @@ class LabelSource:
     Attributes:
         format: its name. form, classes, crops: C and M of what they hold.
         classes_known: the user gave C; else it is the folder's.
-        law: settings of the crops part. fingerprint: hex, of what was looked at when opening.
+        distribution: settings of the crops part.
+        fingerprint: hex, of what was looked at when opening.
         read: position in the image folder to its labels; raises BrokenFileError. Called from
             several threads.
         fields: further arrays of the crops part.
@@ -115,7 +116,7 @@ class LabelSource:
     classes: int
     classes_known: bool
     crops: int
-    law: Json
+    distribution: Json
     fingerprint: str
     read: Callable[[int], ImageLabels]
     fields: tuple[Field, ...] = ()
@@ -138,7 +139,7 @@ class LabelSource:
         return (*self.notes, f"{self.extra:,} labels belong to no image: {examples}{more}")
 
 
-def imported_law(format_: str, crops: int) -> Json:
+def imported_distribution(format_: str, crops: int) -> Json:
     """Settings of a crops part whose boxes came from elsewhere; None is unknown."""
     return {
         "law": f"imported:{format_}",

@@ -17,19 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.errors import LabelsError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError
 from fkdpipe.interchange import imagefolder, torchfile
 from fkdpipe.interchange.source import (
     ImageLabels,
     ImportSettings,
     LabelSource,
-    imported_law,
+    imported_distribution,
     scratch_table,
     to_pixels,
     whole_numbers,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # coordinates, flips, scores
@@ -80,7 +80,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         classes=classes,
         classes_known=True,
         crops=len(epochs),
-        law=imported_law("sre2l", len(epochs)),
+        distribution=imported_distribution("sre2l", len(epochs)),
         fingerprint=hashlib.sha256((epochs[0] / "batch_0.tar").read_bytes()).hexdigest(),
         read=read,
         temperature=1.0,  # scores before softmax: the temperature is still free

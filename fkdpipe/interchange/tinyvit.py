@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import crops
-from fkdpipe.errors import LabelsError
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.errors import LabelsError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.interchange import exporting, imagefolder, matching
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings
 from fkdpipe.interchange.source import (
@@ -31,12 +30,13 @@ from fkdpipe.interchange.source import (
     ImageLabels,
     ImportSettings,
     LabelSource,
-    imported_law,
+    imported_distribution,
     refuse_short_ids,
     scratch_table,
 )
 from fkdpipe.interchange.torchfile import BrokenFileError
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.pixels import crops
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.store import Store
 
@@ -131,14 +131,14 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
             seed_M=found["seed"],
         )
 
-    law = imported_law("tinyvit", len(epochs))
+    distribution = imported_distribution("tinyvit", len(epochs))
     return LabelSource(
         format="tinyvit",
         form=Form("topk", k),
         classes=classes,
         classes_known=settings.classes is not None,
         crops=len(epochs),
-        law={**law, "scale": list(_SCALE), "ratio": list(_RATIO), "flip": _FLIP,
+        distribution={**distribution, "scale": list(_SCALE), "ratio": list(_RATIO), "flip": _FLIP,
              "keys": "names" if named else "index"},
         fingerprint=_fingerprint(epochs),
         read=read,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe import features
-from fkdpipe.features import Basis
+from fkdpipe.networks import features
+from fkdpipe.networks.features import Basis
 
-# Deviation of PTS of normal values of deviation 1 at T = 1 and n = 3, see `fkdpipe.features.pts`.
+# Standard deviation of PTS of standard normal values at T = 1 and n = 3; see `features.pts`.
 _PTS_CONSTANT = 0.89576
 
 

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe import images, replay
-from fkdpipe import teachers as teachers_
-from fkdpipe.crops import Crops
-from fkdpipe.errors import DamagedStoreError, StoreMismatchError
-from fkdpipe.features import Basis
+from fkdpipe.common.errors import DamagedStoreError, StoreMismatchError
 from fkdpipe.labelgen import outputs
-from fkdpipe.replay import Request
+from fkdpipe.networks import teachers as teachers_
+from fkdpipe.networks.feature_layers import Outputs
+from fkdpipe.networks.features import Basis
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import images, replay
+from fkdpipe.pixels.crops import Crops
+from fkdpipe.pixels.replay import Request
 from fkdpipe.storage import features, labels, rounds, schema
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.schema import Field
 from fkdpipe.storage.store import Part, Store
 from fkdpipe.storage.verify import Problem
-from fkdpipe.taps import Outputs
-from fkdpipe.teachers import Teacher
 
 # What a label may differ by beyond its form's bound, since batches are composed otherwise than
 # when it was made: last bits of float32, and far more where the teacher computes in 16 bits.

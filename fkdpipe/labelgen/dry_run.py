@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fkdpipe import images
-from fkdpipe.distributed import Rank
-from fkdpipe.images import ImageFolder
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import existing, generate, plan
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.progress import Advance, Reporter, silent
-from fkdpipe.storage import report, schema
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import images
+from fkdpipe.pixels.images import ImageFolder
+from fkdpipe.storage import schema, sizes
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store
-from fkdpipe.teachers import Teacher
 
 SAMPLE_IMAGES = 32
 SAMPLE_CROPS = 16
@@ -86,20 +86,19 @@ def forecast(
         alone = replace(resources, rank=Rank())  # the sample is small, whoever shares the real run
         generate.generate(made, teachers, alone, reporter=clock)
         ended = time.perf_counter()
-        size = report.measure(made.store)
+        stored = sizes.stored_bytes(made.store, sizes.field_names(made.store))
         fields = [field for part in made.parts for field in part.fields]
-    sampled = size.images * size.crops_per_image
+    sampled = len(some) * min(crops_M, SAMPLE_CROPS)
     # A few images do not fill a chunk, and what is not compressed keeps the empty rest of it.
     chunk = min(schema.CHUNK_IMAGES, made.store.unit_size)
     filled = len(some) / (-(-len(some) // chunk) * chunk)
     raw = {field.name for field in fields if field.codec == "raw"}
     once = _array_metadata_bytes(made.store)  # as large for a few crops as for millions
     per_crop = -sum(n * (filled if name in raw else 1.0) for name, n in once.items()) / sampled
-    for name, stored in size.fields.items():
+    for name, size in stored.items():
         if name not in ("images", "commits"):
-            shrunk = filled if name.rsplit("/", 1)[-1] in raw else 1.0
-            per_crop += stored.bytes_per_crop * shrunk
-    per_image = size.fields["images"].stored_bytes / size.images
+            per_crop += size / sampled * (filled if name.rsplit("/", 1)[-1] in raw else 1.0)
+    per_image = stored["images"] / len(some)
     crops = len(folder) * crops_M
     rate = max(1, sampled - clock.crops) / (ended - clock.since)
     per_image_buffer = schema.bytes_per_image(fields, crops_M)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fkdpipe.crops import LAW_NAME, CropLaw
-from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.common.errors import StoreMismatchError, UsageError
 from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.pixels.crops import DISTRIBUTION_NAME, CropDistribution
 from fkdpipe.storage import rounds, schema
 from fkdpipe.storage.schema import Json
 from fkdpipe.storage.store import Part, Store
@@ -20,14 +20,16 @@ _OF_LAW = ("scale", "ratio", "flip", "jitter")
 class Drawing:
     """How crops are drawn. derived: boxes are not stored."""
 
-    law: CropLaw
+    distribution: CropDistribution
     seed: int
     derived: bool
 
     def settings(self) -> Json:
         """As a round records it, whichever crops of the sequence it holds."""
         return _comparable(
-            rounds.crop_settings(self.law, seed=self.seed, first=0, count=0, derived=self.derived)
+            rounds.crop_settings(
+                self.distribution, seed=self.seed, first=0, count=0, derived=self.derived
+            )
         )
 
 
@@ -37,11 +39,11 @@ def drawing(store: Store | None, settings: GenerateSettings) -> Drawing:
     Boxes of an import were drawn by nobody here: they have no law to take.
     """
     drawn = [p.settings for p in store.rounds()] if store is not None else []
-    old = drawn[0] if drawn and drawn[0]["law"] == LAW_NAME else None
-    law = settings.crop or (rounds.law_of(old) if old else CropLaw())
+    old = drawn[0] if drawn and drawn[0]["law"] == DISTRIBUTION_NAME else None
+    distribution = settings.crop or (rounds.distribution_of(old) if old else CropDistribution())
     seed = settings.seed if settings.seed is not None else (int(old["seed"]) if old else 0)
     boxes = settings.boxes or (old["boxes"] if old else "stored")
-    return Drawing(law, seed, boxes == "derived")
+    return Drawing(distribution, seed, boxes == "derived")
 
 
 def crops_per_image(store: Store | None, settings: GenerateSettings) -> int:
@@ -71,7 +73,7 @@ def as_store(store: Store | None, settings: GenerateSettings, source: str) -> Ge
         settings,
         form=settings.form or form_of(store, source),
         crops=crops_per_image(store, settings),
-        crop=drawn.law,
+        crop=drawn.distribution,
         seed=drawn.seed,
         boxes="derived" if drawn.derived else "stored",
     )
@@ -97,7 +99,7 @@ def recorded_options(store: Store) -> dict[str, dict[str, Any]]:
             options |= {"form": old["form"], "temperature": old["temperature"]}
         else:
             dims = "" if old["basis"] is None else f":{old['dims']}"
-            kept = {*options.get("features", ()), f"{part.tap}{dims}"}
+            kept = {*options.get("features", ()), f"{part.layer}{dims}"}
             options |= {"features": sorted(kept), "features_code": old["code"]}
     return found
 
@@ -125,7 +127,7 @@ def check_drawing(store: Store, part: Part, wanted: Drawing) -> None:
     Raises:
         StoreMismatchError: naming what differs by the keys a user types.
     """
-    if part.settings["law"] != LAW_NAME:
+    if part.settings["law"] != DISTRIBUTION_NAME:
         raise StoreMismatchError(
             f"{store.url} has {part.settings['crops']} crops per image that were imported with "
             "their labels; no others can be drawn beside them. Leave --crops out to keep them, or "

@@ -17,19 +17,20 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from fkdpipe import crops, features, images, replay, taps
-from fkdpipe.crops import CropLaw, Crops
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import ImagesError, StoreMismatchError, UsageError
-from fkdpipe.features import Basis, Tap
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import ImagesError, StoreMismatchError, UsageError
+from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.generate import Resources
-from fkdpipe.progress import Advance, Reporter, silent
-from fkdpipe.replay import Backend, Request
+from fkdpipe.networks import feature_layers, features
+from fkdpipe.networks.feature_layers import Needs
+from fkdpipe.networks.features import Basis, FeatureLayer
+from fkdpipe.networks.teachers import Precision, Teacher
+from fkdpipe.pixels import crops, images, replay
+from fkdpipe.pixels.crops import CropDistribution, Crops
+from fkdpipe.pixels.replay import Backend, Request
 from fkdpipe.storage import rounds, writer
 from fkdpipe.storage.store import Store
-from fkdpipe.taps import Needs
-from fkdpipe.teachers import Precision, Teacher
 
 MAX_FAILED_SHARE = 0.5  # of the images: more looks like the wrong folder
 
@@ -38,7 +39,7 @@ MAX_FAILED_SHARE = 0.5  # of the images: more looks like the wrong folder
 class FitSettings:
     """What a basis is fitted on.
 
-    teacher: NAME or NAME=FILE. tap: features before or after the last activation.
+    teacher: NAME or NAME=FILE. layer: features before or after the last activation.
     images: share of the images of every class, in percent.
     crops: M, crops of each image. crop: the law they are drawn by, without a store.
     seed: of the choice of images and of the crops.
@@ -47,9 +48,9 @@ class FitSettings:
 
     teacher: str
     images: str = "10%"
-    tap: Tap = "pre"
+    layer: FeatureLayer = "pre"
     crops: int = 1
-    crop: CropLaw = field(default_factory=CropLaw)
+    crop: CropDistribution = field(default_factory=CropDistribution)
     seed: int = 0
     precision: Precision = "float32"
     batch: int = 64
@@ -67,7 +68,7 @@ class FitSettings:
 
     @property
     def needs(self) -> Needs:
-        return Needs(pre=self.tap == "pre", penultimate=self.tap == "post")
+        return Needs(pre=self.layer == "pre", penultimate=self.layer == "post")
 
 
 def parse_share(text: str) -> float:
@@ -126,12 +127,12 @@ def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) 
         size_N2=folder.size_N2[rows],
         crops_M=np.arange(settings.crops),
     )
-    law = rounds.crop_settings(
+    distribution = rounds.crop_settings(
         settings.crop, seed=settings.seed, first=0, count=settings.crops, derived=False
     )
     return _sample(
         folder.root, np.array(folder.keys, dtype=object)[rows], folder.size_N2[rows], drawn,
-        settings, law, folder.fingerprint,
+        settings, distribution, folder.fingerprint,
     )  # fmt: skip
 
 
@@ -178,10 +179,10 @@ def _sample(
     size_N2: np.ndarray,
     drawn: Crops,
     settings: FitSettings,
-    law: dict[str, Any],
+    distribution: dict[str, Any],
     fingerprint: str,
 ) -> Sample:
-    facts = {"images": settings.images, "crops": law, "fingerprint": fingerprint}
+    facts = {"images": settings.images, "crops": distribution, "fingerprint": fingerprint}
     return Sample(root, keys, size_N2, drawn, facts)
 
 
@@ -200,7 +201,7 @@ def fit(
         ImagesError: most images cannot be read.
     """
     backend = replay.choose_backend(settings.replay, resources.device, _request(sample, 0, 8))
-    sums = _Sums.zeros(taps.width(teacher.module.network))
+    sums = _Sums.zeros(feature_layers.width(teacher.module.network))
     failed: dict[str, str] = {}
     per_rank = -(-sample.drawn.flip_NM.size // resources.rank.world)
     with reporter.task("teacher", per_rank, "crops") as advance:
@@ -217,7 +218,7 @@ def fit(
     facts = {
         **sample.facts,
         "teacher": teacher.facts(),
-        "tap": settings.tap,
+        "tap": settings.layer,
         "precision": teacher.precision,
         "seed": settings.seed,
         "replay": replay.versions(backend),
@@ -278,7 +279,7 @@ def _vectors(
                 seen = seen if len(good) == len(rows) else seen[torch.from_numpy(within)]
                 factors = outputs.factors(sample.drawn, rows[0] * crops_M + within)
                 (out,) = outputs.teach([teacher], {view: seen.to(resources.device)}, factors)
-                vectors_BD = out.pre if settings.tap == "pre" else out.penultimate
+                vectors_BD = out.pre if settings.layer == "pre" else out.penultimate
                 assert vectors_BD is not None
                 yield vectors_BD
             advance(pixels.request.flip_Im.size)

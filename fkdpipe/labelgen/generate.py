@@ -8,18 +8,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fkdpipe import replay
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import FkdpipeError
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import FkdpipeError
+from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.plan import Plan, RoundPlan
 from fkdpipe.labelgen.unit import Unit
-from fkdpipe.progress import Advance, Reporter, silent
-from fkdpipe.replay import Replay
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import replay
+from fkdpipe.pixels.replay import Replay
 from fkdpipe.storage import writer
 from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.store import IMAGES, Part, Store
-from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
 

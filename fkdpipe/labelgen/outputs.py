@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fkdpipe import colour
-from fkdpipe import teachers as teachers_
-from fkdpipe.crops import Crops
-from fkdpipe.errors import ModelError
-from fkdpipe.features import Basis
-from fkdpipe.replay import View, normalise
+from fkdpipe.common.errors import ModelError
+from fkdpipe.networks import teachers as teachers_
+from fkdpipe.networks.feature_layers import Outputs
+from fkdpipe.networks.features import Basis
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import colour
+from fkdpipe.pixels.crops import Crops
+from fkdpipe.pixels.replay import View, normalise
 from fkdpipe.storage import features, labels
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.store import Part
-from fkdpipe.taps import Outputs
-from fkdpipe.teachers import Teacher
 
 
 def views_of(teachers: Sequence[Teacher]) -> list[View]:
@@ -41,7 +41,7 @@ def teach(
     """Each teacher's outputs for uint8 pixels of each view on the device.
 
     Args:
-        factor_B4: recorded colour jitter of the crops (`fkdpipe.colour.jitter`).
+        factor_B4: recorded colour jitter of the crops (`fkdpipe.pixels.colour.jitter`).
 
     Raises:
         ModelError: a teacher gives values that are not finite.
@@ -85,7 +85,7 @@ def encode_part(
             float(part.settings["temperature"]),
         )
     (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
-    kept = {"pre": made.pre, "post": made.penultimate, "map": made.final}[part.tap]
+    kept = {"pre": made.pre, "post": made.penultimate, "map": made.final}[part.layer]
     assert kept is not None
     vectors_BD = kept.flatten(1)  # a map lies in the order C, H, W
     if part.settings["basis"] is not None:  # raw vectors may stand beside projected ones

@@ -15,24 +15,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe import features, images, replay, taps
-from fkdpipe.crops import LAW_NAME
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import StoreMismatchError, UsageError
-from fkdpipe.features import Basis
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import StoreMismatchError, UsageError
+from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.labelgen import existing
 from fkdpipe.labelgen.existing import Drawing
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.models import SELF_SUPERVISED
-from fkdpipe.progress import Reporter, silent
-from fkdpipe.replay import Backend, BackendChoice, Request
+from fkdpipe.networks import feature_layers, features
+from fkdpipe.networks.features import Basis
+from fkdpipe.networks.models import SELF_SUPERVISED
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import images, replay
+from fkdpipe.pixels.crops import DISTRIBUTION_NAME
+from fkdpipe.pixels.replay import Backend, BackendChoice, Request
 from fkdpipe.storage import begin, labels, schema, writer
 from fkdpipe.storage import features as stored_features
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Field, Json
 from fkdpipe.storage.store import Part, Store
-from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -207,36 +208,36 @@ def _wanted_features(
     source: str,
     shared: Json,
 ) -> _Wanted:
-    tap, dims = features.parse_features(text)
+    layer, dims = features.parse_features(text)
     if len(teachers) > 1:
         raise UsageError("features are those of one teacher; generate one source per teacher.")
-    width = taps.width(teachers[0].module.network)
+    width = feature_layers.width(teachers[0].module.network)
     if dims is not None:
         assert basis is not None  # the settings refuse components without a basis
         basis.check_teacher(teachers[0].facts())
-        if basis.facts["tap"] != tap:
+        if basis.facts["tap"] != layer:
             raise UsageError(
                 f"features {text}: the basis was fitted on {basis.facts['tap']} features."
             )
         basis.check_components(dims)
     facts: Json = {
-        "tap": tap,
+        "tap": layer,
         "dims": dims or width,
         "width": width,
         "code": settings.features_code,
         "basis": basis.digest if dims is not None and basis is not None else None,
-        "pre_is_post": not taps.has_activation(teachers[0].module.network),
+        "pre_is_post": not feature_layers.has_activation(teachers[0].module.network),
     }
-    if tap == "map":
+    if layer == "map":
         facts |= _map_facts(teachers[0])
     fields = stored_features.fields(int(facts["dims"]), settings.features_code)
-    return _Wanted(f"features/{source}/{tap}", "features", {**shared, **facts}, fields)
+    return _Wanted(f"features/{source}/{layer}", "features", {**shared, **facts}, fields)
 
 
 def _map_facts(teacher: Teacher) -> Json:
     """shape: (C, H, W) of the teacher's last map at its own input size."""
     device = next(teacher.module.parameters()).device
-    final = taps.example(teacher.module, teacher.preprocessing.size, device).final
+    final = feature_layers.example(teacher.module, teacher.preprocessing.size, device).final
     assert final is not None  # the settings ask for it
     shape = [int(n) for n in final.shape[1:]]
     return {"shape": shape, "dims": math.prod(shape), "width": shape[0], "pre_is_post": False}
@@ -271,7 +272,7 @@ def _open_or_create(
         with reporter.task("scan", 0, "files") as advance:
             folder = images.scan(data, need_classes=False, on_image=advance)
     _tell(folder)
-    crop_fields = schema.crop_fields(jitter=drawn.law.jitter is not None)
+    crop_fields = schema.crop_fields(jitter=drawn.distribution.jitter is not None)
     per_image = schema.bytes_per_image([*fields, *crop_fields], crops_M)
     return writer.create_store(
         location,
@@ -313,13 +314,17 @@ def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Pa
             code="settings",
         )
     for part in known:
-        if wanted == have and part.settings["law"] != LAW_NAME:
+        if wanted == have and part.settings["law"] != DISTRIBUTION_NAME:
             continue  # imported boxes: they are stored, and nothing is drawn
         existing.check_drawing(store, part, drawn)
     if wanted > have:
         known.append(
             writer.add_crops(
-                store, drawn.law, seed=drawn.seed, count=wanted - have, derived=drawn.derived
+                store,
+                drawn.distribution,
+                seed=drawn.seed,
+                count=wanted - have,
+                derived=drawn.derived,
             )
         )
     return known

@@ -6,10 +6,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from fkdpipe import images
-from fkdpipe.errors import DamagedStoreError, StoreError
+from fkdpipe.common.errors import DamagedStoreError, StoreError
 from fkdpipe.labelgen.plan import Plan, image_columns
-from fkdpipe.storage import commits, mend, verify, writer
+from fkdpipe.pixels import images
+from fkdpipe.storage import commits, verify, writer
+from fkdpipe.storage import repair as store_repair
 from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.store import IMAGES, Part, Store
@@ -58,9 +59,9 @@ def restore(location: Location, data: Path) -> Restored:
     if next(iter(location.list("commits")), None) is None:
         Store(location)  # says that there is none
     with Claim(location, 0, 1):
-        records = mend.metadata(location)
+        records = store_repair.metadata(location)
         store = Store(location)
-        records += mend.records(store)
+        records += store_repair.records(store)
         problems = verify.verify(store, full=True)
         if any(problem.part == IMAGES for problem in problems):
             records += _images(store, data)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fkdpipe import taps
-from fkdpipe.crops import CropLaw
-from fkdpipe.errors import UsageError
-from fkdpipe.features import parse_features
+from fkdpipe.common.errors import UsageError
+from fkdpipe.networks import feature_layers
+from fkdpipe.networks.feature_layers import Needs
+from fkdpipe.networks.features import parse_features
+from fkdpipe.networks.teachers import Precision
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import schema
 from fkdpipe.storage.labels import parse_form
-from fkdpipe.taps import Needs
-from fkdpipe.teachers import Precision
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GenerateSettings:
     features_code: Literal["float16", "int8"] = "float16"
     basis: Path | None = None
     crops: int | None = None
-    crop: CropLaw | None = None
+    crop: CropDistribution | None = None
     boxes: Literal["stored", "derived"] | None = None
     source: str = ""
     seed: int | None = None
@@ -84,4 +84,4 @@ class GenerateSettings:
     @property
     def needs(self) -> Needs:
         """What is asked of the teachers beside logits."""
-        return taps.needs_of({parse_features(text)[0] for text in self.features})
+        return feature_layers.needs_of({parse_features(text)[0] for text in self.features})

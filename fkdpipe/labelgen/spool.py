@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.errors import FkdpipeError
+from fkdpipe.common.errors import FkdpipeError
 from fkdpipe.storage import schema, writer
 from fkdpipe.storage.store import Part
 

@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe import images
-from fkdpipe.crops import Crops
-from fkdpipe.errors import ImagesError
-from fkdpipe.features import Basis
+from fkdpipe.common.errors import ImagesError
+from fkdpipe.common.progress import Advance
 from fkdpipe.labelgen import outputs, spool
 from fkdpipe.labelgen.plan import RoundPlan
-from fkdpipe.progress import Advance
-from fkdpipe.replay import Replay, Request, View, refuse_passing
+from fkdpipe.networks.features import Basis
+from fkdpipe.networks.teachers import Teacher
+from fkdpipe.pixels import images
+from fkdpipe.pixels.crops import Crops
+from fkdpipe.pixels.replay import Replay, Request, View, refuse_passing
 from fkdpipe.storage import rounds, writer
 from fkdpipe.storage.store import Part, Store
-from fkdpipe.teachers import Teacher
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from fkdpipe.errors import DamagedStoreError, StoreError, StoreMismatchError
+from fkdpipe.common.errors import DamagedStoreError, StoreError, StoreMismatchError
 from fkdpipe.storage import commits, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.location import PARTIAL, Location

@@ -24,7 +24,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from fkdpipe.errors import StoreError
+from fkdpipe.common.errors import StoreError
 from fkdpipe.storage import commits, rounds, schema, words
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest

@@ -14,7 +14,7 @@ import uuid
 from types import TracebackType
 from typing import Self
 
-from fkdpipe.errors import ClaimedError, StoreError
+from fkdpipe.common.errors import ClaimedError, StoreError
 from fkdpipe.storage import process
 from fkdpipe.storage.location import PARTIAL, Location
 from fkdpipe.storage.schema import Json, canonical

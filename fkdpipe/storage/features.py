@@ -25,7 +25,7 @@ _LEVELS = 127
 
 
 def fields(dims: int, code: Code) -> list[Field]:
-    """Arrays of `rounds/<r>/features/<source>/<tap>`."""
+    """Arrays of `rounds/<r>/features/<source>/<layer>`."""
     if code == "float16":
         return [Field("value", "float16", (dims,), "raw", math.nan, wide=True)]
     return [

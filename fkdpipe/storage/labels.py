@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.common.errors import StoreMismatchError, UsageError
 
 FormKind = Literal["full", "logits", "topk", "hard"]
 TargetKind = Literal[

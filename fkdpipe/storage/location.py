@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fkdpipe import disk
-from fkdpipe.errors import StoreError
+from fkdpipe.common import disk
+from fkdpipe.common.errors import StoreError
 from fkdpipe.storage import process
 
 # Ends the names of files that are being written: `<name>.<machine>-<process>.partial`.

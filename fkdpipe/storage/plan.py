@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
 from fkdpipe.storage import features, labels, schema
 from fkdpipe.storage.features import Code
 from fkdpipe.storage.labels import Form

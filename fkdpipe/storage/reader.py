@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.errors import StoreError, StoreMismatchError, UnsealedStoreError
+from fkdpipe.common.errors import StoreError, StoreMismatchError, UnsealedStoreError
 from fkdpipe.storage import cache, commits, labels, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import Manifest
@@ -70,7 +70,7 @@ def finished(
     A round that is still being made does not stand in the way of those before it.
 
     Args:
-        parts: (kind, source, tap) of each source wanted: ("labels", "teacher", "").
+        parts: (kind, source, layer) of each source wanted: ("labels", "teacher", "").
         allow_partial: read the finished units of an unsealed store.
         crops: read only the first rounds, until they have so many crops per image.
 
@@ -81,8 +81,8 @@ def finished(
     rounds = store.rounds()
     if not rounds:
         raise UnsealedStoreError(f"{store.url} has no crops yet; run `fkdpipe generate`.")
-    for kind, source, tap in parts:
-        known = store.sources(kind, tap)
+    for kind, source, layer in parts:
+        known = store.sources(kind, layer)
         if source not in known:
             raise StoreError(
                 f"{store.url} has no {kind} of {source!r}; it has {', '.join(known) or 'none'}.",
@@ -124,8 +124,8 @@ def finished(
     )
 
 
-def _path(round_: int, kind: str, source: str, tap: str) -> str:
-    return "/".join(filter(None, ["rounds", str(round_), kind, source, tap]))
+def _path(round_: int, kind: str, source: str, layer: str) -> str:
+    return "/".join(filter(None, ["rounds", str(round_), kind, source, layer]))
 
 
 def _manifest(store: Store, part: Part, *, allow_partial: bool) -> Manifest:
@@ -138,18 +138,18 @@ def _manifest(store: Store, part: Part, *, allow_partial: bool) -> Manifest:
     return manifest
 
 
-def choose_source(store: Store, asked: str | None, kind: str = "labels", tap: str = "") -> str:
+def choose_source(store: Store, asked: str | None, kind: str = "labels", layer: str = "") -> str:
     """The source asked for, or the only one.
 
     Raises:
         StoreError: several and none was asked for, or none at all.
     """
-    known = store.sources(kind, tap)
+    known = store.sources(kind, layer)
     if asked is not None:
         return asked
     if len(known) == 1:
         return known[0]
-    what = f"{kind} {tap}".strip()
+    what = f"{kind} {layer}".strip()
     if not known:
         raise StoreError(f"{store.url} holds no {what}.", code="no-source")
     raise StoreError(
@@ -210,7 +210,7 @@ class CropReader:
 
     @property
     def jittered(self) -> bool:
-        """All rounds of a store follow one law."""
+        """All rounds of a store follow one distribution."""
         return "jitter" in self._hydrated.segments[0].part.settings
 
     def jitter(self, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:

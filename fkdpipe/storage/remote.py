@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fkdpipe.errors import StoreError, UsageError
+from fkdpipe.common.errors import StoreError, UsageError
 
 _memory: dict[str, Any] = {}  # memory:// places of this process
 

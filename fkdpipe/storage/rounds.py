@@ -12,46 +12,48 @@ from typing import Any
 
 import numpy as np
 
-from fkdpipe import crops
-from fkdpipe.crops import CropLaw, Crops, Jitter
-from fkdpipe.errors import StoreError
+from fkdpipe.common.errors import StoreError
+from fkdpipe.pixels import crops
+from fkdpipe.pixels.crops import CropDistribution, Crops, Jitter
 from fkdpipe.storage import commits, schema
 from fkdpipe.storage.schema import Field, Json
 from fkdpipe.storage.store import Part, Store
 
 
-def crop_settings(law: CropLaw, *, seed: int, first: int, count: int, derived: bool) -> Json:
-    """What a round of crops is: its law, and which crops of the endless sequence it holds."""
+def crop_settings(
+    distribution: CropDistribution, *, seed: int, first: int, count: int, derived: bool
+) -> Json:
+    """A round of crops: its distribution, and which crops of the endless sequence it holds."""
     settings: Json = {
-        "law": crops.LAW_NAME,
-        "version": crops.LAW_VERSION,
-        "scale": list(law.scale),
-        "ratio": list(law.ratio),
-        "flip": law.flip,
+        "law": crops.DISTRIBUTION_NAME,
+        "version": crops.DISTRIBUTION_VERSION,
+        "scale": list(distribution.scale),
+        "ratio": list(distribution.ratio),
+        "flip": distribution.flip,
         "seed": seed,
         "boxes": "derived" if derived else "stored",
         "first": first,
         "crops": count,
     }
-    if law.jitter is not None:  # a round without it has no such key
-        settings["jitter"] = dataclasses.asdict(law.jitter)
+    if distribution.jitter is not None:  # a round without it has no such key
+        settings["jitter"] = dataclasses.asdict(distribution.jitter)
     return settings
 
 
-def law_of(settings: Mapping[str, Any]) -> CropLaw:
+def distribution_of(settings: Mapping[str, Any]) -> CropDistribution:
     """The law recorded in a round's settings.
 
     Raises:
-        StoreError: a law, or a version of it, that this fkdpipe does not know.
+        StoreError: a distribution, or a version of it, that this fkdpipe does not know.
     """
-    known = (crops.LAW_NAME, crops.LAW_VERSION)
+    known = (crops.DISTRIBUTION_NAME, crops.DISTRIBUTION_VERSION)
     if (settings["law"], settings["version"]) != known:
         raise StoreError(
             f"these crops follow the law {settings['law']} (version {settings['version']}), which "
             "this fkdpipe cannot draw.",
             code="unknown-law",
         )
-    return CropLaw(
+    return CropDistribution(
         scale=tuple(settings["scale"]),
         ratio=tuple(settings["ratio"]),
         flip=settings["flip"],
@@ -99,7 +101,7 @@ def draw(store: Store, part: Part, unit: int) -> Crops:
     rows = store.unit_rows(unit)
     first, count = int(part.settings["first"]), int(part.settings["crops"])
     return crops.sample(
-        law_of(part.settings),
+        distribution_of(part.settings),
         seed=int(part.settings["seed"]),
         image_id_N=crops.image_ids(list(store.images.keys[rows])),
         size_N2=store.images.size_N2[rows],

@@ -6,7 +6,7 @@ crc32c last in every chain. A *part* is what is made, committed and sealed toget
     images                              the list of images
     rounds/<r>/crops                    boxes and flips of one round
     rounds/<r>/labels/<source>          one teacher's labels of those crops
-    rounds/<r>/features/<source>/<tap>  its features, tap = pre, post or map
+    rounds/<r>/features/<source>/<layer>  its features, layer = pre, post or map
 
 Letters: N images, M crops of a round, U images per unit, g crops per crop group, C classes,
 K kept classes, D feature dimensions.
@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fkdpipe.errors import StoreError, UsageError
+from fkdpipe.common.errors import StoreError, UsageError
 from fkdpipe.storage.labels import Form, id_dtype
 
 FORMAT = "fkdpipe"

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fkdpipe.errors import DamagedStoreError, StoreError, UnsealedStoreError
+from fkdpipe.common.errors import DamagedStoreError, StoreError, UnsealedStoreError
 from fkdpipe.storage import commits, schema, words
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
@@ -32,7 +32,7 @@ class Part:
         kind: "images", "crops", "labels" or "features".
         round: number of the round, -1 for `images`.
         source: name of the source, "" for images and crops.
-        tap: "pre", "post" or "map" for features, else "".
+        layer: "pre", "post" or "map" for features, else "".
         settings: what two units of this part must have in common.
         provenance: what else is known of its making.
         fields: its arrays.
@@ -43,7 +43,7 @@ class Part:
     kind: str
     round: int
     source: str
-    tap: str
+    layer: str
     settings: Json
     provenance: Json
     fields: tuple[Field, ...]
@@ -62,7 +62,7 @@ class Images:
     """The store's list of images, in the store's order (a fixed random permutation).
 
     Attributes:
-        keys: relative paths (`fkdpipe.images` writes and reads them).
+        keys: relative paths (`fkdpipe.pixels.images` writes and reads them).
         class_N: int32, -1 without classes. size_N2: (height, width). bytes_N: file lengths.
         class_names: in order of class index.
         rejected: (key, reason, detail) of files left out when the folder was scanned.
@@ -154,9 +154,11 @@ class Store:
         """The crops parts in order of round."""
         return sorted((p for p in self.parts.values() if p.kind == "crops"), key=lambda p: p.round)
 
-    def sources(self, kind: str = "labels", tap: str = "") -> list[str]:
-        """Names of the sources that have labels (or features of a tap) in some round."""
-        return sorted({p.source for p in self.parts.values() if p.kind == kind and p.tap == tap})
+    def sources(self, kind: str = "labels", layer: str = "") -> list[str]:
+        """Names of the sources that have labels (or features of a layer) in some round."""
+        return sorted(
+            {p.source for p in self.parts.values() if p.kind == kind and p.layer == layer}
+        )
 
     @cached_property
     def images(self) -> Images:
@@ -279,7 +281,7 @@ class Store:
             kind=facts["kind"],
             round=facts["round"],
             source=facts["source"],
-            tap=facts["tap"],
+            layer=facts["tap"],
             settings=facts["settings"],
             provenance=facts["provenance"],
             fields=tuple(Field.from_json(field) for field in facts["fields"]),

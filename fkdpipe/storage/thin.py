@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fkdpipe.crops import Crops
-from fkdpipe.errors import StoreMismatchError, UsageError
+from fkdpipe.common.errors import StoreMismatchError, UsageError
+from fkdpipe.pixels.crops import Crops
 from fkdpipe.storage import begin, labels, reader, rounds, schema, writer
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.labels import Form, Target
@@ -71,7 +71,7 @@ def thin(
     }
     labels_settings = {**old.settings, "form": str(new_form), "crops": count}
     if wanted.derived_boxes:
-        rounds.law_of(crops_settings)  # boxes of an import cannot be drawn again
+        rounds.distribution_of(crops_settings)  # boxes of an import cannot be drawn again
     path = f"rounds/0/labels/{source}"
     _check_place(store, location, {"rounds/0/crops": crops_settings, path: labels_settings})
     made = _create(store, location)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.crops import Crops, boxes_outside
-from fkdpipe.errors import DamagedStoreError, StoreError
+from fkdpipe.common.errors import DamagedStoreError, StoreError
+from fkdpipe.pixels.crops import Crops, boxes_outside
 from fkdpipe.storage import cache, commits, labels, rounds
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import PARTIAL

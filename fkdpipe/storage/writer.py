@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fkdpipe import crops
-from fkdpipe.crops import CropLaw
-from fkdpipe.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.common.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.pixels import crops
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import begin, commits, process, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.claims import STALE_SECONDS
@@ -34,7 +34,7 @@ class ImageColumns:
     Attributes:
         class_N: int32, -1 without classes. size_N2: uint16 (height, width). bytes_N: int64.
         rejected: (key, reason, detail) of files left out.
-        fingerprint: of the image folder (`fkdpipe.images.fingerprint`).
+        fingerprint: of the image folder (`fkdpipe.pixels.images.fingerprint`).
     """
 
     keys: Sequence[str]
@@ -124,7 +124,9 @@ def _image_values(columns: ImageColumns, seed: int) -> dict[str, np.ndarray]:
     return values
 
 
-def add_crops(store: Store, law: CropLaw, *, seed: int, count: int, derived: bool = False) -> Part:
+def add_crops(
+    store: Store, distribution: CropDistribution, *, seed: int, count: int, derived: bool = False
+) -> Part:
     """Start a round of `count` more crops of every image.
 
     Raises:
@@ -132,7 +134,7 @@ def add_crops(store: Store, law: CropLaw, *, seed: int, count: int, derived: boo
     """
     rounds = store.rounds()
     first = sum(int(part.settings["crops"]) for part in rounds)
-    settings = crop_settings(law, seed=seed, first=first, count=count, derived=derived)
+    settings = crop_settings(distribution, seed=seed, first=first, count=count, derived=derived)
     for part in rounds:
         same = ("law", "version", "scale", "ratio", "flip", "jitter", "seed", "boxes")
         changed = schema.differences(
@@ -140,7 +142,8 @@ def add_crops(store: Store, law: CropLaw, *, seed: int, count: int, derived: boo
         )
         if changed:
             raise StoreMismatchError(
-                f"{store.url} was drawn by another law: {'; '.join(changed)}.", code="settings"
+                f"{store.url} was drawn by another distribution: {'; '.join(changed)}.",
+                code="settings",
             )
     fields = [] if derived else fields_of(settings)
     return add_part(store, f"rounds/{len(rounds)}/crops", "crops", settings, fields, count)
@@ -178,8 +181,8 @@ def add_part(
         return store.part(path)
     words = path.split("/")
     source = words[3] if len(words) > 3 else ""
-    tap = words[4] if len(words) > 4 else ""
-    facts = _part_facts(kind, int(words[1]), source, tap, settings, provenance or {}, fields)
+    layer = words[4] if len(words) > 4 else ""
+    facts = _part_facts(kind, int(words[1]), source, layer, settings, provenance or {}, fields)
     arrays = Arrays()
     arrays.add_group(path, {schema.ATTRIBUTE: facts})
     for field in fields:
@@ -321,7 +324,7 @@ def _part_facts(
     kind: str,
     round_: int,
     source: str,
-    tap: str,
+    layer: str,
     settings: Json,
     provenance: Json,
     fields: Sequence[Field],
@@ -330,7 +333,7 @@ def _part_facts(
         "kind": kind,
         "round": round_,
         "source": source,
-        "tap": tap,
+        "tap": layer,
         "settings": settings,
         "provenance": provenance,
         "fields": [field.to_json() for field in fields],

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fkdpipe import disk
-from fkdpipe.errors import TrainingError
+from fkdpipe.common import disk
+from fkdpipe.common.errors import TrainingError
 
 _PATTERN = "step-*.pt"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fkdpipe import models
-from fkdpipe.crops import CropLaw
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import UsageError
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import UsageError
+from fkdpipe.networks import models
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.labels import parse_form, served_targets
 from fkdpipe.storage.store import Store
 from fkdpipe.train import parallel
@@ -75,7 +75,7 @@ def check(
             f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
             "Only --target ground-truth trains without one."
         )
-    if store is not None and settings.crop != CropLaw():
+    if store is not None and settings.crop != CropDistribution():
         log.warning("crop.* is for training without a store; this store's crops are recorded")
     models.parse_spec(settings.student)
     parallel.check(settings, device)

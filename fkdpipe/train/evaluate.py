@@ -16,14 +16,14 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from fkdpipe import images
-from fkdpipe.errors import ImagesError
-from fkdpipe.images import ImageFolder
-from fkdpipe.models import Preprocessing
-from fkdpipe.progress import Reporter, silent
-from fkdpipe.replay import DECODE_ERRORS, normalise
-from fkdpipe.taps import Outputs
-from fkdpipe.teachers import Precision, autocast
+from fkdpipe.common.errors import ImagesError
+from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks.feature_layers import Outputs
+from fkdpipe.networks.models import Preprocessing
+from fkdpipe.networks.teachers import Precision, autocast
+from fkdpipe.pixels import images
+from fkdpipe.pixels.images import ImageFolder
+from fkdpipe.pixels.replay import DECODE_ERRORS, normalise
 
 
 @dataclass(frozen=True)

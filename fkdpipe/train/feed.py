@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fkdpipe import images, replay
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import StoreMismatchError, TrainingError, UsageError
-from fkdpipe.replay import Backend, Pixels, Request, View
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import StoreMismatchError, TrainingError, UsageError
+from fkdpipe.pixels import images, replay
+from fkdpipe.pixels.replay import Backend, Pixels, Request, View
 from fkdpipe.storage.labels import SparseLabels
 from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.order import Order, Piece, Step, Window, share
@@ -45,7 +45,7 @@ class Batch:
         class_B: int64, the folder's class.
         labels: of the crops, None for ground truth.
         features: stored features of the crops, float32 (B, ...), None when none were asked for.
-        jitter_B4: float32 recorded colour factors (`fkdpipe.colour.jitter`), None without any.
+        jitter_B4: float32 recorded colour factors (`colour.jitter`), None without any.
         total: crops of the step over all processes.
     """
 

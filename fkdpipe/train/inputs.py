@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fkdpipe import crops, images
-from fkdpipe.crops import CropLaw
-from fkdpipe.errors import StoreMismatchError, UsageError
-from fkdpipe.features import Kept, Tap
-from fkdpipe.progress import Reporter, shared, silent
+from fkdpipe.common.errors import StoreMismatchError, UsageError
+from fkdpipe.common.progress import Reporter, shared, silent
+from fkdpipe.networks.features import FeatureLayer, StoredLayer
+from fkdpipe.pixels import crops, images
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.schema import UNIT_IMAGES
@@ -72,7 +72,7 @@ class TrainingSet:
 def from_folder(
     data: Path,
     *,
-    law: CropLaw,
+    distribution: CropDistribution,
     seed: int,
     need_classes: bool = True,
     reporter: Reporter = silent,
@@ -92,13 +92,15 @@ def from_folder(
 
     def boxes(rows_I: np.ndarray, crops_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         drawn = crops.sample(
-            law, seed=seed, image_id_N=ids[rows_I], size_N2=sizes[rows_I], crops_M=crops_m
+            distribution, seed=seed, image_id_N=ids[rows_I], size_N2=sizes[rows_I], crops_M=crops_m
         )
         return drawn.box_NM4, drawn.flip_NM
 
     def factors(rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
-        assert law.jitter is not None
-        return crops.sample_jitter(law.jitter, seed=seed, image_id_N=ids[rows_I], crops_M=crops_m)
+        assert distribution.jitter is not None
+        return crops.sample_jitter(
+            distribution.jitter, seed=seed, image_id_N=ids[rows_I], crops_M=crops_m
+        )
 
     return TrainingSet(
         root=folder.root,
@@ -113,7 +115,7 @@ def from_folder(
         features=None,
         crops_per_image=None,
         facts={"fingerprint": folder.fingerprint, "images": len(folder)},
-        jitter=None if law.jitter is None else factors,
+        jitter=None if distribution.jitter is None else factors,
     )
 
 
@@ -124,7 +126,7 @@ def from_store(
     target: Target,
     source: str | None,
     temperature: float | None,
-    features: Kept | None = None,
+    features: StoredLayer | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
     crops_per_image: int | None = None,
@@ -197,16 +199,18 @@ def take_fraction(training: TrainingSet, fraction: float, seed: int) -> Training
     return replace(training, rows=np.sort(training.rows[kept]), facts=facts)
 
 
-def _feature_source(store: Store, source: str | None, tap: Kept) -> tuple[str, Kept]:
-    """(source, tap) of the features asked for; transformers' are the same before and after."""
-    if tap == "map":
-        return reader.choose_source(store, source, "features", tap), tap
-    other: Tap = "post" if tap == "pre" else "pre"
+def _feature_source(
+    store: Store, source: str | None, layer: StoredLayer
+) -> tuple[str, StoredLayer]:
+    """(source, layer) of the features asked for; transformers' are the same before and after."""
+    if layer == "map":
+        return reader.choose_source(store, source, "features", layer), layer
+    other: FeatureLayer = "post" if layer == "pre" else "pre"
     same = [
         part.source
         for part in store.parts.values()
-        if part.kind == "features" and part.tap == other and part.settings["pre_is_post"]
+        if part.kind == "features" and part.layer == other and part.settings["pre_is_post"]
     ]
-    if not store.sources("features", tap) and same:
+    if not store.sources("features", layer) and same:
         return reader.choose_source(store, source, "features", other), other
-    return reader.choose_source(store, source, "features", tap), tap
+    return reader.choose_source(store, source, "features", layer), layer

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fkdpipe import taps
-from fkdpipe.models import Loaded
-from fkdpipe.taps import Tapped
-from fkdpipe.teachers import Teacher
+from fkdpipe.networks import feature_layers
+from fkdpipe.networks.feature_layers import FeatureNetwork
+from fkdpipe.networks.models import Loaded
+from fkdpipe.networks.teachers import Teacher
 from fkdpipe.train import methods, stored
 from fkdpipe.train.inputs import TrainingSet
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
@@ -26,7 +26,7 @@ class Learner(nn.Module):
         probe: only the student's classifier trains; the rest stays in eval mode.
     """
 
-    def __init__(self, student: Tapped, method: Method, *, probe: bool = False) -> None:
+    def __init__(self, student: FeatureNetwork, method: Method, *, probe: bool = False) -> None:
         super().__init__()
         self.student = student
         self.method = method
@@ -61,7 +61,7 @@ def build(
     Raises:
         UsageError, ModelError: networks that the method cannot pair.
     """
-    student = Tapped(loaded.module, needs.student)
+    student = FeatureNetwork(loaded.module, needs.student)
     if not needs.classifier:  # nothing trains it, and DDP wants to know
         student.classifier.requires_grad_(False)
     given = None
@@ -70,28 +70,28 @@ def build(
             stored.check_teacher(training.features.settings, teacher.facts())
         given = stored.stored_outputs(training.features.example(device), training.features.settings)
     elif teacher is not None:
-        given = taps.example(teacher.module, teacher.preprocessing.size, device)
+        given = feature_layers.example(teacher.module, teacher.preprocessing.size, device)
     context = Context(
         classes=loaded.classes,
         epochs=settings.epochs,
         scores=training.labels.classes if training.labels else loaded.classes,
-        student=taps.example(student, loaded.preprocessing.size, device),
+        student=feature_layers.example(student, loaded.preprocessing.size, device),
         student_network=loaded.module,
         teacher=given,
         teacher_network=teacher.module.network if teacher else None,
         features=training.features.settings if training.features else None,
         teacher_facts=_teacher_facts(teacher, training),
     )
-    torch.manual_seed(settings.seed + 1)  # the helpers' weights
+    torch.manual_seed(settings.seed + 1)  # weights of the auxiliary modules
     probe = settings.train_only == "classifier"
     return Learner(student, methods.build(settings.method, context), probe=probe).to(device)
 
 
 def parameters(learner: Learner) -> dict[str, int]:
-    """How many there are in the student, which is exported, and in the method's helpers."""
+    """Parameters of the student, which is exported, and of the method's auxiliary modules."""
     return {
         "student": sum(p.numel() for p in learner.student.parameters()),
-        "helpers": sum(p.numel() for p in learner.method.parameters()),
+        "auxiliary": sum(p.numel() for p in learner.method.parameters()),
     }
 
 

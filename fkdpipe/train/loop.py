@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fkdpipe import weight_files
-from fkdpipe.errors import TrainingError
-from fkdpipe.progress import Advance
+from fkdpipe.common.errors import TrainingError
+from fkdpipe.common.progress import Advance
+from fkdpipe.networks import weight_files
 from fkdpipe.train import parallel
 from fkdpipe.train.evaluate import Accuracy, evaluate
 from fkdpipe.train.feed import Batch

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
 
 
 class MetricsLog:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fkdpipe import crops
+from fkdpipe.pixels import crops
 from fkdpipe.train.settings import MixingSettings
 
 

@@ -1,4 +1,4 @@
-"""Optimisers by timm's names, over the student and a method's helpers."""
+"""Optimisers by timm's names, over the student and a method's auxiliary modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from timm.optim import (
 )
 from torch import nn
 
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
 from fkdpipe.train.learner import Learner
 from fkdpipe.train.settings import OptimizerSettings
 
@@ -65,9 +65,9 @@ def _groups(learner: Learner, settings: OptimizerSettings) -> list[dict[str, Any
     else:
         groups = _by_decay(student, settings)
     helpers = _by_decay(learner.method, settings)
-    if settings.helper_lr is not None:
+    if settings.auxiliary_lr is not None:
         for group in helpers:
-            group["lr_scale"] = settings.helper_lr / settings.lr
+            group["lr_scale"] = settings.auxiliary_lr / settings.lr
     return groups + helpers
 
 

@@ -19,8 +19,8 @@ from itertools import cycle, groupby
 
 import numpy as np
 
-from fkdpipe import crops
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
+from fkdpipe.pixels import crops
 from fkdpipe.train.schedule import Pass
 
 

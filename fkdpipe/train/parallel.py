@@ -14,8 +14,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import UsageError
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import UsageError
 from fkdpipe.train.learner import Learner
 from fkdpipe.train.settings import TrainSettings
 

@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 
-from fkdpipe import config, images, models, replay
-from fkdpipe.distributed import Rank, default_threads
-from fkdpipe.errors import ImagesError, TrainingError, UsageError
-from fkdpipe.features import Kept
-from fkdpipe.models import Loaded
-from fkdpipe.progress import Reporter, silent
-from fkdpipe.replay import Backend, Request, View
+from fkdpipe.common import config
+from fkdpipe.common.distributed import Rank, default_threads
+from fkdpipe.common.errors import ImagesError, TrainingError, UsageError
+from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks import models
+from fkdpipe.networks.feature_layers import Needs
+from fkdpipe.networks.features import StoredLayer
+from fkdpipe.networks.models import Loaded
+from fkdpipe.networks.teachers import Precision, Teacher, load_teachers, read_class_map
+from fkdpipe.pixels import images, replay
+from fkdpipe.pixels.replay import Backend, Request, View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
-from fkdpipe.taps import Needs
-from fkdpipe.teachers import Precision, Teacher, load_teachers, read_class_map
 from fkdpipe.train import checkpoint, checks, inputs, methods, optim, parallel, students
 from fkdpipe.train.feed import Feed
 from fkdpipe.train.inputs import TrainingSet
@@ -75,7 +77,7 @@ def prepare(
     # A classifier that is not trained has nothing to be judged by.
     validation = _validation(data, training, reporter) if needs.classifier else None
     counted = parameters(learner)
-    log.info("%d parameters in the student, %d in helpers", counted["student"], counted["helpers"])
+    log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counted)
     digest = _record(settings, training, teacher, counted, out, write=rank.main)
     feed = Feed(
         training,
@@ -87,7 +89,6 @@ def prepare(
         rank=rank,
         block=settings.mixing.block if settings.mixing.on else 1,
     )
-    precision = _precision(settings, device)
     return Run(
         settings=settings,
         out=out,
@@ -97,10 +98,10 @@ def prepare(
         wrapped=learner,
         teacher=running,
         optimizer=optim.build(learner, settings.optimizer),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "float16"),
+        scaler=_scaler(settings, device),
         average=ModelEmaV3(learner.student, decay=settings.ema) if settings.ema else None,
         device=device,
-        precision=precision,
+        precision=_precision(settings, device),
         rank=rank,
         class_names=training.class_names,
         validation=validation,
@@ -180,7 +181,7 @@ def _open(
     if store is None:
         training = inputs.from_folder(
             data,
-            law=settings.crop,
+            distribution=settings.crop,
             seed=settings.seed,
             need_classes=needs.classifier,
             reporter=reporter,
@@ -215,7 +216,7 @@ def _begun_crops(out: Path) -> int | None:
     return json.loads(file.read_text())["data"].get("crops_per_image") if file.exists() else None
 
 
-def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> Kept | None:
+def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> StoredLayer | None:
     """Which stored features stand in for a teacher that does not run."""
     if needs.teacher is None or (settings.teacher is not None and not needs.stored):
         return None
@@ -302,6 +303,10 @@ def _precision(settings: TrainSettings, device: torch.device) -> Precision:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return "bfloat16"
     return "float32"
+
+
+def _scaler(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device.type, enabled=_precision(settings, device) == "float16")
 
 
 def _backend(

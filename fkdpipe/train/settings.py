@@ -1,4 +1,5 @@
-"""What a training run is: the recipe, as frozen dataclasses. `fkdpipe.config` reads them from TOML.
+"""What a training run is: the recipe, as frozen dataclasses. `config` reads them
+from TOML.
 
 Batch size counts crops, over all processes, per optimiser step. Epochs count crops too: one pass
 over the images with m crops of each counts as m epochs.
@@ -11,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fkdpipe.crops import CropLaw
-from fkdpipe.errors import UsageError
+from fkdpipe.common.errors import UsageError
+from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.labels import Target, parse_target
 
 
@@ -21,7 +22,7 @@ class OptimizerSettings:
     """name is any optimiser of timm (`sgd`, `adamw`, `lamb`, ...).
 
     betas, eps: None take the optimiser's own.
-    helper_lr: rate of a method's helpers, None for the student's.
+    auxiliary_lr: rate of a method's auxiliary modules, None for the student's.
     decay_all: weight decay on biases and norms too. layer_decay: factor of the rate from each
         layer to the one before it, as timm groups them.
     clip_norm: largest norm of the whole gradient.
@@ -33,7 +34,7 @@ class OptimizerSettings:
     momentum: float = 0.9
     betas: tuple[float, ...] | None = None
     eps: float | None = None
-    helper_lr: float | None = None
+    auxiliary_lr: float | None = None
     decay_all: bool = True
     layer_decay: float | None = None
     clip_norm: float | None = None
@@ -41,7 +42,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UsageError("lr must be positive and weight_decay not negative.")
-        for name in ("helper_lr", "layer_decay", "clip_norm", "eps"):
+        for name in ("auxiliary_lr", "layer_decay", "clip_norm", "eps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name} must be positive; found {value}.")
@@ -130,7 +131,7 @@ class TrainSettings:
     size: int | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
     student_options: dict[str, Any] = field(default_factory=dict)
-    crop: CropLaw = field(default_factory=CropLaw)
+    crop: CropDistribution = field(default_factory=CropDistribution)
     source: str | None = None
     label_temperature: float | None = None
     teacher: str | None = None

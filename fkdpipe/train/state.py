@@ -10,15 +10,15 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fkdpipe import weight_files
-from fkdpipe.distributed import Rank
-from fkdpipe.errors import TrainingError
-from fkdpipe.images import ImageFolder
-from fkdpipe.models import Loaded
-from fkdpipe.progress import Reporter, silent
+from fkdpipe.common.distributed import Rank
+from fkdpipe.common.errors import TrainingError
+from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks import weight_files
+from fkdpipe.networks.feature_layers import FeatureNetwork
+from fkdpipe.networks.models import Loaded
+from fkdpipe.networks.teachers import Precision, Teacher
+from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Target
-from fkdpipe.taps import Tapped
-from fkdpipe.teachers import Precision, Teacher
 from fkdpipe.train import checkpoint, students
 from fkdpipe.train.evaluate import Accuracy
 from fkdpipe.train.feed import Feed
@@ -68,8 +68,8 @@ class Run:
         return self.settings.parsed_target
 
     @property
-    def module(self) -> Tapped:
-        """The student with its taps."""
+    def module(self) -> FeatureNetwork:
+        """The student with its feature layers."""
         return self.learner.student
 
     @property
@@ -77,7 +77,7 @@ class Run:
         return self.learner.method
 
     @property
-    def judged(self) -> Tapped:
+    def judged(self) -> FeatureNetwork:
         """The weights that are evaluated and exported: the moving average where there is one."""
         return self.module if self.average is None else self.average.module
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fkdpipe import colour, crops
-from fkdpipe.models import Preprocessing
-from fkdpipe.replay import normalise
-from fkdpipe.taps import Outputs
-from fkdpipe.teachers import autocast
+from fkdpipe.networks.feature_layers import Outputs
+from fkdpipe.networks.models import Preprocessing
+from fkdpipe.networks.teachers import autocast
+from fkdpipe.pixels import colour, crops
+from fkdpipe.pixels.replay import normalise
 from fkdpipe.train import mixing, parallel, stored, targets
 from fkdpipe.train.feed import Batch
 from fkdpipe.train.methods.interface import Targets

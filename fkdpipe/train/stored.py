@@ -14,15 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fkdpipe.errors import StoreMismatchError
-from fkdpipe.features import teachers_differ
-from fkdpipe.models import SELF_SUPERVISED
+from fkdpipe.common.errors import StoreMismatchError
+from fkdpipe.networks.feature_layers import Outputs
+from fkdpipe.networks.features import teachers_differ
+from fkdpipe.networks.models import SELF_SUPERVISED
 from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import SparseLabels, Target
 from fkdpipe.storage.store import Store
-from fkdpipe.taps import Outputs
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,14 @@ def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
         features: float32 (B, D); of a map D = C * H * W.
     """
     both = settings["pre_is_post"]
-    tap = settings["tap"]
+    layer = settings["tap"]
     nothing = features.new_empty((len(features), 0))
-    if tap == "map":
+    if layer == "map":
         return Outputs(logits=nothing, final=features.unflatten(1, settings["shape"]))
     return Outputs(
         logits=nothing,
-        pre=features if both or tap == "pre" else None,
-        penultimate=features if both or tap == "post" else None,
+        pre=features if both or layer == "pre" else None,
+        penultimate=features if both or layer == "post" else None,
     )
 
 
@@ -169,7 +169,7 @@ def check_teacher(settings: dict[str, Any], facts: dict[str, Any]) -> None:
     """Refuse a live teacher that has not made the stored features.
 
     Args:
-        settings: of the features' part. facts: of `fkdpipe.teachers.Teacher.facts`.
+        settings: of the features' part. facts: of `fkdpipe.networks.teachers.Teacher.facts`.
 
     Raises:
         StoreMismatchError: naming what differs.

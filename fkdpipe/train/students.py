@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from fkdpipe import models
-from fkdpipe.errors import UsageError
-from fkdpipe.models import Loaded
-from fkdpipe.replay import View
+from fkdpipe.common.errors import UsageError
+from fkdpipe.networks import models
+from fkdpipe.networks.models import Loaded
+from fkdpipe.pixels.replay import View
 from fkdpipe.train import methods
 from fkdpipe.train.settings import TrainSettings
 
@@ -45,7 +45,7 @@ def view(settings: TrainSettings, loaded: Loaded) -> View:
 def export_facts(
     settings: TrainSettings, loaded: Loaded, class_names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What the exported file says of itself; `fkdpipe.models` reads it."""
+    """What the exported file says of itself; `fkdpipe.networks.models` reads it."""
     p = loaded.preprocessing
     return {
         "student": models.parse_spec(settings.student).name,

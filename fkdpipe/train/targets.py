@@ -38,7 +38,7 @@ def dense(
 def spread(
     ids_BK: torch.Tensor, prob_BK: torch.Tensor, rest_B: torch.Tensor, classes: int
 ) -> torch.Tensor:
-    """Kept probabilities at their classes, the rest shared evenly by the C - K others."""
+    """StoredLayer probabilities at their classes, the rest shared evenly by the C - K others."""
     share_B = rest_B / max(classes - ids_BK.shape[1], 1)
     filled = share_B[:, None].expand(-1, classes).contiguous()
     return filled.scatter_(1, ids_BK, prob_BK)

@@ -12,8 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from fkdpipe import config
-from fkdpipe.errors import UsageError
+from fkdpipe.common import config
+from fkdpipe.common.errors import UsageError
 from fkdpipe.train.methods import dpk, fitnet, fkd, kd, kdep, meal, scalekd, selfsup, srd
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fkdpipe.errors import ModelError, UsageError
-from fkdpipe.taps import Needs, Outputs
+from fkdpipe.common.errors import ModelError, UsageError
+from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train.methods import dpk_blocks, dpk_masks, parts
 from fkdpipe.train.methods.dpk_blocks import Fill, Places, Side, Stack, Transform
 from fkdpipe.train.methods.dpk_masks import Mask
@@ -100,10 +100,10 @@ class Settings:
 
 
 def needs(settings: Settings) -> MethodNeeds:
-    taps = Needs(stages=tuple(stage.stage for stage in settings.stages))
+    needs = Needs(stages=tuple(stage.stage for stage in settings.stages))
     return MethodNeeds(
-        student=taps,
-        teacher=taps,
+        student=needs,
+        teacher=needs,
         soft=settings.temperature if settings.kd_weight else None,
         live=True,
         classifier=bool(settings.hard_weight or settings.kd_weight),

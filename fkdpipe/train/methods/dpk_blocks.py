@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fkdpipe.errors import ModelError
+from fkdpipe.common.errors import ModelError
 
 Transform = Literal["encoder-decoder", "mlp", "conv"]
 Fill = Literal["teacher", "zero", "learnable"]

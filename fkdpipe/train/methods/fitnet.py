@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fkdpipe.taps import Needs, Outputs
+from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train.methods import parts
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
@@ -42,10 +42,10 @@ class Settings:
 
 def needs(settings: Settings) -> MethodNeeds:
     inner = tuple(stage for stage in settings.stages if stage > 1)
-    taps = Needs(stages=inner, final=1 in settings.stages)
+    needs = Needs(stages=inner, final=1 in settings.stages)
     return MethodNeeds(
-        student=taps,
-        teacher=taps,
+        student=needs,
+        teacher=needs,
         soft=settings.temperature if settings.kd_weight else None,
         live=True,
         classifier=bool(settings.hard_weight or settings.kd_weight),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fkdpipe.errors import UsageError
-from fkdpipe.taps import Outputs
+from fkdpipe.common.errors import UsageError
+from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 

@@ -1,8 +1,8 @@
 """What a method is to the trainer.
 
-A method says what it needs, holds its trained helpers, and turns the outputs of student and
-teacher into named loss terms. Whether the teacher's side comes from a store or from a live model
-is not its business.
+A method says what it needs, holds its trained auxiliary modules, and turns the outputs of student
+and teacher into named loss terms. Whether the teacher's side comes from a store or from a live
+model is not its business.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fkdpipe.taps import Needs, Outputs
+from fkdpipe.networks.feature_layers import Needs, Outputs
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class MethodNeeds:
     """What a method asks for.
 
     Attributes:
-        student: taps of the student. teacher: taps of the teacher beyond its logits, from a live
-            teacher or from stored features; None when it asks for none.
+        student: feature layers of the student.
+        teacher: feature layers of the teacher beyond its logits, from a live teacher or
+            from stored features; None when it asks for none.
         soft: temperature at which the teacher's probabilities are wanted, None for none. They
             come from the store when the run's target does, else from a live teacher.
         live: only a live teacher will do, for example for its last stage.
@@ -106,7 +107,7 @@ class Context:
 
 
 class Method(nn.Module):
-    """Base of all methods: a module, so that its trained helpers are its parameters."""
+    """Base of all methods: a module, so that its trained auxiliary modules are its parameters."""
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         """Named terms whose sum is optimised: (B,) one value per sample, or a scalar.

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from fkdpipe import features, taps
-from fkdpipe.errors import ModelError, StoreMismatchError, UsageError
-from fkdpipe.features import Basis
-from fkdpipe.taps import Needs, Outputs
+from fkdpipe.common.errors import ModelError, StoreMismatchError, UsageError
+from fkdpipe.networks import feature_layers, features
+from fkdpipe.networks.feature_layers import Needs, Outputs
+from fkdpipe.networks.features import Basis
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 Alignment = Literal["svd", "variance", "random", "interpolation", "conv-post", "conv-pre"]
@@ -73,8 +73,8 @@ class Settings:
 
 
 def needs(settings: Settings) -> MethodNeeds:
-    tap = Needs(penultimate=True) if settings.alignment == "conv-post" else Needs(pre=True)
-    return MethodNeeds(student=tap, teacher=tap, classifier=False, mixing=False)
+    layer = Needs(penultimate=True) if settings.alignment == "conv-post" else Needs(pre=True)
+    return MethodNeeds(student=layer, teacher=layer, classifier=False, mixing=False)
 
 
 class Kdep(Method):
@@ -241,12 +241,12 @@ def _check_basis(basis: Basis, context: Context) -> None:
     if context.features is not None:
         same = context.features["pre_is_post"]
     else:
-        same = not taps.has_activation(context.teacher_network)
+        same = not feature_layers.has_activation(context.teacher_network)
     if basis.facts["tap"] != "pre" and not same:
         raise ModelError(
             "the basis was fitted on features after the last activation; KDEP takes those before "
-            "it: fkdpipe fit-basis --tap pre.",
-            code="other-tap",
+            "it: fkdpipe fit-basis --layer pre.",
+            code="other-layer",
         )
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fkdpipe.errors import UsageError
-from fkdpipe.taps import Outputs
+from fkdpipe.common.errors import UsageError
+from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 

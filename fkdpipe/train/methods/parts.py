@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fkdpipe.errors import ModelError, UsageError
-from fkdpipe.taps import Outputs
+from fkdpipe.common.errors import ModelError, UsageError
+from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Targets
 

@@ -19,7 +19,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from fkdpipe.errors import ModelError
+from fkdpipe.common.errors import ModelError
 from fkdpipe.train.methods import parts
 
 

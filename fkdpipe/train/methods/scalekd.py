@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fkdpipe import tails
-from fkdpipe.errors import ModelError, UsageError
-from fkdpipe.tails import Tail
-from fkdpipe.taps import Needs, Outputs
+from fkdpipe.common.errors import ModelError, UsageError
+from fkdpipe.networks import tails
+from fkdpipe.networks.feature_layers import Needs, Outputs
+from fkdpipe.networks.tails import Tail
 from fkdpipe.train import losses
 from fkdpipe.train.methods import parts
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets

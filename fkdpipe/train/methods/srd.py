@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fkdpipe.errors import UsageError
-from fkdpipe.taps import Needs, Outputs
+from fkdpipe.common.errors import UsageError
+from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 

@@ -1,0 +1,290 @@
+"""What a store takes on disk, field by field, and what it would take for ImageNet-1K.
+
+Every byte under the store is counted: arrays, lists, markers, manifests. Beside each field stands
+what it is uncompressed, and what an ideal code would need (`entropy`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fkdpipe.common.errors import StoreError
+from fkdpipe.inspect import entropy
+from fkdpipe.storage import labels, schema, sizes
+from fkdpipe.storage import plan as planning
+from fkdpipe.storage.labels import parse_form
+from fkdpipe.storage.store import Part, Store
+
+IMAGENET_IMAGES = 1_281_167
+IMAGENET_CROPS = 200
+
+# Table 2 of the FKD paper: ImageNet-1K, 200 crops per image, bytes on disk.
+PAPER_TABLE_2 = {
+    "full": 0.9e12,
+    "hard": 5.3e9,
+    "smoothing": 6.2e9,
+    "marginal-renorm:5": 13.3e9,
+    "marginal-smoothing:5": 13.3e9,
+    "marginal-smoothing:10": 22.2e9,
+}
+
+
+# The rows of the table that are not of crops: ReLabel's maps, one of each image.
+PAPER_MAPS = {"ReLabel, whole map": 1e12, "ReLabel, top-5 map": 10e9}
+
+
+@dataclass(frozen=True)
+class FieldSize:
+    """Bytes of one array over all rounds.
+
+    Attributes:
+        raw_bytes: before compression.
+        bound: bytes per crop that an ideal code would need (`entropy`), None where not told.
+    """
+
+    stored_bytes: int
+    raw_bytes: int
+    bytes_per_crop: float
+    bound: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Raw over stored: how much smaller compression made it."""
+        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source: its form, what it serves, how far it is."""
+
+    name: str
+    kind: str
+    form: str
+    targets: tuple[str, ...]
+    units_done: int
+    units: int
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A row of the paper's Table 2, all for ImageNet-1K x 200 crops, in bytes.
+
+    Attributes:
+        this: this store at that size, when it serves the row's label, else None.
+        planned: a store of nothing more than that label; None for what is not of crops.
+    """
+
+    name: str
+    paper: float
+    this: int | None
+    planned: int | None
+
+
+@dataclass(frozen=True)
+class StorageReport:
+    """A measured store.
+
+    Attributes:
+        fields: by name; "images" and "commits" are what is not per crop.
+        imagenet: bytes of the same store for 1,281,167 images x 200 crops.
+        paper: rows of the paper's Table 2 that this store serves, in bytes.
+        table: every row of it.
+        failed: images without labels in some source. rejected: files left out by the scan.
+    """
+
+    url: str
+    images: int
+    crops_per_image: int
+    classes: int
+    form: str
+    targets: tuple[str, ...]
+    stored_bytes: int
+    bytes_per_crop: float
+    fields: dict[str, FieldSize]
+    imagenet: int
+    paper: dict[str, float]
+    table: tuple[PaperRow, ...]
+    sources: tuple[SourceReport, ...]
+    failed: int
+    rejected: int
+
+    @property
+    def finished(self) -> bool:
+        """Sizes per crop are told of crops that are all there."""
+        return bool(self.sources) and all(s.units_done == s.units for s in self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "crops_per_image": self.crops_per_image,
+            "classes": self.classes,
+            "form": self.form,
+            "targets": list(self.targets),
+            "stored_bytes": self.stored_bytes,
+            "bytes_per_crop": self.bytes_per_crop,
+            "fields": {
+                name: {
+                    "stored_bytes": size.stored_bytes,
+                    "raw_bytes": size.raw_bytes,
+                    "bytes_per_crop": size.bytes_per_crop,
+                    "entropy_bytes_per_crop": size.bound,
+                }
+                for name, size in self.fields.items()
+            },
+            "imagenet": self.imagenet,
+            "paper": self.paper,
+            "table_2": [asdict(row) for row in self.table],
+            "sources": [
+                {"name": s.name, "kind": s.kind, "form": s.form, "units": s.units,
+                 "units_done": s.units_done}
+                for s in self.sources
+            ],
+            "failed": self.failed,
+            "rejected": self.rejected,
+        }  # fmt: skip
+
+
+def measure(store: Store, *, bounds: bool = False) -> StorageReport:
+    """Measure a store, finished or not.
+
+    Args:
+        bounds: also read a sample of its values for what an ideal code would need.
+
+    Raises:
+        StoreError: no store, or its small files (with `bounds`, its first units) are damaged.
+    """
+    names = sizes.field_names(store)
+    stored = sizes.stored_bytes(store, names)
+    rounds = store.rounds()
+    crops_M = sum(int(part.settings["crops"]) for part in rounds)
+    crops = max(store.num_images * crops_M, 1)
+    raw = _raw_bytes(store, names)
+    ideal = _bounds(store, names) if bounds else {}
+    fields = {
+        name: FieldSize(stored[name], raw.get(name, 0), stored[name] / crops, ideal.get(name))
+        for name in sorted(stored)
+    }
+    per_image = ("images", "commits")
+    per_crop = sum(size.bytes_per_crop for n, size in fields.items() if n not in per_image)
+    others = sum(stored[name] for name in per_image) / max(store.num_images, 1)
+    imagenet = IMAGENET_IMAGES * (IMAGENET_CROPS * per_crop + others)
+    sources = _sources(store)
+    first = next((s for s in sources if s.kind == "labels"), None)
+    classes = max(
+        (int(p.settings["classes"]) for p in store.parts.values() if p.kind == "labels"), default=0
+    )
+    return StorageReport(
+        url=store.url,
+        images=store.num_images,
+        crops_per_image=crops_M,
+        classes=classes,
+        form=first.form if first else "",
+        targets=first.targets if first else (),
+        stored_bytes=stored.total(),
+        bytes_per_crop=stored.total() / crops,
+        fields=fields,
+        imagenet=round(imagenet),
+        paper=_paper_rows(first.form, classes) if first else {},
+        table=paper_table(first.form if first else "", classes, round(imagenet)),
+        sources=tuple(sources),
+        failed=len(_failed(store)),
+        rejected=len(store.images.rejected),
+    )
+
+
+def _raw_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
+    """Uncompressed bytes of the committed units of each field."""
+    raw: Counter[str] = Counter()
+    for part in store.parts.values():
+        if part.kind == "images":
+            continue
+        images = sum(
+            store.unit_rows(unit).stop - store.unit_rows(unit).start
+            for unit, marker in store.markers(part)
+            if marker is not None
+        )
+        for field in part.fields:
+            size = schema.bytes_per_image([field], int(part.settings["crops"]))
+            raw[names[f"{part.path}/{field.name}"]] += images * size
+    return raw
+
+
+def _bounds(store: Store, names: dict[str, str]) -> dict[str, float]:
+    """By reported name, of the first round that tells it: crops are independent draws."""
+    found: dict[str, float] = {}
+    for part in store.parts.values():
+        if part.kind == "images" or all(
+            names[f"{part.path}/{f.name}"] in found for f in part.fields
+        ):
+            continue
+        for field, size in entropy.bytes_per_crop(store, part).items():
+            if size is not None:
+                found.setdefault(names[f"{part.path}/{field}"], size)
+    return found
+
+
+def _sources(store: Store) -> list[SourceReport]:
+    found: dict[tuple[str, str], list[Part]] = {}
+    for part in store.parts.values():
+        if part.kind in ("labels", "features"):
+            name = "/".join(filter(None, (part.source, part.layer)))
+            found.setdefault((part.kind, name), []).append(part)
+    reports = []
+    for (kind, name), parts in sorted(found.items()):
+        form = parts[0].settings.get("form", "")
+        done = [sum(m is not None for _, m in store.markers(part)) for part in parts]
+        reports.append(
+            SourceReport(
+                name=name,
+                kind=kind,
+                form=form,
+                targets=tuple(labels.served_targets(parse_form(form))) if kind == "labels" else (),
+                units_done=sum(done),
+                units=store.num_units * len(parts),
+            )
+        )
+    return reports
+
+
+def _failed(store: Store) -> set[int]:
+    return {
+        row
+        for part in store.parts.values()
+        for _, marker in store.markers(part)
+        if marker is not None
+        for row in marker.failed
+    }
+
+
+def _paper_rows(form_text: str, classes: int) -> dict[str, float]:
+    """Rows of the paper's table whose label this form can serve."""
+    form = parse_form(form_text)
+    rows = {}
+    for name, size in PAPER_TABLE_2.items():
+        target = labels.parse_target(name)
+        try:
+            labels.check_target(form, target, max(classes, target.k))
+        except StoreError:
+            continue
+        rows[name] = size
+    return rows
+
+
+def paper_table(form_text: str, classes: int, imagenet: int) -> tuple[PaperRow, ...]:
+    """Table 2 beside a store of this form that takes `imagenet` bytes at the paper's size."""
+    served = _paper_rows(form_text, classes) if form_text else {}
+    rows = [PaperRow(name, size, None, None) for name, size in PAPER_MAPS.items()]
+    for name, size in PAPER_TABLE_2.items():
+        form = planning.paper_form(labels.parse_target(name))
+        wanted = planning.Wanted(IMAGENET_IMAGES, IMAGENET_CROPS, 1000, (form,))
+        (planned,) = planning.plan(wanted).stores
+        this = imagenet if name in served else None
+        rows.append(PaperRow(name, size, this, planned.stored_bytes))
+    return tuple(rows)
+
+
+def to_gigabytes(size: float) -> str:
+    """Decimal gigabytes with as many digits as matter."""
+    return f"{size / 1e9:,.2f} GB" if size < 1e11 else f"{size / 1e12:,.2f} TB"

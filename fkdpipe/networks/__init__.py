@@ -1,0 +1,1 @@
+"""Models, weight files, teachers and the feature layers that are read from them."""

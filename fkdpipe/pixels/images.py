@@ -1,0 +1,395 @@
+"""An image folder as an ordered, fingerprinted list.
+
+A folder is scanned once, by one process; a store keeps the result, so training never scans.
+Only headers are read here. An image that turns out to be truncated is found when phase 1 decodes
+it, and recorded then.
+
+Keys are paths relative to the split's root, with "/" between folders. They are text in every
+store, so bytes that are not UTF-8 are written as %XX and "%" itself as %25: reversible, and
+plain for ordinary names.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fkdpipe.common import disk
+from fkdpipe.common.errors import ImagesError
+
+T = TypeVar("T")
+Split = Literal["train", "val"]
+_SPLITS = frozenset({"train", "val", "test", "valid", "validation", "dev"})
+
+MAX_SIDE = 65_535  # boxes are stored as uint16 pixels
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A file that is not used, and why. `reason` is a stable code, `detail` is for people."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """One split of an image folder.
+
+    Attributes:
+        root: the split's root; `keys` are relative to it.
+        class_names: class folders in order of name (as torchvision's ImageFolder); empty for a
+            flat folder. A class folder without images keeps its place.
+        keys: one per image, in order of class, then path.
+        class_N: int32, index into `class_names`, -1 in a flat folder.
+        size_N2: uint16, (height, width) of the decoded image, EXIF orientation not applied.
+        bytes_N: int64, length of the file.
+        rejected: files that are left out.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    keys: tuple[str, ...]
+    class_N: np.ndarray
+    size_N2: np.ndarray
+    bytes_N: np.ndarray
+    rejected: tuple[Rejected, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: np.ndarray) -> ImageFolder:
+        """Some of the images, in the order of `rows`."""
+        return replace(
+            self,
+            keys=tuple(self.keys[row] for row in rows.tolist()),
+            class_N=self.class_N[rows],
+            size_N2=self.size_N2[rows],
+            bytes_N=self.bytes_N[rows],
+        )
+
+    @property
+    def empty_classes(self) -> tuple[str, ...]:
+        counts = np.bincount(self.class_N[self.class_N >= 0], minlength=len(self.class_names))
+        return tuple(
+            name for name, count in zip(self.class_names, counts, strict=True) if not count
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.keys, self.bytes_N)
+
+
+def fingerprint(keys: tuple[str, ...], bytes_N: np.ndarray) -> str:
+    """sha256 (hex) over the sorted pairs of key and file length; independent of order and place."""
+    digest = hashlib.sha256()
+    for key, length in sorted(zip(keys, bytes_N.tolist(), strict=True)):
+        digest.update(f"{key}\0{length}\n".encode())
+    return digest.hexdigest()
+
+
+def key_of(relative: str) -> str:
+    """A relative path (as `os` gives it, with surrogate escapes) as text that UTF-8 can hold."""
+    text = relative.replace("%", "%25").replace(os.sep, "/")
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
+
+
+def path_of(root: Path, key: str) -> bytes:
+    """The file behind a key, as the operating system's bytes.
+
+    Raises:
+        ImagesError: the key points outside the folder (a store may come from anywhere).
+    """
+    parts = (unquote_to_bytes(key) if "%" in key else key.encode()).split(b"/")
+    if not all(parts) or b".." in parts or b"." in parts:
+        raise ImagesError(f"{key!r} is not the path of an image below {root}.", code="bad-key")
+    return os.path.join(os.fsencode(root), *parts)
+
+
+def split_root(data: Path, split: Split) -> Path:
+    """Where a split's class folders are: `data/<split>`, or for `train` `data` itself.
+
+    Raises:
+        ImagesError: no such folder, or the split is missing.
+    """
+    splits = splits_of(data)
+    if split in splits or (split == "train" and not splits):
+        return data / split if splits else data
+    found = " and ".join(f"{name}/" for name in sorted(splits)) or "class folders"
+    what = "Held-out" if split == "val" else "Training"
+    raise ImagesError(
+        f"{data} has {found}, but no {split}/ folder. {what} images belong under {data / split}.",
+        code="no-split",
+    )
+
+
+def splits_of(data: Path) -> frozenset[str]:
+    """Names of the splits that a folder holds; none where its folders are classes.
+
+    Its folders are splits when `train/` and `val/` are there, or when all have names of splits.
+
+    Raises:
+        ImagesError: no such folder.
+    """
+    if not data.exists():
+        raise ImagesError(f"{data}: no such folder.", code="no-folder")
+    if not data.is_dir():
+        raise ImagesError(
+            f"{data} is a file; give an image folder (class/image).", code="no-folder"
+        )
+    try:
+        folders = {e.name for e in os.scandir(data) if _leads_to(e)}
+        folders = {name for name in folders if not name.startswith(".")}
+    except OSError as error:
+        raise ImagesError(f"{data} cannot be read: {error.strerror}.", code="no-folder") from error
+    split = {"train", "val"} <= folders or ({"train", "val"} & folders and folders <= _SPLITS)
+    return frozenset(folders & _SPLITS) if split else frozenset()
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Names of the class folders below a split's root, sorted, as keys write them."""
+    entries = _from_disk(str(root), lambda: list(os.scandir(root)))
+    names = [e.name for e in entries if _leads_to(e) and not e.name.startswith(".")]
+    return tuple(key_of(name) for name in sorted(names))
+
+
+def _leads_to(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """The status of a folder; None for a file, and for a link that leads nowhere."""
+    try:
+        return _from_disk(entry.path, lambda: entry.stat() if entry.is_dir() else None)
+    except OSError:  # a link to itself
+        return None
+
+
+def scan(
+    data: Path,
+    *,
+    split: Split = "train",
+    need_classes: bool = True,
+    threads: int = 8,
+    on_image: Callable[[int], None] = lambda count: None,
+) -> ImageFolder:
+    """Read the list of images of one split: names, classes, sizes.
+
+    Args:
+        data: `class/name.jpg`, any depth below the class, or `train/` and `val/` with that inside.
+        need_classes: when False, images directly in the folder are taken too.
+        threads: header readers.
+        on_image: called with 1 after every file, for progress.
+
+    Raises:
+        ImagesError: no folder, no class folders, or no usable image; or the disk failed twice.
+    """
+    root = split_root(Path(data), split)
+    class_names = class_folders(root)
+    files, rejected = _list_files(root)
+    if not class_names and files and need_classes:
+        raise ImagesError(
+            f"{root} has {len(files)} files but no class folders. Put images in one folder per "
+            "class: class/name.jpg.",
+            code="no-classes",
+        )
+    class_index = {name: index for index, name in enumerate(class_names)}
+
+    def header(relative: str) -> tuple[tuple[int, int], int] | Rejected:
+        path, key = os.path.join(root, relative), key_of(relative)
+        found = _from_disk(path, lambda: _read_header(path, key))
+        on_image(1)
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        headers = list(pool.map(header, files))
+    keys: list[str] = []
+    classes: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    for relative, found in zip(files, headers, strict=True):
+        key = key_of(relative)
+        folder = key.split("/", 1)[0] if "/" in key else ""
+        if isinstance(found, Rejected):
+            rejected.append(found)
+        elif not folder and class_names:
+            rejected.append(Rejected(key, "outside-class", "lies beside the class folders"))
+        else:
+            keys.append(key)
+            classes.append(class_index.get(folder, -1))
+            sizes.append(found[0])
+            lengths.append(found[1])
+    if not keys:
+        raise ImagesError(_nothing_usable(root, rejected), code="no-images")
+    return ImageFolder(
+        root=root,
+        class_names=class_names,
+        keys=tuple(keys),
+        class_N=np.array(classes, dtype=np.int32),
+        size_N2=np.array(sizes, dtype=np.uint16),
+        bytes_N=np.array(lengths, dtype=np.int64),
+        rejected=tuple(sorted(rejected, key=lambda r: r.key)),
+    )
+
+
+def remarks(folder: ImageFolder, most: int = 20) -> list[str]:
+    """What a user should know about a folder before days are spent on it, a line each."""
+    left_out = [f"{r.key} is left out: {r.reason}, {r.detail}" for r in folder.rejected]
+    lines = left_out[:most]
+    if len(left_out) > most:
+        lines.append(f"... and {len(left_out) - most} more files are left out")
+    if folder.empty_classes:
+        lines.append(f"classes without images: {', '.join(folder.empty_classes[:10])}")
+    return lines
+
+
+def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], *, where: str) -> None:
+    """Refuse a class list that differs, naming the first differences.
+
+    Raises:
+        ImagesError: with code "classes-differ".
+    """
+    if expected == found:
+        return
+    missing = [name for name in expected if name not in set(found)]
+    extra = [name for name in found if name not in set(expected)]
+    detail = "; ".join(
+        f"{word} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in (("missing", missing), ("unknown", extra))
+        if names
+    )
+    raise ImagesError(
+        f"{where}: its {len(found)} classes are not the {len(expected)} expected: "
+        f"{detail or 'their order differs'}.",
+        code="classes-differ",
+    )
+
+
+def _nothing_usable(root: Path, rejected: list[Rejected]) -> str:
+    if not rejected:
+        return f"{root}: no images found."
+    reasons = sorted({r.reason for r in rejected})
+    first = rejected[0]
+    return (
+        f"{root}: no usable image among {len(rejected)} files ({', '.join(reasons)}); "
+        f"for example {first.key}: {first.detail}."
+    )
+
+
+def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
+    """Relative paths of all files below root, sorted by folder then name, following links."""
+    files: list[str] = []
+    rejected: list[Rejected] = []
+
+    def walk(folder: str, relative: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        try:
+            entries = _from_disk(folder, lambda: sorted(os.scandir(folder), key=lambda e: e.name))
+        except OSError as error:
+            rejected.append(Rejected(key_of(relative), "unreadable", error.strerror or str(error)))
+            return
+        for entry in entries:
+            name = os.path.join(relative, entry.name) if relative else entry.name
+            if status := _leads_to(entry):
+                identity = (status.st_dev, status.st_ino)
+                if entry.name.startswith("."):
+                    rejected.append(Rejected(key_of(name), "hidden", "hidden folder"))
+                elif identity in above:
+                    rejected.append(Rejected(key_of(name), "link-loop", "links to a folder above"))
+                else:
+                    yield from walk(entry.path, name, above | {identity})
+            else:
+                yield name
+
+    status = os.stat(root)
+    files.extend(walk(str(root), "", frozenset({(status.st_dev, status.st_ino)})))
+    return files, rejected
+
+
+def _from_disk(path: str, read: Callable[[], T]) -> T:
+    """The result of `read`; an error that may pass stops the scan and leaves nothing out for good.
+
+    Raises:
+        ImagesError: the disk failed twice. OSError: something is wrong with the file.
+    """
+    try:
+        return disk.read_twice(read)
+    except OSError as error:
+        if not disk.may_pass(error):
+            raise
+        raise ImagesError(
+            f"{os.fsencode(path).decode(errors='replace')}: {error.strerror}. This may pass, so "
+            "it is not left out for good. Run the command again; if it fails again, mend the "
+            "disk or remove the file.",
+            code="disk",
+        ) from error
+
+
+def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
+    """((height, width), file length) of a JPEG, PNG or WebP, or why it is not used."""
+    try:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            head = file.read(32)
+            kind = _kind(head)
+            if kind is None:
+                detail = "empty file" if not head else "neither JPEG, PNG nor WebP by content"
+                return Rejected(key, "not-an-image", detail)
+            if kind == "PNG" and head[24:25] == b"\x10":
+                return Rejected(key, "16-bit", "16-bit PNG; convert it to 8 bits per channel")
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # large images and odd EXIF data warn only
+                with Image.open(file) as image:
+                    width, height = image.size
+                    animated = kind != "JPEG" and getattr(image, "n_frames", 1) > 1
+    except UnidentifiedImageError:
+        return Rejected(key, "broken-header", "its header cannot be read")
+    except Image.DecompressionBombError as error:
+        return Rejected(key, "too-large", str(error))
+    except OSError as error:
+        if disk.may_pass(error):
+            raise
+        reason = "unreadable" if error.errno is not None else "broken-header"
+        reason = "link-loop" if error.errno == errno.ELOOP else reason
+        return Rejected(key, reason, error.strerror or str(error))
+    except (SyntaxError, ValueError, IndexError) as error:  # Pillow's parsers on damaged headers
+        return Rejected(key, "broken-header", str(error))
+    if animated:
+        return Rejected(key, "animation", "animated image; keep one frame")
+    if max(height, width) > MAX_SIDE or min(height, width) < 1:
+        return Rejected(key, "too-large", f"{width}x{height} pixels; a side may have {MAX_SIDE}")
+    return (height, width), length
+
+
+def _kind(head: bytes) -> str | None:
+    if head[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    return None
+
+
+def per_class(class_N: np.ndarray, order_N: np.ndarray, share: float) -> np.ndarray:
+    """int64: the first ceil(share * n) of the n images of each class, in a given order.
+
+    Args:
+        class_N: class of each image; -1 in a flat folder, which is one class.
+        order_N: a permutation of the images; the result keeps its order.
+    """
+    classes = class_N[order_N]
+    grouped = np.argsort(classes, kind="stable")
+    _, first, counts = np.unique(classes[grouped], return_index=True, return_counts=True)
+    place = np.empty(len(grouped), dtype=np.int64)  # among its class
+    place[grouped] = np.arange(len(grouped)) - np.repeat(first, counts)
+    wanted = np.ceil(share * counts - 1e-9)[np.searchsorted(np.unique(classes), classes)]
+    return order_N[place < wanted]

@@ -1,0 +1,251 @@
+"""Models by name: weights that fit or say why not, classes that match or say how to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import CLASSES
+
+from fkdpipe.common.errors import ModelError, UsageError
+from fkdpipe.networks import models, teachers, weight_files
+from fkdpipe.networks.models import ModelSpec
+
+CPU = torch.device("cpu")
+
+
+def save(module, file):
+    torch.save(module.state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("resnet18", ModelSpec("resnet18")),
+        ("torchvision:resnet18", ModelSpec("resnet18", "torchvision")),
+        ("resnet50.a1_in1k", ModelSpec("resnet50.a1_in1k")),
+    ],
+)
+def test_specs(text, expected):
+    assert models.parse_spec(text) == expected
+    assert str(expected) == text
+
+
+def test_an_unknown_name_gets_near_matches():
+    with pytest.raises(ModelError, match=r"timm has no model 'resnet19'. Did you mean resnet"):
+        models.parse_spec("resnet19")
+    with pytest.raises(ModelError, match=r"torchvision has no model 'resnet19'"):
+        models.parse_spec("torchvision:resnet19")
+    with pytest.raises(UsageError, match="names no model"):
+        models.parse_spec("=file")
+
+
+def test_a_missing_weights_file_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"no such weights file: .*none.pth"):
+        models.parse_spec(f"resnet18={tmp_path / 'none.pth'}")
+
+
+def test_without_a_network_pretrained_weights_say_what_to_give(monkeypatch):
+    with pytest.raises(ModelError, match=r"resnet18=weights.safetensors") as raised:
+        models.build(ModelSpec("resnet18"))
+    assert raised.value.code == "offline"
+    with pytest.raises(ModelError) as raised:
+        models.build(ModelSpec("resnet18", "torchvision"))
+    assert raised.value.code == "offline"
+
+
+@pytest.mark.parametrize("wrap", ["", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_local_checkpoints_in_their_usual_wrappings(tmp_path, wrap, prefix):
+    module = timm.create_model("test_resnet", num_classes=7)
+    state = {prefix + key: value for key, value in module.state_dict().items()}
+    torch.save({wrap: state} if wrap else state, tmp_path / "x.pth")
+    loaded = models.build(ModelSpec("test_resnet", "timm", tmp_path / "x.pth"))
+    assert loaded.classes == 7
+    assert torch.equal(loaded.module.fc.weight, module.fc.weight)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_the_class_count_comes_from_the_weights(tmp_path, name):
+    file = save(timm.create_model(name, num_classes=11), tmp_path / "x.pth")
+    assert models.build(ModelSpec(name, "timm", file)).classes == 11
+
+
+def test_torchvision_models_bring_their_own_preprocessing(tmp_path):
+    module = torchvision.models.get_model("resnet18", num_classes=6)
+    file = save(module, tmp_path / "x.pth")
+    loaded = models.build(ModelSpec("resnet18", "torchvision", file))
+    assert loaded.classes == 6
+    assert loaded.preprocessing.size == (224, 224)
+    assert loaded.preprocessing.interpolation == "bilinear"
+    assert loaded.preprocessing.crop_pct == pytest.approx(224 / 256)
+
+
+def test_timm_preprocessing_is_its_data_config():
+    module = timm.create_model("resnet50")
+    config = timm.data.resolve_model_data_config(module)
+    loaded = models.build(ModelSpec("resnet50"), pretrained=False)
+    assert loaded.preprocessing.size == config["input_size"][1:]
+    assert loaded.preprocessing.mean == config["mean"]
+    assert loaded.preprocessing.crop_pct == config["crop_pct"]
+    assert loaded.preprocessing.interpolation == config["interpolation"]
+
+
+def test_a_network_with_position_embeddings_is_built_for_the_size():
+    loaded = models.build(
+        ModelSpec("deit_tiny_patch16_224"), classes=3, size=(64, 64), pretrained=False
+    )
+    assert loaded.module(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_a_checkpoint_that_does_not_fit_names_keys(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    state["surprise"] = torch.zeros(1)
+    first = next(iter(state))
+    del state[first]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match=rf"1 missing \({first}\); 1 unknown \(surprise\)"):
+        models.build(ModelSpec("test_resnet", "timm", tmp_path / "x.pth"))
+    file = save(timm.create_model("test_resnet", num_classes=5), tmp_path / "y.pth")
+    with pytest.raises(ModelError, match=r"2 of another shape \(fc.weight \(5, 96\) for \(9, 96\)"):
+        models.build(ModelSpec("test_resnet", "timm", file), classes=9)
+    with pytest.raises(ModelError, match="missing"):
+        models.build(ModelSpec("test_vit", "timm", file))
+
+
+class Malicious:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/fkdpipe-was-here",)
+
+
+def test_no_pickle_is_run(tmp_path):
+    import os
+    import pickle
+
+    torch.save({"state_dict": Malicious()}, tmp_path / "x.pth")
+    (tmp_path / "y.pth").write_bytes(pickle.dumps(Malicious()))
+    for name in ("x.pth", "y.pth"):
+        with pytest.raises(ModelError, match="nothing of it is run"):
+            models.build(ModelSpec("test_resnet", "timm", tmp_path / name))
+    assert not os.path.exists("/tmp/fkdpipe-was-here")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_a_broken_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=name):
+        models.build(ModelSpec("test_resnet", "timm", tmp_path / name))
+
+
+def test_exports_tell_what_they_are(tmp_path):
+    module = timm.create_model("test_resnet", num_classes=4)
+    facts = {"student": "test_resnet", "size": [48, 40], "mean": [0.1, 0.2, 0.3], "crop_pct": 0.9}
+    weight_files.write_export(tmp_path / "student.safetensors", module, facts)
+    spec = models.parse_spec(str(tmp_path))
+    assert spec == ModelSpec("test_resnet", "timm", tmp_path / "student.safetensors")
+    loaded = models.build(spec)
+    assert loaded.preprocessing.size == (48, 40)
+    assert loaded.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert loaded.preprocessing.crop_pct == 0.9
+
+
+def test_the_digest_is_of_the_weights_alone(tmp_path):
+    module = timm.create_model("test_resnet", num_classes=4)
+    file = save(module, tmp_path / "x.pth")
+    weight_files.write_export(tmp_path / "y.safetensors", module, {})
+    digests = {
+        weight_files.state_digest(models.build(ModelSpec("test_resnet", "timm", f)).module)
+        for f in (file, tmp_path / "y.safetensors")
+    }
+    assert digests == {weight_files.state_digest(module)}
+    with torch.no_grad():
+        module.fc.bias[0] += 1e-7
+    assert weight_files.state_digest(module) not in digests
+
+
+def test_teachers_are_frozen_and_in_eval_mode(teacher):
+    assert not teacher.module.training
+    assert not any(p.requires_grad for p in teacher.module.parameters())
+    assert sum(t.weight for t in [teacher]) == 1
+
+
+def test_shares_are_normalised(checkpoint):
+    spec = ModelSpec("test_resnet", "timm", checkpoint)
+    pair = teachers.load_teachers([spec, spec], class_names=CLASSES, weights=[3, 1], device=CPU)
+    assert [t.weight for t in pair] == [0.75, 0.25]
+    for weights in ([1.0], [1.0, 0.0], [1.0, -1.0]):
+        with pytest.raises(UsageError):
+            teachers.load_teachers([spec, spec], class_names=CLASSES, weights=weights, device=CPU)
+    with pytest.raises(UsageError, match="precision must be one of"):
+        teachers.load_teachers([spec], class_names=CLASSES, precision="int8", device=CPU)
+
+
+def match(names, outputs, output_names=(), class_map=None):
+    return teachers.match_classes(names, outputs, output_names, class_map, teacher="t")
+
+
+def test_classes_match_by_position_name_or_map():
+    assert match(("a", "b"), 2) is None
+    assert match((), 1000) is None
+    assert match(("a", "b"), 3, ("b", "c", "a")).tolist() == [2, 0]
+    assert match(("a", "b"), 2, ("b", "a")).tolist() == [1, 0]
+    assert match(("a", "b"), 9, class_map={"a": 4, "b": 8}).tolist() == [4, 8]
+    assert match(("a", "b"), 2, class_map={"a": 0, "b": 1}) is None
+    synsets = ("n01440764", "n01484850")
+    assert match(synsets, 1000).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs", "class_map", "words"),
+    [
+        (("a", "b"), 1000, None, "has 1000 outputs, the image folder 2 classes"),
+        (("a", "b"), 5, ("a", "c"), r"1 classes of the image folder are not among .*\(b\)"),
+        (("a",), 5, {"a": 7}, "names output 7; it has 5"),
+    ],
+)
+def test_classes_that_cannot_be_matched_are_refused(names, outputs, class_map, words):
+    with pytest.raises(ModelError, match=words):
+        match(names, outputs, class_map=class_map)
+
+
+def test_slicing_outputs_renormalises_them(checkpoint):
+    spec = ModelSpec("test_resnet", "timm", checkpoint)
+    (whole,) = teachers.load_teachers([spec], class_names=CLASSES, device=CPU)
+    (part,) = teachers.load_teachers(
+        [spec], class_names=("x", "y"), class_maps=[{"x": 3, "y": 1}], device=CPU
+    )
+    x = torch.randn(6, 3, 32, 32)
+    prob = whole.logits(x).softmax(1)[:, [3, 1]]
+    expected = prob / prob.sum(1, keepdim=True)
+    assert np.allclose(part.logits(x).softmax(1), expected, atol=1e-6)
+
+
+def test_class_maps(tmp_path):
+    file = tmp_path / "map.txt"
+    file.write_text("# folder class and output\ntench 0\ngolden fish\t1\n")
+    assert teachers.read_class_map(file) == {"tench": 0, "golden fish": 1}
+    file.write_text("tench\ngolden fish\n")
+    assert teachers.read_class_map(file) == ("tench", "golden fish")
+    file.write_text("tench 0\ngoldfish\n")
+    with pytest.raises(UsageError, match="either one class name per line"):
+        teachers.read_class_map(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        teachers.read_class_map(tmp_path / "none.txt")
+
+
+def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
+    module = timm.create_model("test_resnet", num_classes=5)
+    torch.save(module, tmp_path / "whole.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    for name in ("whole.pth", "broken.pth"):
+        with pytest.raises(
+            ModelError, match=r"nothing of it is run\. Save the state_dict"
+        ) as raised:
+            models.read_weights(tmp_path / name)
+        assert "weights_only" not in str(raised.value)
