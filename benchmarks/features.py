@@ -41,7 +41,7 @@ from fkdpipe.networks.teachers import Teacher
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import run, step
-from fkdpipe.train.feed import Batch
+from fkdpipe.train.batch import Batch
 from fkdpipe.train.settings import TrainSettings
 from fkdpipe.train.state import Run
 
@@ -105,7 +105,7 @@ def read_seconds(prepared: Run, batches: list[Batch]) -> float:
     assert data.features is not None
     begun = time.perf_counter()
     window = order.window(batches[0].passed, 0)
-    opened = data.features.open_window(window.units, data.crops_of(window.passed))
+    opened = data.features.open(window.units, data.crops_of(window.passed))
     for first in range(0, len(window.rows), BATCH):
         opened.take(window.rows[first : first + BATCH])
     return (time.perf_counter() - begun) / -(-len(window.rows) // BATCH)
@@ -120,7 +120,7 @@ def step_seconds(prepared: Run, batch: Batch) -> float:
 def pixel_seconds(prepared: Run, count: int) -> float:
     """Seconds per batch of the whole feed."""
     begun = time.perf_counter()
-    for _, _batch in zip(range(count), prepared.feed.run(), strict=False):
+    for _, _batch in zip(range(count), prepared.crops.stream(), strict=False):
         pass
     return (time.perf_counter() - begun) / count
 
@@ -146,7 +146,8 @@ def compare(
     online = prepare(place, data, stores["whole_float16"], teacher)
     runs = {**stored, "online": online}
     batches = {
-        name: [b for _, b in zip(range(3), r.feed.run(), strict=False)] for name, r in runs.items()
+        name: [b for _, b in zip(range(3), r.crops.stream(), strict=False)]
+        for name, r in runs.items()
     }
     differences = {
         name: loss_difference(r, online, list(zip(batches[name], batches["online"], strict=True)))

@@ -46,10 +46,10 @@ from fkdpipe.storage import labels, rounds
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store
-from fkdpipe.train import inputs
+from fkdpipe.train import data as training_data
 from fkdpipe.train.feed import Feed
 from fkdpipe.train.order import Order
-from fkdpipe.train.schedule import passes
+from fkdpipe.train.schedule import stages
 
 CPU = torch.device("cpu")
 SIZE, BATCH, THREADS, CROPS, K = 224, 128, 2, 16, 5
@@ -150,13 +150,15 @@ def fkd_loader(root: Path, listed: list[tuple[str, Path]], m: int, batches: int)
         yield pixels.flatten(0, 1), soft.flatten(0, 1)
 
 
-def our_feed(data: inputs.TrainingSet, m: int, batches: int, *, as_float: bool) -> Iterator[Any]:
+def our_feed(
+    data: training_data.TrainingSet, m: int, batches: int, *, as_float: bool
+) -> Iterator[Any]:
     epochs = -(-batches * BATCH // len(data.rows)) // m * m + m
     order = Order(
         data.rows,
         unit_size=data.unit_size,
         window=8,
-        passes=passes(epochs, m),
+        stages=stages(epochs, m),
         batch_size=BATCH,
         seed=0,
     )
@@ -199,7 +201,9 @@ def decode_per_s(files: list[bytes], size_N2: np.ndarray, count: int) -> float:
         return count * len(files) / (time.perf_counter() - begun)
 
 
-def parts_of_an_image(data: inputs.TrainingSet, files: list[bytes], m: int) -> dict[str, float]:
+def parts_of_an_image(
+    data: training_data.TrainingSet, files: list[bytes], m: int
+) -> dict[str, float]:
     """Milliseconds of one thread for one image, part by part, the least of several tries."""
     target = View((SIZE, SIZE))
     crops_m = np.arange(m)
@@ -222,7 +226,7 @@ def parts_of_an_image(data: inputs.TrainingSet, files: list[bytes], m: int) -> d
 
     def take_labels() -> None:
         assert data.labels is not None
-        data.labels.open_window([0], crops_m).take(data.rows[:: len(sizes) // len(some)])
+        data.labels.open([0], crops_m).take(data.rows[:: len(sizes) // len(some)])
         data.boxes(data.rows[:: len(sizes) // len(some)], crops_m)
 
     return {
@@ -246,7 +250,7 @@ def measure(place: Path, *, images: int, rounds_: int, batches: int) -> tuple[li
     store = make_store(place, place / "data")
     listed = write_label_files(store, place / "labels")
     target = Target("marginal-smoothing", K)
-    data = inputs.from_store(
+    data = training_data.from_store(
         store, place / "data", target=target, source=None, temperature=None,
         cache_dir=place / "cache",
     )  # fmt: skip
@@ -288,7 +292,7 @@ def measure(place: Path, *, images: int, rounds_: int, batches: int) -> tuple[li
 def tabulate(
     seen: dict[tuple[str, int], list[float]],
     cpu_ms: dict[tuple[str, int], list[float]],
-    data: inputs.TrainingSet,
+    data: training_data.TrainingSet,
     files: list[bytes],
 ) -> list[dict]:
     """One row per side and m: images/s, crops/s, the ratio, and where our time goes."""

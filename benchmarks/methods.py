@@ -257,7 +257,7 @@ def prepare(root: Path, case: Case, name: str) -> Run:
 
 def stepper(prepared: Run) -> Callable[[], float]:
     """Seconds of one step on a batch that is there already."""
-    batch = next(iter(prepared.feed.run()))
+    batch = next(iter(prepared.crops.stream()))
 
     def seconds() -> float:
         begun = time.perf_counter()
@@ -272,7 +272,7 @@ def peak_mb(root: Path, case: Case, steps: int) -> float:
     common.reset_peak()
     before = common.peak_bytes()
     prepared = prepare(root, case, "memory")
-    for batch in itertools.islice(prepared.feed.run(), steps):
+    for batch in itertools.islice(prepared.crops.stream(), steps):
         step(prepared, batch)
     return (common.peak_bytes() - before) / 1e6
 

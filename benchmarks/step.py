@@ -31,7 +31,7 @@ from fkdpipe.networks import models, teachers, weight_files
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train import loop, run
-from fkdpipe.train.feed import Batch
+from fkdpipe.train.batch import Batch
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import Run
 
@@ -155,7 +155,7 @@ class Side:
 
     def __init__(self, made: Run, steps: int) -> None:
         self.run, self.steps = made, steps
-        self._batches: Iterator[Batch] = made.feed.run()
+        self._batches: Iterator[Batch] = made.crops.stream()
 
     def seconds(self) -> float:
         """Of one step, the mean of a few in a row."""

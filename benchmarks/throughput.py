@@ -48,7 +48,7 @@ from fkdpipe.pixels.replay import Backend, View
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store
 from fkdpipe.train import loop, run, targets
-from fkdpipe.train.feed import Batch
+from fkdpipe.train.batch import Batch
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import Run
 
@@ -125,7 +125,7 @@ class Bench:
         store, _ = self.label("store")
         self.fed = self.prepare(store, "fed")
         self.bare = self.prepare(store, "bare")
-        self.batches: Iterator[Batch] = self.fed.feed.run()
+        self.batches: Iterator[Batch] = self.fed.crops.stream()
         self.wait_shares: list[float] = []
         shape = (scale.batch, 3, scale.size, scale.size)
         self.pixels = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -221,7 +221,7 @@ class Bench:
         feed, batch = self.fed.feed, next(self.batches)
         host = torch.empty_like(batch.pixels, device="cpu")
         host = host.pin_memory() if self.device.type == "cuda" else host
-        labels = (batch.labels, self.fed.target, self.scale.classes, batch.class_B, self.device)
+        labels = (batch.labels, self.fed.target, self.scale.classes, batch.classes, self.device)
         measures: dict[str, Callable[[], float]] = {
             "decode": lambda: self.replayed([View((8, 8))]),
             "replay": lambda: self.replayed(list(feed.views)),

@@ -88,26 +88,9 @@ def _nested(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_device(text: str, local_rank: int = 0) -> Any:
-    """The torch device: a GPU when there is one, and of several the local rank's.
+    from fkdpipe.common import distributed
 
-    Raises:
-        UsageError: no such device here.
-    """
-    import torch
-
-    if text == "auto":
-        text = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {text!r}: take auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here."
-        )
-    return device
+    return distributed.choose_device(text, local_rank)
 
 
 def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:

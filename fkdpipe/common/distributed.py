@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fkdpipe.common.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,29 @@ def current() -> Rank:
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Rank()
     return Rank(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+
+
+def choose_device(device: torch.device | str | None, local_rank: int = 0) -> torch.device:
+    """A torch device; of "auto" or None a GPU when there is one, and of several the local rank's.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    import torch
+
+    if device in (None, "auto"):
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: take auto, cpu, cuda or cuda:N.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}: take auto, cpu, cuda or cuda:N.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices here."
+        )
+    return chosen
 
 
 def default_threads() -> int:

@@ -170,7 +170,7 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
 
 def _choose(ids: np.ndarray, class_N: np.ndarray, settings: FitSettings) -> np.ndarray:
     order = crops.random_order(settings.seed, ids)
-    return images.per_class(class_N, order, parse_share(settings.images))
+    return crops.per_class(class_N, order, parse_share(settings.images))
 
 
 def _sample(

@@ -136,6 +136,22 @@ def random_order(seed: int, image_id_N: np.ndarray) -> np.ndarray:
     return np.lexsort((image_id_N, rank_N))
 
 
+def per_class(class_N: np.ndarray, order_N: np.ndarray, share: float) -> np.ndarray:
+    """int64: the first ceil(share * n) of the n images of each class, in a given order.
+
+    Args:
+        class_N: class of each image; -1 in a flat folder, which is one class.
+        order_N: a permutation of the images; the result keeps its order.
+    """
+    classes = class_N[order_N]
+    grouped = np.argsort(classes, kind="stable")
+    _, first, counts = np.unique(classes[grouped], return_index=True, return_counts=True)
+    place = np.empty(len(grouped), dtype=np.int64)  # among its class
+    place[grouped] = np.arange(len(grouped)) - np.repeat(first, counts)
+    wanted = np.ceil(share * counts - 1e-9)[np.searchsorted(np.unique(classes), classes)]
+    return order_N[place < wanted]
+
+
 def derive_seed(seed: int, number: int) -> int:
     """Another seed, one per number; for orders and mixing partners."""
     return int(_mix(_mix(seed) ^ np.uint64(number))) >> 2

@@ -369,6 +369,17 @@ def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
     return (height, width), length
 
 
+def size_of(root: Path, key: str) -> tuple[int, int] | Rejected:
+    """(height, width) of the decoded image behind a key, from its header; or why it is not used.
+
+    Raises:
+        ImagesError: the key points outside the folder, or the disk failed twice.
+    """
+    path = os.fsdecode(path_of(root, key))
+    found = _from_disk(path, lambda: _read_header(path, key))
+    return found if isinstance(found, Rejected) else found[0]
+
+
 def _kind(head: bytes) -> str | None:
     if head[:3] == b"\xff\xd8\xff":
         return "JPEG"
@@ -377,19 +388,3 @@ def _kind(head: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     return None
-
-
-def per_class(class_N: np.ndarray, order_N: np.ndarray, share: float) -> np.ndarray:
-    """int64: the first ceil(share * n) of the n images of each class, in a given order.
-
-    Args:
-        class_N: class of each image; -1 in a flat folder, which is one class.
-        order_N: a permutation of the images; the result keeps its order.
-    """
-    classes = class_N[order_N]
-    grouped = np.argsort(classes, kind="stable")
-    _, first, counts = np.unique(classes[grouped], return_index=True, return_counts=True)
-    place = np.empty(len(grouped), dtype=np.int64)  # among its class
-    place[grouped] = np.arange(len(grouped)) - np.repeat(first, counts)
-    wanted = np.ceil(share * counts - 1e-9)[np.searchsorted(np.unique(classes), classes)]
-    return order_N[place < wanted]

@@ -12,7 +12,7 @@ from fkdpipe.networks.feature_layers import FeatureNetwork
 from fkdpipe.networks.models import Loaded
 from fkdpipe.networks.teachers import Teacher
 from fkdpipe.train import methods, stored
-from fkdpipe.train.inputs import TrainingSet
+from fkdpipe.train.data import TrainingSet
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 from fkdpipe.train.settings import TrainSettings
 
@@ -68,7 +68,7 @@ def build(
     if training.features is not None:
         if teacher is not None:
             stored.check_teacher(training.features.settings, teacher.facts())
-        given = stored.stored_outputs(training.features.example(device), training.features.settings)
+        given = training.features.outputs(training.features.example(device))
     elif teacher is not None:
         given = feature_layers.example(teacher.module, teacher.preprocessing.size, device)
     context = Context(

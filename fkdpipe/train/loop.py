@@ -22,8 +22,8 @@ from fkdpipe.common.errors import TrainingError
 from fkdpipe.common.progress import Advance
 from fkdpipe.networks import weight_files
 from fkdpipe.train import parallel
+from fkdpipe.train.batch import Batch
 from fkdpipe.train.evaluate import Accuracy, evaluate
-from fkdpipe.train.feed import Batch
 from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
 from fkdpipe.train.state import CHECKPOINTS, Run, export, resume, save
 from fkdpipe.train.step import step
@@ -59,13 +59,12 @@ def train(run: Run) -> Result:
     run.wrapped = parallel.wrap(run.learner, run.settings, run.rank, run.device)
     metrics = _metrics(run)
     meter = Meter(run.device)
-    total = len(run.feed)
-    task = run.reporter.task("train", total, "steps", done=run.step)
+    task = run.reporter.task("train", run.steps, "steps", done=run.step)
     with task as advance, _stop_asked() as stop:
         if run.owed is not None:
             _judge(run, metrics, stop)
             save(run)
-        for batch, following in _with_next(_timed(run.feed.run(run.step), meter)):
+        for batch, following in _with_next(_timed(run.crops.stream(run.step), meter)):
             _one(run, batch, meter)
             _log_step(run, batch, meter, metrics, advance)
             if following is None or following.passed.index != batch.passed.index:
@@ -98,9 +97,7 @@ def _recorded(run: Run) -> Accuracy | None:
 
 def _one(run: Run, batch: Batch, meter: Meter) -> None:
     loss, right = step(run, batch)
-    meter.add(
-        loss, right, crops=batch.total, images=batch.total // batch.m, seen=len(batch.class_B)
-    )
+    meter.add(loss, right, crops=batch.total, images=batch.total // batch.m, seen=len(batch))
     if run.device.type == "cpu":  # on a GPU, asking every step would make it wait for the device
         _check_finite(run, meter)
     run.step += 1
@@ -124,7 +121,7 @@ def _save(run: Run, meter: Meter) -> None:
 def _save_and_stop(run: Run) -> NoReturn:
     save(run)
     raise TrainingError(
-        f"stopped at step {run.step} of {len(run.feed)}; a checkpoint is written and the same "
+        f"stopped at step {run.step} of {run.steps}; a checkpoint is written and the same "
         "command goes on from it.",
         code="stopped",
     )
@@ -195,7 +192,7 @@ def _log_step(
     run: Run, batch: Batch, meter: Meter, metrics: MetricsLog | None, advance: Advance
 ) -> None:
     advance(1)
-    if run.step % run.settings.log_every and run.step != len(run.feed):
+    if run.step % run.settings.log_every and run.step != run.steps:
         return
     _check_finite(run, meter)
     sums = parallel.total(meter.sums, run.rank, run.device).tolist()

@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 
@@ -20,20 +19,22 @@ from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.networks import models
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.networks.features import StoredLayer
-from fkdpipe.networks.models import Loaded
+from fkdpipe.networks.models import Loaded, Preprocessing
 from fkdpipe.networks.teachers import Precision, Teacher, load_teachers, read_class_map
-from fkdpipe.pixels import images, replay
-from fkdpipe.pixels.replay import Backend, Request, View
+from fkdpipe.pixels import images
+from fkdpipe.pixels.replay import View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
-from fkdpipe.train import checkpoint, checks, inputs, methods, optim, parallel, students
+from fkdpipe.train import checkpoint, checks, labelled_crops, methods, optim, parallel, students
+from fkdpipe.train import data as training_data
+from fkdpipe.train.data import TrainingSet
 from fkdpipe.train.feed import Feed
-from fkdpipe.train.inputs import TrainingSet
+from fkdpipe.train.labelled_crops import LabelledCrops
 from fkdpipe.train.learner import build as build_learner
 from fkdpipe.train.learner import parameters
 from fkdpipe.train.methods.interface import MethodNeeds
 from fkdpipe.train.order import Order
-from fkdpipe.train.schedule import passes
+from fkdpipe.train.schedule import stages
 from fkdpipe.train.settings import TrainSettings
 from fkdpipe.train.state import Run
 
@@ -79,11 +80,12 @@ def prepare(
     counted = parameters(learner)
     log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counted)
     digest = _record(settings, training, teacher, counted, out, write=rank.main)
+    preprocessing = _preprocessing(settings, loaded, running)
     feed = Feed(
         training,
         _order(settings, needs, training),
-        _views(settings, loaded, running),
-        backend=_backend(settings, training, store, device),
+        list(dict.fromkeys(View(p.size, p.interpolation) for p in preprocessing)),
+        backend=labelled_crops.choose_backend(settings.replay, training, store, device),
         threads=settings.threads or default_threads(),
         device=device,
         rank=rank,
@@ -92,7 +94,7 @@ def prepare(
     return Run(
         settings=settings,
         out=out,
-        feed=feed,
+        crops=LabelledCrops.of(feed, preprocessing),
         student=loaded,
         learner=learner,
         wrapped=learner,
@@ -115,7 +117,7 @@ def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -
         training.rows,
         unit_size=training.unit_size,
         window=settings.window,
-        passes=passes(
+        stages=stages(
             settings.epochs,
             settings.crops_per_image,
             single_first=settings.schedule.single_first,
@@ -123,7 +125,7 @@ def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -
         ),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        spread=needs.independent,
+        independent=needs.independent,
     )
 
 
@@ -159,13 +161,14 @@ def _classes(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet)
     return training.labels.classes
 
 
-def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> list[View]:
-    """The student's view, and the live teacher's where it is another."""
-    views = [students.view(settings, loaded)]
-    if teacher is not None:
-        p = teacher.preprocessing
-        views.append(View(p.size, p.interpolation))
-    return list(dict.fromkeys(views))
+def _preprocessing(
+    settings: TrainSettings, loaded: Loaded, teacher: Teacher | None
+) -> list[Preprocessing]:
+    """The student's, and the live teacher's."""
+    student = loaded.preprocessing
+    if settings.interpolation is not None:
+        student = dataclasses.replace(student, interpolation=settings.interpolation)
+    return [student] if teacher is None else [student, teacher.preprocessing]
 
 
 def _open(
@@ -179,7 +182,7 @@ def _open(
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
-        training = inputs.from_folder(
+        training = training_data.from_folder(
             data,
             distribution=settings.crop,
             seed=settings.seed,
@@ -187,7 +190,7 @@ def _open(
             reporter=reporter,
         )
     else:
-        training = inputs.from_store(
+        training = training_data.from_store(
             store,
             data,
             target=settings.parsed_target,
@@ -199,14 +202,9 @@ def _open(
             crops_per_image=begun,
             reporter=reporter,
         )
-    recorded = training.crops_per_image
-    if recorded is not None and settings.crops_per_image > recorded:
-        raise UsageError(
-            f"{settings.crops_per_image} crops per image in a batch, and the store records "
-            f"{recorded}."
-        )
+    labelled_crops.check_crops(training, settings.crops_per_image)
     if settings.fraction < 1:
-        training = inputs.take_fraction(training, settings.fraction, settings.seed)
+        training = training_data.take_fraction(training, settings.fraction, settings.seed)
     return training
 
 
@@ -307,29 +305,3 @@ def _precision(settings: TrainSettings, device: torch.device) -> Precision:
 
 def _scaler(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=_precision(settings, device) == "float16")
-
-
-def _backend(
-    settings: TrainSettings, training: TrainingSet, store: Store | None, device: torch.device
-) -> Backend:
-    rows = training.rows[: min(8, len(training.rows))]
-    box, flip = training.boxes(rows, np.arange(min(2, training.crops_per_image or 2)))
-    sample = Request(
-        paths=[images.path_of(training.root, key) for key in training.keys[rows]],
-        size_I2=training.size_N2[rows],
-        box_Im4=box,
-        flip_Im=flip,
-    )
-    backend = replay.choose_backend(settings.replay, device, sample)
-    made = {
-        part.settings["replay"]
-        for part in (store.parts.values() if store else [])
-        if part.kind == "labels" and part.settings["replay"]  # unknown of imported labels
-    }
-    if made and backend not in made:
-        log.warning(
-            "the labels were made with the %s replay and training takes %s: pixels differ slightly",
-            ", ".join(sorted(made)),
-            backend,
-        )
-    return backend

@@ -23,19 +23,46 @@ class Pass:
     first_crop: int
 
 
-def passes(epochs: int, m: int, *, single_first: int = 0, single_last: int = 0) -> list[Pass]:
+@dataclass(frozen=True)
+class Stage:
+    """Passes of the same m that follow one another.
+
+    Attributes:
+        first: the first of them. count: how many.
+    """
+
+    first: Pass
+    count: int
+
+    def passed(self, number: int) -> Pass:
+        """Pass `number` of the stage."""
+        crops = number * self.first.m
+        return Pass(
+            index=self.first.index + number,
+            epoch=self.first.epoch + crops,
+            m=self.first.m,
+            first_crop=self.first.first_crop + crops,
+        )
+
+
+def stages(
+    epochs: int, m: int, *, single_first: int = 0, single_last: int = 0
+) -> tuple[Stage, ...]:
     """The passes of a run: m crops each, single crops at the ends where asked for.
 
     Epochs that m does not divide are run with single crops, after the others.
     """
     middle = epochs - single_first - single_last
-    widths = [1] * single_first + [m] * (middle // m) + [1] * (middle % m + single_last)
-    made = []
-    epoch = 0
-    for index, width in enumerate(widths):
-        made.append(Pass(index=index, epoch=epoch, m=width, first_crop=epoch))
-        epoch += width
-    return made
+    widths = [(1, single_first), (m, middle // m), (1, middle % m + single_last)]
+    found: list[Stage] = []
+    index = epoch = 0
+    for width, count in widths:
+        if found and width == found[-1].first.m:
+            found[-1] = Stage(found[-1].first, found[-1].count + count)
+        elif count:
+            found.append(Stage(Pass(index, epoch, width, epoch), count))
+        index, epoch = index + count, epoch + width * count
+    return tuple(found)
 
 
 def learning_rate(

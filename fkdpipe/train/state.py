@@ -18,10 +18,10 @@ from fkdpipe.networks.feature_layers import FeatureNetwork
 from fkdpipe.networks.models import Loaded
 from fkdpipe.networks.teachers import Precision, Teacher
 from fkdpipe.pixels.images import ImageFolder
-from fkdpipe.storage.labels import Target
 from fkdpipe.train import checkpoint, students
 from fkdpipe.train.evaluate import Accuracy
 from fkdpipe.train.feed import Feed
+from fkdpipe.train.labelled_crops import LabelledCrops
 from fkdpipe.train.learner import Learner
 from fkdpipe.train.methods.interface import Method
 from fkdpipe.train.settings import TrainSettings
@@ -43,7 +43,7 @@ class Run:
 
     settings: TrainSettings
     out: Path
-    feed: Feed
+    crops: LabelledCrops
     student: Loaded
     learner: Learner
     wrapped: nn.Module
@@ -64,8 +64,13 @@ class Run:
     reporter: Reporter = silent
 
     @property
-    def target(self) -> Target:
-        return self.settings.parsed_target
+    def feed(self) -> Feed:
+        return self.crops.feed
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return len(self.feed.order)
 
     @property
     def module(self) -> FeatureNetwork:
@@ -122,7 +127,7 @@ def resume(run: Run) -> None:
         run.average.module.load_state_dict(content["average"])
     run.step, run.best_top1 = int(content["step"]), float(content["best_top1"])
     run.owed = content.get("owed")
-    log.info("going on from step %d of %d", run.step, len(run.feed))
+    log.info("going on from step %d of %d", run.step, run.steps)
 
 
 def export(run: Run, name: str) -> Path:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 
 from fkdpipe.networks.feature_layers import Outputs
-from fkdpipe.networks.models import Preprocessing
 from fkdpipe.networks.teachers import autocast
-from fkdpipe.pixels import colour, crops
-from fkdpipe.pixels.replay import normalise
-from fkdpipe.train import mixing, parallel, stored, targets
-from fkdpipe.train.feed import Batch
+from fkdpipe.pixels import crops
+from fkdpipe.train import mixing, parallel
+from fkdpipe.train.batch import Batch
 from fkdpipe.train.methods.interface import Targets
 from fkdpipe.train.mixing import Mix
 from fkdpipe.train.schedule import learning_rate
 from fkdpipe.train.state import Run
+from fkdpipe.train.stored import one_hot
 
 
 def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +37,6 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     run.optimizer.zero_grad(set_to_none=True)
     share = torch.zeros((), device=run.device)
     right = torch.zeros((), dtype=torch.int64, device=run.device)
-    class_B = batch.class_B.to(run.device, non_blocking=True)
     parts = torch.arange(len(pixels)).tensor_split(min(settings.accumulate, len(pixels)))
     for number, part in enumerate(parts):
         rows = slice(int(part[0]), int(part[-1]) + 1)
@@ -50,7 +48,7 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             # DDP averages gradients over processes; shares of a mean are to be added up.
             run.scaler.scale(loss * run.rank.world).backward()
         share += loss.detach()
-        right += (logits_BC.detach().argmax(1) == class_B[rows]).sum()
+        right += (logits_BC.detach().argmax(1) == batch.classes[rows]).sum()
     _update(run)
     return share, right
 
@@ -78,33 +76,26 @@ def reduce(term: torch.Tensor, total: int, ours: int) -> torch.Tensor:
 
 
 def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:
-    """Normalised pixels of the student's view, mixed where asked, and what they are to be."""
-    classes = run.student.classes
-    truth_BC = targets.dense(None, run.target, classes, batch.class_B, run.device)
-    prob_BC = truth_BC
-    if batch.labels is not None:
-        width = run.feed.data.labels.classes if run.feed.data.labels else classes
-        prob_BC = targets.dense(batch.labels, run.target, width, batch.class_B, run.device)
+    """Pixels of the student's view, mixed where asked, and what is to be learnt of them."""
+    prob_BC = truth_BC = batch.labels
+    from_store = run.feed.data.labels is not None
+    if from_store:
+        truth_BC = one_hot(batch.classes, run.student.classes)
+    pixels, teacher_pixels = batch.pixels, batch.teacher_pixels
     mix = _mix(run, batch)
-    pixels = _pixels(run, batch, batch.pixels, run.student.preprocessing, mix)
     if mix is not None:
         size = (pixels.shape[2], pixels.shape[3])
         truth_BC, prob_BC = (mixing.mix_targets(mix, p, size) for p in (truth_BC, prob_BC))
+        pixels = mixing.mix_pixels(mix, pixels)
+        if teacher_pixels is not None:
+            teacher_pixels = mixing.mix_pixels(mix, teacher_pixels)
     return pixels, Targets(
         prob_BC=prob_BC,
         truth_BC=truth_BC,
-        teacher=_teacher_side(run, batch, mix),
+        teacher=_teacher_side(run, batch, teacher_pixels),
         epoch=batch.passed.epoch,
-        stored=batch.labels is not None,
+        stored=from_store,
     )
-
-
-def _pixels(
-    run: Run, batch: Batch, view: torch.Tensor, p: Preprocessing, mix: Mix | None
-) -> torch.Tensor:
-    seen = colour.jitter(view.to(run.device, non_blocking=True), batch.jitter_B4)
-    pixels = normalise(seen, p.mean, p.std)
-    return pixels if mix is None else mixing.mix_pixels(mix, pixels)
 
 
 def _mix(run: Run, batch: Batch) -> Mix | None:
@@ -115,19 +106,18 @@ def _mix(run: Run, batch: Batch) -> Mix | None:
         seed=run.settings.seed,
         step=batch.step,
         first_image=batch.first_image,
-        images=len(batch.class_B) // batch.m,
+        images=len(batch) // batch.m,
         m=batch.m,
     )
     return drawn.to(run.device)
 
 
-def _teacher_side(run: Run, batch: Batch, mix: Mix | None) -> Outputs | None:
-    """What the live teacher says of the (mixed) batch, or what the store has kept of it."""
+def _teacher_side(run: Run, batch: Batch, pixels: torch.Tensor | None) -> Outputs | None:
+    """What the live teacher gives for the (mixed) batch, or what the store has kept of it."""
     if run.teacher is not None:
-        p = run.teacher.preprocessing
-        return run.teacher.outputs(_pixels(run, batch, batch.views[-1], p, mix))
+        assert pixels is not None
+        return run.teacher.outputs(pixels)
     if batch.features is not None:
         assert run.feed.data.features is not None
-        features = batch.features.to(run.device, non_blocking=True)
-        return stored.stored_outputs(features, run.feed.data.features.settings)
+        return run.feed.data.features.outputs(batch.features)
     return None

@@ -9,7 +9,6 @@ import torch
 from fkdpipe.common.errors import UsageError
 from fkdpipe.networks import models
 from fkdpipe.networks.models import Loaded
-from fkdpipe.pixels.replay import View
 from fkdpipe.train import methods
 from fkdpipe.train.settings import TrainSettings
 
@@ -34,12 +33,6 @@ def build(settings: TrainSettings, classes: int) -> Loaded:
         new_head=settings.new_head,
         options=settings.student_options,
     )
-
-
-def view(settings: TrainSettings, loaded: Loaded) -> View:
-    """What the student sees of a crop."""
-    p = loaded.preprocessing
-    return View(p.size, settings.interpolation or p.interpolation)
 
 
 def export_facts(

@@ -42,7 +42,6 @@ def fkd_pixels(path: bytes, fraction: np.ndarray, flip: bool) -> torch.Tensor:
 def test_an_import_trains_to_the_loss_of_the_files_themselves(tmp_path, folder, kind, target):
     """One fixed student over the same crops: our feed, and FKD's loader and label rule."""
     from fkdpipe.pixels.replay import normalise
-    from fkdpipe.train import targets
     from fkdpipe.train.losses import soft_cross_entropy
 
     scanned = images.scan(folder)
@@ -58,14 +57,11 @@ def test_an_import_trains_to_the_loss_of_the_files_themselves(tmp_path, folder, 
     student = run.student.module.eval()
     ours, theirs = [], []
     with torch.no_grad():
-        for batch in run.feed.run():
-            dense = targets.dense(
-                batch.labels, settings.parsed_target, 5, batch.class_B, pipeline.CPU
-            )
+        for batch in run.crops.stream():
             mean, std = run.student.preprocessing.mean, run.student.preprocessing.std
-            ours += soft_cross_entropy(student(normalise(batch.pixels, mean, std)), dense).tolist()
+            ours += soft_cross_entropy(student(batch.pixels), batch.labels).tolist()
             pixels, labels = [], []
-            for row, crop in zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True):
+            for row, crop in zip(batch.rows.tolist(), batch.crops.tolist(), strict=True):
                 key = str(run.feed.data.keys[row])
                 fraction, flip, label = torch.load(place / f"{key}.tar", weights_only=True)
                 path = images.path_of(scanned.root, key)

@@ -120,7 +120,7 @@ def test_a_stored_map_is_the_teachers_within_the_codes_bound(prepare, stores):
     live = prepare("live", "live")
     for code, store in stores.items():
         stored = prepare(code, "stored", store=store)
-        for a, b in zip(live.feed.run(), stored.feed.run(), strict=True):
+        for a, b in zip(live.crops.stream(), stored.crops.stream(), strict=True):
             exact = steps.prepare(live, a)[1].teacher.final
             kept = steps.prepare(stored, b)[1].teacher.final
             assert kept.shape == exact.shape
@@ -132,7 +132,7 @@ def test_a_stored_map_is_the_teachers_within_the_codes_bound(prepare, stores):
 def test_losses_are_those_of_the_live_teacher_batch_by_batch(prepare):
     live, stored = prepare("live", "live"), prepare("stored", "stored")
     batches = 0
-    for a, b in zip(live.feed.run(), stored.feed.run(), strict=True):
+    for a, b in zip(live.crops.stream(), stored.crops.stream(), strict=True):
         assert_near(live, a, stored, b)
         batches += 1
     assert batches > 2
@@ -143,9 +143,9 @@ def test_the_teachers_stem_never_runs_and_its_tail_does(prepare, calls):
     assert stored.teacher is None
     loop.train(stored)
     assert calls["stem"] == 0
-    assert calls["stage"] == 2 * len(stored.feed)  # one for each proxy path
+    assert calls["stage"] == 2 * stored.steps  # one for each proxy path
     live = prepare("live", "live")
-    terms_of(live, next(iter(live.feed.run())))
+    terms_of(live, next(iter(live.crops.stream())))
     assert calls["stem"] > 0
 
 
@@ -153,7 +153,7 @@ def test_gradients_reach_everything_trained_and_nothing_of_the_teacher(prepare):
     run = prepare("stored", "stored")
     network = run.method.tail.network
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    steps.step(run, next(iter(run.feed.run())))
+    steps.step(run, next(iter(run.crops.stream())))
     assert all(p.grad is not None for p in run.learner.parameters())
     assert all(p.grad is None and not p.requires_grad for p in network.parameters())
     assert not any(part.training for part in network.modules())
@@ -163,7 +163,7 @@ def test_gradients_reach_everything_trained_and_nothing_of_the_teacher(prepare):
 def test_without_the_proxy_path_no_teacher_is_needed_nor_taken(prepare):
     alone = prepare("alone", "stored", method={"tpp": False}, teacher=None)
     beside = prepare("beside", "live", method={"tpp": False})
-    a, b = (next(iter(run.feed.run())) for run in (alone, beside))
+    a, b = (next(iter(run.crops.stream())) for run in (alone, beside))
     assert_near(beside, b, alone, a)
     with pytest.raises(UsageError, match="no use for --teacher"):
         prepare("given", "stored", method={"tpp": False})

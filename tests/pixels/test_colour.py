@@ -156,20 +156,19 @@ def test_the_student_sees_the_colours_that_the_teacher_saw(
     settings = train_settings(crops_per_image=m, batch_size=batch, target="full")
     run = prepare_run(tmp_path / "run", folder, stores[which], settings)
     p = run.student.preprocessing
-    for made in run.feed.run():
-        pixels = colour.jitter(made.pixels, made.jitter_B4)
-        assert torch.equal(outputs.normalise(pixels, p.mean, p.std), fed[made.rows_B, made.crops_B])
-        plain = outputs.normalise(made.pixels, p.mean, p.std)
-        assert not torch.equal(plain, fed[made.rows_B, made.crops_B])
+    for batch_, host in zip(run.crops.stream(), run.feed.stream(), strict=True):
+        assert torch.equal(batch_.pixels, fed[batch_.rows, batch_.crops])
+        plain = outputs.normalise(host.views[0], p.mean, p.std)
+        assert not torch.equal(plain, fed[batch_.rows, batch_.crops])
 
 
 def test_the_loop_shows_the_student_the_recorded_colours(stores, tmp_path, folder):
     run = prepare_run(tmp_path / "run", folder, stores[1], train_settings(target="full"))
     seen: list[torch.Tensor] = []
     run.learner.student.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    batch = next(run.feed.run())
+    batch = next(run.crops.stream())
     step.step(run, batch)
-    assert torch.equal(seen[0], stores[3][batch.rows_B, batch.crops_B])
+    assert torch.equal(seen[0], stores[3][batch.rows, batch.crops])
 
 
 def test_a_recipe_names_the_strengths():
@@ -245,8 +244,10 @@ def test_a_store_grows_with_its_own_jitter_only(stores, tmp_path, folder, teache
     expected = crops.sample_jitter(
         JITTER, seed=0, image_id_N=crops.image_ids(list(store.images.keys)), crops_M=np.arange(6)
     )
-    for batch in run.feed.run():
-        assert np.array_equal(batch.jitter_B4, expected[batch.rows_B, batch.crops_B])
+    for batch in run.feed.stream():
+        assert np.array_equal(
+            batch.values["jitter"], expected[batch.values["row"], batch.values["crop"]]
+        )
 
 
 def test_a_replacement_brings_its_own_colours(stores, tmp_path, folder):
@@ -256,9 +257,11 @@ def test_a_replacement_brings_its_own_colours(stores, tmp_path, folder):
     run = prepare_run(tmp_path / "run", data, store, train_settings(target="full", epochs=2))
     os.remove(images.path_of(data / "train", store.images.keys[7]))
     values = arrays_of(store)["rounds/0/crops/jitter"]
-    for batch in run.feed.run():
-        assert 7 not in batch.rows_B.tolist()
-        assert np.array_equal(batch.jitter_B4, values[batch.rows_B, batch.crops_B])
+    for batch in run.feed.stream():
+        assert 7 not in batch.values["row"].tolist()
+        assert np.array_equal(
+            batch.values["jitter"], values[batch.values["row"], batch.values["crop"]]
+        )
 
 
 def test_fresh_crops_are_jittered_without_a_store(tmp_path, folder):
@@ -266,7 +269,9 @@ def test_fresh_crops_are_jittered_without_a_store(tmp_path, folder):
     run = prepare_run(tmp_path / "run", folder, None, settings)
     ids = crops.image_ids(list(run.feed.data.keys))
     drawn = crops.sample_jitter(JITTER, seed=0, image_id_N=ids, crops_M=np.arange(2))
-    for batch in run.feed.run():
-        assert np.array_equal(batch.jitter_B4, drawn[batch.rows_B, batch.crops_B])
+    for batch in run.feed.stream():
+        assert np.array_equal(
+            batch.values["jitter"], drawn[batch.values["row"], batch.values["crop"]]
+        )
     plain = prepare_run(tmp_path / "plain", folder, None, train_settings(target="ground-truth"))
-    assert next(plain.feed.run()).jitter_B4 is None
+    assert "jitter" not in next(plain.feed.stream()).values

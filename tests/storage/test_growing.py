@@ -21,7 +21,6 @@ from fkdpipe.labelgen import unit as making
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.pixels.crops import CropDistribution
-from fkdpipe.pixels.replay import normalise
 from fkdpipe.storage import features, labels, reader, schema, verify
 from fkdpipe.storage.store import open_store
 
@@ -40,8 +39,8 @@ def test_more_crops_are_a_new_round_and_the_same_crops_as_in_one(tmp_path, folde
     assert not verify.verify(store, full=True)
     run = prepare_run(tmp_path / "run", folder, store, train_settings(epochs=7, crops_per_image=1))
     crops: dict[int, list[int]] = {}
-    for batch in run.feed.run():
-        for row, crop in zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True):
+    for batch in run.crops.stream():
+        for row, crop in zip(batch.rows.tolist(), batch.crops.tolist(), strict=True):
             crops.setdefault(row, []).append(crop)
     assert all(drawn == list(range(7)) for drawn in crops.values())
 
@@ -93,11 +92,10 @@ def test_features_are_those_of_the_teacher_on_the_same_crops(
     run = prepare_run(
         tmp_path / "run", folder, store, train_settings(target="hard", crops_per_image=4)
     )
-    p = network.preprocessing
-    for batch in run.feed.run():
-        made = network.outputs(normalise(batch.pixels, p.mean, p.std))
+    for batch in run.crops.stream():
+        made = network.outputs(batch.pixels)
         exact = (made.pre if layer == "pre" else made.penultimate).numpy()
-        stored = kept[batch.rows_B, batch.crops_B]
+        stored = kept[batch.rows, batch.crops]
         scale = np.abs(exact).max(1, keepdims=True)
         assert (np.abs(stored - exact) / scale).max() <= features.error_bound(code) + 1e-3
         break
@@ -287,7 +285,9 @@ def test_derived_boxes_generate_and_train_alike(tmp_path, folder, teacher):
     assert not verify.verify(derived, full=True)
     assert derived.location.length("rounds/0/crops/box/zarr.json") is None
     batches = [
-        next(prepare_run(tmp_path / f"r{k}", folder, s, train_settings(target="hard")).feed.run())
+        next(
+            prepare_run(tmp_path / f"r{k}", folder, s, train_settings(target="hard")).crops.stream()
+        )
         for k, s in enumerate((stored, derived))
     ]
     assert torch.equal(batches[0].pixels, batches[1].pixels)

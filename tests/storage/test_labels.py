@@ -12,8 +12,7 @@ from oracles import dense_target
 from fkdpipe.common.errors import StoreMismatchError, UsageError
 from fkdpipe.storage import labels
 from fkdpipe.storage.labels import Form, Target
-from fkdpipe.train import targets
-from fkdpipe.train.stored import Scores
+from fkdpipe.train.stored import from_scores, spread
 
 CPU = torch.device("cpu")
 TARGETS = [
@@ -44,13 +43,14 @@ def served(form: Form, target: Target, prob_BC: np.ndarray) -> np.ndarray:
     if form.sparse:
         made = labels.sparse_target(target, *stored(form, prob_BC), classes)
         dense = labels.to_dense(made, classes)
-        on_device = targets.dense(made, target, classes, torch.zeros(len(prob_BC)).long(), CPU)
+        tensors = (torch.from_numpy(a) for a in (made.ids_BK, made.prob_BK, made.rest_B))
+        on_device = spread(*tensors, classes)
         assert np.allclose(on_device.numpy(), dense, atol=1e-7)
         return dense
     with np.errstate(divide="ignore"):  # a probability of zero is -inf, and stored finite
         scores = labels.encode_scores(np.log(prob_BC))
     dense = labels.dense_target(target, labels.softmax(scores))
-    on_device = targets.from_scores(Scores(scores, 1.0), target, CPU)
+    on_device = from_scores(torch.from_numpy(scores), 1.0, target)
     assert np.allclose(on_device.numpy(), dense, atol=1e-6)
     return dense
 

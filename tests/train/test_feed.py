@@ -13,19 +13,21 @@ from pipeline import CPU, make_store, prepare_run, train_settings
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import FkdpipeError, StoreMismatchError, TrainingError, UsageError
-from fkdpipe.labelgen import generate, outputs, plan
+from fkdpipe.labelgen import generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.networks import models, teachers
 from fkdpipe.networks.models import ModelSpec
 from fkdpipe.pixels import images
-from fkdpipe.pixels.replay import View
+from fkdpipe.pixels.replay import View, normalise
 from fkdpipe.storage import labels, reader
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import open_location
-from fkdpipe.train import loop, targets
+from fkdpipe.train import loop
 from fkdpipe.train.feed import Feed
+from fkdpipe.train.labelled_crops import LabelledCrops
 from fkdpipe.train.order import Order
-from fkdpipe.train.schedule import passes
+from fkdpipe.train.schedule import stages
+from fkdpipe.train.stored import DenseLabels
 
 M = 4
 
@@ -61,11 +63,10 @@ def test_the_student_sees_bit_for_bit_what_the_teacher_was_fed(
         crops_per_image=m, batch_size=batch, threads=threads, seed=seed, replay=backend
     )
     run = prepare_run(tmp_path / "run", folder, store, settings)
-    p = run.student.preprocessing
     seen = set()
-    for batch_ in run.feed.run():
-        pixels = outputs.normalise(batch_.pixels, p.mean, p.std)
-        rows, crops = batch_.rows_B, batch_.crops_B
+    for batch_ in run.crops.stream():
+        pixels = batch_.pixels
+        rows, crops = batch_.rows, batch_.crops
         assert torch.equal(pixels, fed[rows, crops])
         assert not torch.equal(pixels, fed[rows, (crops + 1) % M])  # off by one
         assert not torch.equal(pixels.flip(-1), fed[rows, crops])  # a dropped flip
@@ -87,12 +88,9 @@ def test_labels_travel_with_their_crops(tmp_path, folder, teacher, form):
     target = Target("marginal-smoothing", 2)
     run = prepare_run(tmp_path / "run", folder, store, train_settings(target=str(target)))
     expected = _all_labels(store, target, tmp_path)
-    for batch in run.feed.run():
-        made = targets.dense(batch.labels, target, len(CLASSES), batch.class_B, CPU).numpy()
-        assert np.allclose(made, expected[batch.rows_B, batch.crops_B], atol=1e-6)
-        assert torch.equal(
-            batch.class_B, torch.from_numpy(store.images.class_N)[batch.rows_B].long()
-        )
+    for batch in run.crops.stream():
+        assert np.allclose(batch.labels, expected[batch.rows, batch.crops], atol=1e-6)
+        assert torch.equal(batch.classes, torch.from_numpy(store.images.class_N)[batch.rows].long())
 
 
 def _all_labels(store, target, tmp_path) -> np.ndarray:
@@ -115,10 +113,10 @@ def _all_labels(store, target, tmp_path) -> np.ndarray:
     return flat.reshape(store.num_images, -1, len(CLASSES))
 
 
-def feed_of(run, *, rank: Rank = Rank(), order: Order | None = None) -> Feed:
-    """The feed that a process of a run has, or one of another order."""
+def feed_of(run, *, rank: Rank = Rank(), order: Order | None = None) -> LabelledCrops:
+    """The batches that a process of a run has, or those of another order."""
     feed = run.feed
-    return Feed(
+    other = Feed(
         feed.data,
         order or feed.order,
         feed.views,
@@ -127,19 +125,20 @@ def feed_of(run, *, rank: Rank = Rank(), order: Order | None = None) -> Feed:
         device=CPU,
         rank=rank,
     )
+    return LabelledCrops.of(other, [run.student.preprocessing])
 
 
 def test_two_processes_split_each_step_of_one(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", folder, [teacher])
     settings = train_settings(batch_size=16)
     run = prepare_run(tmp_path / "a", folder, store, settings)
-    alone = list(run.feed.run())
-    shares = [list(feed_of(run, rank=Rank(k, 2)).run()) for k in range(2)]
+    alone = list(run.crops.stream())
+    shares = [list(feed_of(run, rank=Rank(k, 2)).stream()) for k in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1])
     for whole, first, second in zip(alone, *shares, strict=True):
         assert torch.equal(whole.pixels, torch.cat([first.pixels, second.pixels]))
-        assert torch.equal(whole.rows_B, torch.cat([first.rows_B, second.rows_B]))
-        assert first.total == second.total == whole.total == len(whole.rows_B)
+        assert torch.equal(whole.rows, torch.cat([first.rows, second.rows]))
+        assert first.total == second.total == whole.total == len(whole.rows)
 
 
 def test_a_process_without_a_share_goes_along_without_weight(tmp_path, folder, teacher):
@@ -147,10 +146,10 @@ def test_a_process_without_a_share_goes_along_without_weight(tmp_path, folder, t
     count = store.num_images  # 51: 12 steps of 4 images a pass, and 3 left for 4 processes
     settings = train_settings(epochs=1, crops_per_image=1, batch_size=4)
     run = prepare_run(tmp_path / "run", folder, store, settings)
-    last = [list(feed_of(run, rank=Rank(k, 4)).run()) for k in range(4)]
+    last = [list(feed_of(run, rank=Rank(k, 4)).stream()) for k in range(4)]
     assert count % 4 == 3
     assert sorted(batches[-1].total for batches in last) == [0, 3, 3, 3]
-    assert all(len(batches[-1].rows_B) == 1 for batches in last)
+    assert all(len(batches[-1].rows) == 1 for batches in last)
 
 
 def test_a_file_that_breaks_in_mid_run_is_replaced_by_name(tmp_path, folder, teacher, caplog):
@@ -161,10 +160,10 @@ def test_a_file_that_breaks_in_mid_run_is_replaced_by_name(tmp_path, folder, tea
     victim = str(store.images.keys[7])
     file = images.path_of(data / "train", victim)
     os.truncate(file, 700)
-    for batch in run.feed.run():
-        assert 7 not in batch.rows_B.tolist()
-        assert len(batch.rows_B) == batch.total
-        assert batch.pixels.flatten(1).float().std(1).min() > 0  # no empty rows
+    for batch in run.crops.stream():
+        assert 7 not in batch.rows.tolist()
+        assert len(batch.rows) == batch.total
+        assert batch.pixels.flatten(2).std(2).min() > 0  # no empty rows
     assert set(run.feed.failed) == {victim}
     assert caplog.text.count(f"{victim} is replaced") == 1
 
@@ -178,10 +177,13 @@ def test_a_share_of_one_broken_image_goes_along_without_weight(tmp_path, folder,
     run = prepare_run(tmp_path / "run", data, store, settings)
     os.truncate(images.path_of(data / "train", store.images.keys[7]), 700)
     whole = {}
-    for batch in run.feed.run():
-        whole[7 in batch.rows_B.tolist()] = batch
-        assert batch.total == (0 if 7 in batch.rows_B.tolist() else 2)
-    assert not whole[True].pixels.any()
+    for batch in run.crops.stream():
+        whole[7 in batch.rows.tolist()] = batch
+        assert batch.total == (0 if 7 in batch.rows.tolist() else 2)
+    p = run.student.preprocessing
+    black = normalise(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), p.mean, p.std)
+    assert torch.equal(whole[True].pixels, black)
+    assert not whole[True].labels.any()
     assert set(run.feed.failed) == {str(store.images.keys[7])}
     loss, _ = loop.step(run, whole[True])
     assert float(loss) == 0.0
@@ -205,26 +207,28 @@ def test_a_single_crop_of_a_broken_file_is_replaced_by_name(
         os.remove(file)
     else:
         shutil.copy(images.path_of(data / "train", store.images.keys[row - 1]), file)
-    for batch in run.feed.run():
-        assert row not in batch.rows_B.tolist()
-        assert len(batch.rows_B) == batch.total
+    for batch in run.crops.stream():
+        assert row not in batch.rows.tolist()
+        assert len(batch.rows) == batch.total
     assert set(run.feed.failed) == {str(store.images.keys[row])}
     capfd.readouterr()
 
 
-def test_the_first_labels_of_a_pass_are_read_while_the_last_pass_ends(tmp_path, folder, teacher):
+def test_the_first_labels_of_a_pass_are_read_while_the_last_pass_ends(
+    tmp_path, folder, teacher, monkeypatch
+):
     store = make_store(tmp_path / "store", folder, [teacher], form="full")
     run = prepare_run(tmp_path / "run", folder, store, train_settings(target="full"))
-    begun, plain = [], run.feed.data.labels.open_window
+    begun, plain = [], DenseLabels.open
 
-    def watched(units, crops_m):
+    def watched(labels, units, crops_m):
         begun.append(crops_m.tolist())
-        return plain(units, crops_m)
+        return plain(labels, units, crops_m)
 
-    run.feed.data.labels.open_window = watched
-    stream = run.feed.run()
+    monkeypatch.setattr(DenseLabels, "open", watched)
+    stream = run.crops.stream()
     first = next(stream)
-    assert len(first.rows_B) < 2 * len(run.feed.data.rows)  # far from the end of the pass
+    assert len(first.rows) < 2 * len(run.feed.data.rows)  # far from the end of the pass
     stream.close()
     assert begun == [[0, 1], [2, 3]]
 
@@ -238,9 +242,8 @@ def test_labels_of_a_replacement_are_its_own(tmp_path, folder, teacher):
     run = prepare_run(tmp_path / "run", data, store, train_settings(target=str(target)))
     for row in (7, 8, 30):
         os.remove(images.path_of(data / "train", store.images.keys[row]))
-    for batch in run.feed.run():
-        made = targets.dense(batch.labels, target, len(CLASSES), batch.class_B, CPU).numpy()
-        assert np.allclose(made, expected[batch.rows_B, batch.crops_B], atol=1e-6)
+    for batch in run.crops.stream():
+        assert np.allclose(batch.labels, expected[batch.rows, batch.crops], atol=1e-6)
 
 
 def test_a_disk_that_goes_away_stops_the_run(tmp_path, folder, teacher):
@@ -250,7 +253,7 @@ def test_a_disk_that_goes_away_stops_the_run(tmp_path, folder, teacher):
     run = prepare_run(tmp_path / "run", data, store, train_settings())
     shutil.rmtree(data / "train")
     with pytest.raises(TrainingError, match="images could not be read"):
-        list(run.feed.run())
+        list(run.crops.stream())
 
 
 def test_a_resized_copy_of_the_data_is_refused_before_training(tmp_path, folder, teacher):
@@ -309,22 +312,22 @@ def test_images_without_labels_are_left_out(tmp_path, folder, teacher, capfd):
     store = make_store(tmp_path / "store", data, [teacher])
     found = reader.finished(store, [("labels", "t", "")])
     run = prepare_run(tmp_path / "run", data, store, train_settings())
-    rows = {row for batch in run.feed.run() for row in batch.rows_B.tolist()}
+    rows = {row for batch in run.crops.stream() for row in batch.rows.tolist()}
     assert rows == set(found.rows.tolist())
     assert len(rows) == store.num_images - 1
     capfd.readouterr()
 
 
-def spread_feed(run, *, rank: Rank = Rank(), m=2, batch=16, epochs=4) -> Feed:
-    """The feed of a run, its crops spread over batches."""
+def spread_crops(run, *, rank: Rank = Rank(), m=2, batch=16, epochs=4) -> LabelledCrops:
+    """The crops of a run, spread over batches."""
     order = Order(
         run.feed.data.rows,
         unit_size=run.feed.data.unit_size,
         window=8,
-        passes=passes(epochs, m),
+        stages=stages(epochs, m),
         batch_size=batch,
         seed=0,
-        spread=True,
+        independent=True,
     )
     return feed_of(run, rank=rank, order=order)
 
@@ -335,22 +338,19 @@ def test_spread_batches_hold_the_same_crops_with_their_own_labels(tmp_path, fold
     target = Target("marginal-smoothing", 3)
     run = prepare_run(tmp_path / "run", folder, store, train_settings(target=str(target)))
     together = {}
-    for batch in run.feed.run():
-        for place, key in enumerate(
-            zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True)
-        ):
+    for batch in run.crops.stream():
+        for place, key in enumerate(zip(batch.rows.tolist(), batch.crops.tolist(), strict=True)):
             together[key] = batch.pixels[place].clone()
     expected = _all_labels(store, target, tmp_path)
     seen = []
-    for number, batch in enumerate(spread_feed(run).run()):
-        rows, crops = batch.rows_B.tolist(), batch.crops_B.tolist()
+    for number, batch in enumerate(spread_crops(run).stream()):
+        rows, crops = batch.rows.tolist(), batch.crops.tolist()
         assert (batch.step, batch.m, batch.total) == (number, 1, len(rows))
         assert len(set(rows)) == len(rows)
         assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
         for place, key in enumerate(zip(rows, crops, strict=True)):
             assert torch.equal(batch.pixels[place], together[key])
-        made = targets.dense(batch.labels, target, len(CLASSES), batch.class_B, CPU).numpy()
-        assert np.allclose(made, expected[rows, crops], atol=1e-6)
+        assert np.allclose(batch.labels, expected[rows, crops], atol=1e-6)
         seen += zip(rows, crops, strict=True)
     assert len(seen) == len(together)
     assert set(seen) == set(together)
@@ -359,20 +359,20 @@ def test_spread_batches_hold_the_same_crops_with_their_own_labels(tmp_path, fold
 def test_a_spread_run_resumes_at_any_step_and_splits_over_processes(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", folder, [teacher])
     run = prepare_run(tmp_path / "run", folder, store, train_settings())
-    feed = spread_feed(run, m=4)
-    whole = [(b.rows_B, b.crops_B, b.pixels.clone()) for b in feed.run()]
-    assert len(whole) == len(feed) == 16
+    crops_ = spread_crops(run, m=4)
+    whole = [(b.rows, b.crops, b.pixels.clone()) for b in crops_.stream()]
+    assert len(whole) == len(crops_.feed.order) == 16
     for start in (1, 4, 6, 15):
-        rest = list(feed.run(start))
+        rest = list(crops_.stream(start))
         assert [batch.step for batch in rest] == list(range(start, 16))
         for batch, (rows, crops, pixels) in zip(rest, whole[start:], strict=True):
-            assert torch.equal(batch.rows_B, rows)
-            assert torch.equal(batch.crops_B, crops)
+            assert torch.equal(batch.rows, rows)
+            assert torch.equal(batch.crops, crops)
             assert torch.equal(batch.pixels, pixels)
-    shares = [list(spread_feed(run, rank=Rank(k, 2), m=4).run()) for k in range(2)]
+    shares = [list(spread_crops(run, rank=Rank(k, 2), m=4).stream()) for k in range(2)]
     for (rows, crops, pixels), *ours in zip(whole, *shares, strict=True):
-        assert torch.equal(torch.cat([batch.rows_B for batch in ours]), rows)
-        assert torch.equal(torch.cat([batch.crops_B for batch in ours]), crops)
+        assert torch.equal(torch.cat([batch.rows for batch in ours]), rows)
+        assert torch.equal(torch.cat([batch.crops for batch in ours]), crops)
         assert torch.equal(torch.cat([batch.pixels for batch in ours]), pixels)
         assert {batch.total for batch in ours} == {len(rows)}
 
@@ -381,9 +381,9 @@ def test_fresh_crops_need_no_store(tmp_path, folder):
     settings = train_settings(target="ground-truth", epochs=4)
     run = prepare_run(tmp_path / "run", folder, None, settings)
     crops: dict[int, list[int]] = {}
-    for batch in run.feed.run():
-        assert batch.labels is None
-        for row, crop in zip(batch.rows_B.tolist(), batch.crops_B.tolist(), strict=True):
+    for batch in run.crops.stream():
+        assert torch.equal(batch.labels, torch.eye(len(CLASSES))[batch.classes])
+        for row, crop in zip(batch.rows.tolist(), batch.crops.tolist(), strict=True):
             crops.setdefault(row, []).append(crop)
     assert len(crops) == len(run.feed.data.rows)
     assert all(drawn == [0, 1, 2, 3] for drawn in crops.values())
@@ -392,6 +392,6 @@ def test_fresh_crops_need_no_store(tmp_path, folder):
 def test_views_of_the_student_follow_its_preprocessing(tmp_path, folder):
     settings = train_settings(target="ground-truth", size=None, interpolation="bicubic")
     run = prepare_run(tmp_path / "run", folder, None, settings)
-    assert isinstance(run.feed, Feed)
+    assert isinstance(run.crops, LabelledCrops)
     own = models.build(ModelSpec("test_resnet"), pretrained=False).preprocessing
     assert run.feed.views[0] == View(own.size, "bicubic")

@@ -10,7 +10,7 @@ from conftest import CLASSES
 from pipeline import make_store, prepare_run, train_settings
 
 from fkdpipe.common.errors import UsageError
-from fkdpipe.pixels import images
+from fkdpipe.pixels import crops
 
 
 def slow_twin(class_N, order_N, share) -> list[int]:
@@ -26,11 +26,11 @@ def test_a_share_of_every_class_agrees_with_its_slow_twin(share):
     random = np.random.default_rng(0)
     class_N = random.integers(-1, 4, size=120)
     order = random.permutation(120)
-    assert images.per_class(class_N, order, share).tolist() == slow_twin(class_N, order, share)
+    assert crops.per_class(class_N, order, share).tolist() == slow_twin(class_N, order, share)
 
 
 def test_a_flat_folder_is_one_class():
-    kept = images.per_class(np.full(30, -1), np.arange(30), 0.1)
+    kept = crops.per_class(np.full(30, -1), np.arange(30), 0.1)
     assert kept.tolist() == [0, 1, 2]
 
 
@@ -52,8 +52,8 @@ def test_a_run_on_a_fraction_sees_these_images_alone_from_folder_or_store(
     assert {name: names.count(name) for name in CLASSES} == {
         "ash": 2, "beech": 2, "cedar": 5, "date palm": 2, "élm": 2,
     }  # fmt: skip
-    seen = {key for batch in from_store.feed.run() for key in
-            from_store.feed.data.keys[batch.rows_B]}  # fmt: skip
+    seen = {key for batch in from_store.crops.stream() for key in
+            from_store.feed.data.keys[batch.rows]}  # fmt: skip
     assert seen == chosen(from_store)
     assert from_store.feed.data.facts["images"] == 13
     other = train_settings(target="hard", fraction=0.25, seed=8)

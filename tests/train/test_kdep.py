@@ -21,7 +21,6 @@ from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.networks import features, models, teachers, weight_files
 from fkdpipe.networks.feature_layers import Needs, Outputs
-from fkdpipe.pixels.replay import normalise
 from fkdpipe.storage.store import open_store
 from fkdpipe.train import loop, metrics
 from fkdpipe.train import step as stepping
@@ -109,7 +108,7 @@ def test_a_student_of_stored_features_learns_what_one_with_the_teacher_online_do
     assert runs[0].teacher is not None
     assert runs[1].teacher is None
     losses = []
-    for batches in zip(*(run.feed.run() for run in runs), strict=True):
+    for batches in zip(*(run.crops.stream() for run in runs), strict=True):
         assert torch.equal(batches[0].pixels, batches[1].pixels)
         sides = [stepping.prepare(r, b)[1].teacher for r, b in zip(runs, batches, strict=True)]
         exact, kept = (r.method.target(side) for r, side in zip(runs, sides, strict=True))
@@ -145,9 +144,8 @@ def test_the_target_is_pts_of_the_leading_components(
     run = run_of(
         tmp_path / "run", folder, stores, checkpoint, LIVE, method={"basis": str(basis_file)}
     )
-    p = network.preprocessing
-    for batch in run.feed.run():
-        x = network.outputs(normalise(batch.pixels, p.mean, p.std)).pre.double().numpy()
+    for batch in run.crops.stream():
+        x = network.outputs(batch.teacher_pixels).pre.double().numpy()
         f = (x - basis.mean_D) @ basis.components_DK[:, :WIDTH]
         expected = np.sign(f) * np.abs(f / 0.1) ** (1 / 3)
         made = run.method.target(stepping.prepare(run, batch)[1].teacher).numpy()
@@ -262,7 +260,7 @@ def test_an_automatic_weight_starts_at_6_9_and_survives_a_stop(
 ):
     whole = run_of(tmp_path / "whole", folder, stores, checkpoint, COMPONENTS)
     assert whole.method.weight.isnan()
-    first = next(iter(whole.feed.run()))
+    first = next(iter(whole.crops.stream()))
     assert float(stepping.step(whole, first)[0]) == pytest.approx(6.9, rel=1e-5)
 
     straight = run_of(tmp_path / "straight", folder, stores, checkpoint, COMPONENTS)

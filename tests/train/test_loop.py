@@ -40,7 +40,7 @@ def test_accumulated_parts_add_up_to_the_whole_step(tmp_path, folder, store):
 def test_clipping_bounds_the_gradient(tmp_path, folder, store):
     settings = train_settings(optimizer=OptimizerSettings(clip_norm=1e-3, lr=1.0))
     run = prepare_run(tmp_path / "run", folder, store, settings)
-    loop.step(run, next(iter(run.feed.run())))
+    loop.step(run, next(iter(run.crops.stream())))
     norms = [p.grad.norm() for p in run.learner.parameters() if p.grad is not None]
     assert float(torch.stack(norms).norm()) == pytest.approx(1e-3, rel=1e-3)
 
@@ -199,7 +199,7 @@ def test_a_live_teacher_sees_the_mixed_images(tmp_path, folder, store, checkpoin
         "mixing": MixingSettings(mixup=0.8),
     }
     run = prepare_run(tmp_path / "run", folder, store, train_settings(**settings))
-    batch = next(iter(run.feed.run()))
+    batch = next(iter(run.crops.stream()))
     from fkdpipe.train.step import prepare
 
     x, wanted = prepare(run, batch)

@@ -144,7 +144,7 @@ def settings(weights):
 
 def first(run):
     """Pixels and targets of the first batch."""
-    return steps.prepare(run, next(iter(run.feed.run())))
+    return steps.prepare(run, next(iter(run.crops.stream())))
 
 
 def total(run, pixels, wanted) -> torch.Tensor:

@@ -124,7 +124,7 @@ def test_a_batch_is_mixed_with_its_targets(tmp_path, folder, store):
     )
     run = prepare_run(tmp_path / "run", folder, store, settings)
     plain = prepare_run(tmp_path / "plain", folder, store, train_settings())
-    batch = next(iter(run.feed.run()))
+    batch = next(iter(run.crops.stream()))
     (x, wanted), (x0, wanted0) = prepare(run, batch), prepare(plain, batch)
     mix = mixing.draw(settings.mixing, seed=0, step=0, first_image=0, images=8, m=2)
     own = mix.own_B[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fkdpipe.common.errors import UsageError
 from fkdpipe.train.order import Order, share
-from fkdpipe.train.schedule import learning_rate, passes
+from fkdpipe.train.schedule import Pass, learning_rate, stages
 from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings
 
 
@@ -22,15 +23,50 @@ def make(
         np.arange(rows) * 2,  # every other row is usable
         unit_size=unit,
         window=window,
-        passes=passes(epochs, m, **edges),
+        stages=stages(epochs, m, **edges),
         batch_size=batch,
         seed=seed,
-        spread=spread,
+        independent=spread,
     )
+
+
+def passes(epochs, m, *, single_first=0, single_last=0) -> list[Pass]:
+    """The slow twin of stages: every pass of a run."""
+    middle = epochs - single_first - single_last
+    widths = [1] * single_first + [m] * (middle // m) + [1] * (middle % m + single_last)
+    begins = np.cumsum([0, *widths]).tolist()
+    return [Pass(k, begins[k], width, begins[k]) for k, width in enumerate(widths)]
 
 
 def rows_of(step) -> list[int]:
     return [row for piece in step.pieces for row in piece.rows.tolist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    middle=st.integers(0, 9), m=st.integers(1, 4), first=st.integers(0, 3), last=st.integers(0, 3)
+)
+def test_stages_are_runs_of_passes_of_the_same_m(middle, m, first, last):
+    edges = {"single_first": first, "single_last": last}
+    found = stages(middle + first + last, m, **edges)
+    every = [stage.passed(k) for stage in found for k in range(stage.count)]
+    assert every == passes(middle + first + last, m, **edges)
+    assert all(a.first.m != b.first.m for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_every_step_knows_its_pass_and_every_pass_its_first_step(spread):
+    order = make(rows=50, epochs=11, m=2, batch=14, single_first=2, single_last=1, spread=spread)
+    begins = {}
+    for step in order.steps():
+        for k in range(step.batches):
+            assert order.pass_of(step.index + k) == step.passed.index
+        begins.setdefault(step.passed.index, step.index)
+    count = len(passes(11, 2, single_first=2, single_last=1))
+    for index in range(count):
+        assert order.first_step(index) == min(s for p, s in begins.items() if p >= index)
+    assert order.first_step(count) == len(order)
+    assert order.pass_of(len(order)) == count
 
 
 def test_each_pass_has_every_image_once():
@@ -189,7 +225,8 @@ def test_windows_follow_one_another_across_passes_and_changes_of_m():
 
 
 def test_passes_and_crops():
-    made = passes(10, 4, single_first=1, single_last=2)
+    found = stages(10, 4, single_first=1, single_last=2)
+    made = [stage.passed(k) for stage in found for k in range(stage.count)]
     assert [(p.m, p.epoch, p.first_crop) for p in made] == [
         (1, 0, 0),
         (4, 1, 1),
@@ -199,7 +236,7 @@ def test_passes_and_crops():
         (1, 8, 8),
         (1, 9, 9),
     ]
-    assert [p.m for p in passes(8, 4)] == [4, 4]
+    assert [(stage.first.m, stage.count) for stage in stages(8, 4)] == [(4, 2)]
 
 
 def test_a_batch_must_hold_whole_images():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+import zarr
 from conftest import CLASSES
 from pipeline import CPU, make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
@@ -89,11 +90,12 @@ def test_scores_are_stored_before_softmax_and_students_learn_them(
     method = {"name": "selfsup", "head": kind, "temperature": 0.2, "embedding": 8}
     settings = {"target": "full", "method": method, "epochs": 8}
     run = prepare_run(tmp_path / "look", folder, store, train_settings(**settings))
-    batch = next(iter(run.feed.run()))
+    batch = next(iter(run.crops.stream()))
     from fkdpipe.train.step import prepare
 
     _, wanted = prepare(run, batch)
-    stored = torch.from_numpy(batch.labels.scores_BC).float()
+    logits = zarr.open_array(store=store.url, path=f"{part.path}/logit", mode="r")[...]
+    stored = torch.from_numpy(logits[batch.rows, batch.crops]).float()
     torch.testing.assert_close(wanted.prob_BC, torch.softmax(stored / 0.2, dim=1))
     result = train(tmp_path / "run", folder, store, **settings)
     losses = [
@@ -108,7 +110,7 @@ def test_the_students_head_trains_and_its_classifier_rests(tmp_path, folder, fil
     store = make_store(tmp_path / "store", folder, [load("moco", files)], form="logits")
     settings = train_settings(target="full", method={"name": "selfsup"})
     run = prepare_run(tmp_path / "run", folder, store, settings)
-    loop.step(run, next(iter(run.feed.run())))
+    loop.step(run, next(iter(run.crops.stream())))
     assert all(p.grad is not None for p in run.method.parameters())
     assert all(p.grad is None for p in run.module.classifier.parameters())
 

@@ -280,7 +280,7 @@ def test_stored_features_and_labels_give_the_terms_of_the_live_teacher(
         tmp_path / "live", folder, store,
         settings_of(target="ground-truth", teacher=f"test_resnet={checkpoint}"),
     )  # fmt: skip
-    for ours, theirs in zip(stored.feed.run(), live.feed.run(), strict=True):
+    for ours, theirs in zip(stored.crops.stream(), live.crops.stream(), strict=True):
         assert torch.equal(ours.pixels, theirs.pixels)
         live.learner.load_state_dict(stored.learner.state_dict())
         losses = [float(stepping.step(r, b)[0]) for r, b in ((stored, ours), (live, theirs))]

@@ -148,12 +148,11 @@ def agree(run, folder, store, tmp_path) -> float:
     target = prepare_run(tmp_path / "look", folder, store, train_settings(target="hard", epochs=2))
     hits = total = 0
     run.module.eval()
-    p = run.student.preprocessing
-    for batch in target.feed.run():
+    for batch in target.crops.stream():
         with torch.no_grad():
-            logits = run.module(normalise(batch.pixels, p.mean, p.std)).logits
-        hits += int((logits.argmax(1).numpy() == batch.labels.ids_BK[:, 0]).sum())
-        total += len(batch.rows_B)
+            logits = run.module(batch.pixels).logits
+        hits += int((logits.argmax(1) == batch.labels.argmax(1)).sum())
+        total += len(batch.rows)
     return hits / total
 
 

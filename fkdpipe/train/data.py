@@ -1,8 +1,8 @@
-"""What a student is trained on: images, their crops, their labels.
+"""What a student is trained on: images, their crops, and what a store knows of them.
 
 From a store, the folder is never scanned: the list, the boxes and the labels come from it. Without
-one (`ground-truth`), crops are drawn fresh from the same law and the folder's classes are the
-labels; that is how a teacher or a baseline is trained.
+one (`ground-truth`), crops are drawn fresh from the same distribution and the folder's classes are
+the labels; that is how a teacher or a baseline is trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fkdpipe.common.errors import StoreMismatchError, UsageError
 from fkdpipe.common.progress import Reporter, shared, silent
 from fkdpipe.networks.features import FeatureLayer, StoredLayer
 from fkdpipe.pixels import crops, images
-from fkdpipe.pixels.crops import CropDistribution
+from fkdpipe.pixels.crops import CropDistribution, Crops
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.schema import UNIT_IMAGES
@@ -28,8 +28,7 @@ from fkdpipe.train import stored
 from fkdpipe.train.schedule import Pass
 from fkdpipe.train.stored import Features, Labels
 
-Boxes = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-Factors = Callable[[np.ndarray, np.ndarray], np.ndarray]
+CHECKED_IMAGES = 32  # whose size is compared with the record before a run
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +41,10 @@ class TrainingSet:
         root: folder that keys are relative to.
         keys, class_N, size_N2: of all rows, in a fixed random order.
         rows: int64, the rows to train on. unit_size: rows per unit.
-        boxes: (rows_I, crops_m) -> (box_Im4, flip_Im).
+        crops: (rows_I, crops_m) to the record of those crops, (I, m).
         labels: None where the folder's classes are the labels. features: None when not asked for.
         crops_per_image: M; None when crops never end.
         facts: for the run's record: what it was trained on.
-        jitter: (rows_I, crops_m) -> float32 (I, m, 4) colour factors; None without colour jitter.
     """
 
     root: Path
@@ -56,12 +54,11 @@ class TrainingSet:
     class_names: tuple[str, ...]
     rows: np.ndarray
     unit_size: int
-    boxes: Boxes
+    crops: Callable[[np.ndarray, np.ndarray], Crops]
     labels: Labels | None
     features: Features | None
     crops_per_image: int | None
     facts: dict[str, Any]
-    jitter: Factors | None = None
 
     def crops_of(self, passed: Pass) -> np.ndarray:
         """int64 (m,): which crops of each image a pass uses: each once before any repeats."""
@@ -90,16 +87,9 @@ def from_folder(
     order = crops.random_order(seed, ids)
     ids, sizes = ids[order], folder.size_N2[order]
 
-    def boxes(rows_I: np.ndarray, crops_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        drawn = crops.sample(
+    def drawn(rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
+        return crops.sample(
             distribution, seed=seed, image_id_N=ids[rows_I], size_N2=sizes[rows_I], crops_M=crops_m
-        )
-        return drawn.box_NM4, drawn.flip_NM
-
-    def factors(rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
-        assert distribution.jitter is not None
-        return crops.sample_jitter(
-            distribution.jitter, seed=seed, image_id_N=ids[rows_I], crops_M=crops_m
         )
 
     return TrainingSet(
@@ -110,12 +100,11 @@ def from_folder(
         class_names=folder.class_names,
         rows=np.arange(len(folder)),
         unit_size=UNIT_IMAGES,
-        boxes=boxes,
+        crops=drawn,
         labels=None,
         features=None,
         crops_per_image=None,
         facts={"fingerprint": folder.fingerprint, "images": len(folder)},
-        jitter=None if distribution.jitter is None else factors,
     )
 
 
@@ -140,7 +129,8 @@ def from_store(
 
     Raises:
         StoreError: not sealed, no such source, damaged, or made for another folder.
-        StoreMismatchError: the stored form cannot serve the target or the temperature.
+        StoreMismatchError: the stored form cannot serve the target or the temperature, or images
+            have another size than recorded.
     """
     root = images.split_root(data, "train")
     listed = store.images
@@ -156,17 +146,9 @@ def from_store(
     found = reader.finished(store, wanted, allow_partial=allow_partial, crops=crops_per_image)
     if not len(found.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
-    narrow = target.kind != "ground-truth" and reader.label_form(found.labels[0]).sparse
-    lists = len(found.crops) + (len(found.labels[0]) if narrow else 0)  # of cached values
-    with reporter.task("labels", store.num_images, "images") as told:
-        advance = shared(told, lists)
-        boxes = reader.CropReader(store, found.crops, cache_dir, advance)
-        labels: Labels | None = None
-        if target.kind != "ground-truth":
-            labels = stored.open_labels(
-                store, found.labels[0], target, temperature, cache_dir, advance
-            )
-    return TrainingSet(
+    learnt = None if target.kind == "ground-truth" else target
+    recorded, labels = _open_readers(store, found, learnt, temperature, cache_dir, reporter)
+    training = TrainingSet(
         root=root,
         keys=listed.keys,
         class_N=listed.class_N,
@@ -174,9 +156,9 @@ def from_store(
         class_names=listed.class_names,
         rows=found.rows,
         unit_size=store.unit_size,
-        boxes=boxes.take,
+        crops=recorded,
         labels=labels,
-        features=None if features is None else stored.FeatureStore(store, found.labels[-1]),
+        features=None if features is None else Features(store, found.labels[-1]),
         crops_per_image=found.crops_per_image,
         facts={
             "fingerprint": store.facts["fingerprint"],
@@ -186,15 +168,74 @@ def from_store(
             "sources": ["/".join(filter(None, part)) for part in wanted],
             "manifests": [[s.manifest.settings for s in p] for p in (found.crops, *found.labels)],
         },
-        jitter=boxes.jitter if boxes.jittered else None,
     )
+    _check_sizes(training)
+    return training
+
+
+def _open_readers(
+    store: Store,
+    found: reader.Finished,
+    target: Target | None,
+    temperature: float | None,
+    cache_dir: Path,
+    reporter: Reporter,
+) -> tuple[Callable[[np.ndarray, np.ndarray], Crops], Labels | None]:
+    """What reads boxes and, for a target, labels; narrow ones from the cache, filled here."""
+    narrow = target is not None and reader.label_form(found.labels[0]).sparse
+    lists = len(found.crops) + (len(found.labels[0]) if narrow else 0)  # of cached values
+    with reporter.task("labels", store.num_images, "images") as advance_images:
+        advance = shared(advance_images, lists)
+        boxes = reader.CropReader(store, found.crops, cache_dir, advance)
+        labels = None
+        if target is not None:
+            labels = stored.open_labels(
+                store, found.labels[0], target, temperature, cache_dir, advance
+            )
+
+    def recorded(rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
+        jitter = boxes.jitter(rows_I, crops_m) if boxes.jittered else None
+        return Crops(*boxes.take(rows_I, crops_m), jitter)
+
+    return recorded, labels
+
+
+def _check_sizes(training: TrainingSet) -> None:
+    """Before hours are spent: do some images still have the recorded size?
+
+    Raises:
+        StoreMismatchError: one has another, or most cannot be read.
+    """
+    some = training.rows[:: max(1, len(training.rows) // CHECKED_IMAGES)]
+    unreadable = []
+    for row in some.tolist():
+        key = training.keys[row]
+        size = images.size_of(training.root, key)
+        recorded = tuple(training.size_N2[row].tolist())
+        if isinstance(size, images.Rejected):
+            unreadable.append(size)
+        elif size != recorded:
+            now, then = (f"{height}x{width}" for height, width in (size, recorded))
+            raise StoreMismatchError(
+                f"{training.root}: {key} is {now} pixels (height x width), recorded {then}. The "
+                "labels belong to crops of the images as they were; give the folder the store "
+                "was made for.",
+                code="size-differs",
+            )
+    if len(unreadable) > len(some) // 2:
+        first = unreadable[0]
+        raise StoreMismatchError(
+            f"{training.root}: {len(unreadable)} of {len(some)} images looked at cannot be read, "
+            f"for example {first.key}: {first.detail}.",
+            code="images-lost",
+        )
 
 
 def take_fraction(training: TrainingSet, fraction: float, seed: int) -> TrainingSet:
     """A share of the images of every class: the same images whatever store or folder lists them."""
     keys = [str(key) for key in training.keys[training.rows]]
     order = crops.random_order(seed, crops.image_ids(keys))
-    kept = images.per_class(training.class_N[training.rows], order, fraction)
+    kept = crops.per_class(training.class_N[training.rows], order, fraction)
     facts = {**training.facts, "images": len(kept), "fraction": fraction}
     return replace(training, rows=np.sort(training.rows[kept]), facts=facts)
 
