@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from fkdpipe.networks.teachers import Precision, autocast
 from fkdpipe.pixels import images
 from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.pixels.replay import DECODE_ERRORS, normalise
+from fkdpipe.train.batch import with_next
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,17 @@ def batches(
     )
     paths = [images.path_of(folder.root, key) for key in folder.keys]
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[int, list[Future]]] = deque()
-        for first in [*range(0, len(paths), batch), None, None]:
-            if first is not None:
-                some = paths[first : first + batch]
-                ahead.append((first, [pool.submit(_load, path, transform) for path in some]))
-            if len(ahead) > 1 or (first is None and ahead):
-                begin, futures = ahead.popleft()
-                loaded = [future.result() for future in futures]
-                good = [k for k, pixels in enumerate(loaded) if pixels is not None]
-                if good:
-                    pixels = torch.from_numpy(np.stack([loaded[k] for k in good]))
-                    yield pixels, torch.tensor(good) + begin
+
+        def begin(first: int) -> list[Future[np.ndarray | None]]:
+            return [pool.submit(_load, path, transform) for path in paths[first : first + batch]]
+
+        starts = range(0, len(paths), batch)
+        begun = zip(starts, map(begin, starts), strict=True)
+        for (first, futures), _ in with_next(begun):  # the next batch is loaded meanwhile
+            loaded = {first + k: future.result() for k, future in enumerate(futures)}
+            good = {row: pixels for row, pixels in loaded.items() if pixels is not None}
+            if good:
+                yield torch.from_numpy(np.stack(list(good.values()))), torch.tensor(list(good))
 
 
 def _load(path: bytes, transform: Any) -> np.ndarray | None:
