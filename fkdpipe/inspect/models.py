@@ -14,8 +14,9 @@ from fkdpipe.common.errors import ModelError, ReplayError
 from fkdpipe.inspect.analysis import Predict
 from fkdpipe.inspect.sources import Opened
 from fkdpipe.networks.teachers import Teacher
-from fkdpipe.pixels import colour, images
-from fkdpipe.pixels.replay import Replay, Request, View, normalise
+from fkdpipe.pixels import colour
+from fkdpipe.pixels.crops import Crops
+from fkdpipe.pixels.replay import Replay, Request, normalise
 
 
 def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray) -> Request:
@@ -24,14 +25,8 @@ def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray)
     Args:
         root: of the split that the store was made from.
     """
-    box_Im4, flip_Im = opened.boxes.take(rows_I, crops_m)
-    listed = opened.store.images
-    return Request(
-        paths=[images.path_of(root, key) for key in listed.keys[rows_I]],
-        size_I2=listed.size_N2[rows_I],
-        box_Im4=box_Im4,
-        flip_Im=flip_Im,
-    )
+    listed, recorded = opened.store.images, Crops(*opened.boxes.take(rows_I, crops_m))
+    return Request.of(root, listed.keys[rows_I], listed.size_N2[rows_I], recorded)
 
 
 def factors(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> torch.Tensor | None:
@@ -82,8 +77,3 @@ def predictor(
         return np.concatenate(made).reshape(len(rows_I), len(crops_m), -1)
 
     return predict
-
-
-def view_of(model: Teacher) -> View:
-    """What the model wants to see of a crop."""
-    return View(model.preprocessing.size, model.preprocessing.interpolation)

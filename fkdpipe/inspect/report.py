@@ -158,7 +158,7 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     names = sizes.field_names(store)
     stored = sizes.stored_bytes(store, names)
     rounds = store.rounds()
-    crops_M = sum(int(part.settings["crops"]) for part in rounds)
+    crops_M = sum(part.settings.crops for part in rounds)
     crops = max(store.num_images * crops_M, 1)
     raw = _raw_bytes(store, names)
     ideal = _bounds(store, names) if bounds else {}
@@ -173,7 +173,7 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     sources = _sources(store)
     first = next((s for s in sources if s.kind == "labels"), None)
     classes = max(
-        (int(p.settings["classes"]) for p in store.parts.values() if p.kind == "labels"), default=0
+        (p.settings.classes for p in store.parts.values() if p.kind == "labels"), default=0
     )
     return StorageReport(
         url=store.url,
@@ -206,7 +206,7 @@ def _raw_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
             if marker is not None
         )
         for field in part.fields:
-            size = schema.bytes_per_image([field], int(part.settings["crops"]))
+            size = schema.bytes_per_image([field], part.settings.crops)
             raw[names[f"{part.path}/{field.name}"]] += images * size
     return raw
 
@@ -233,14 +233,14 @@ def _sources(store: Store) -> list[SourceReport]:
             found.setdefault((part.kind, name), []).append(part)
     reports = []
     for (kind, name), parts in sorted(found.items()):
-        form = parts[0].settings.get("form", "")
+        form = parts[0].settings.form if kind == "labels" else None
         done = [sum(m is not None for _, m in store.markers(part)) for part in parts]
         reports.append(
             SourceReport(
                 name=name,
                 kind=kind,
-                form=form,
-                targets=tuple(labels.served_targets(parse_form(form))) if kind == "labels" else (),
+                form=str(form or ""),
+                targets=tuple(labels.served_targets(form)) if form else (),
                 units_done=sum(done),
                 units=store.num_units * len(parts),
             )

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,11 @@ class Crops:
     box_NM4: np.ndarray
     flip_NM: np.ndarray
     jitter_NM4: np.ndarray | None = None
+
+    def __getitem__(self, index: Any) -> Crops:
+        """Some of them; indexed as an (N, M) array, what is left has both axes."""
+        jitter = None if self.jitter_NM4 is None else self.jitter_NM4[index]
+        return Crops(self.box_NM4[index], self.flip_NM[index], jitter)
 
 
 def image_ids(keys: Sequence[str]) -> np.ndarray:

@@ -209,7 +209,7 @@ def _feature_source(
     same = [
         part.source
         for part in store.parts.values()
-        if part.kind == "features" and part.layer == other and part.settings["pre_is_post"]
+        if part.kind == "features" and part.layer == other and part.settings.pre_is_post
     ]
     if not store.sources("features", layer) and same:
         return reader.choose_source(store, source, "features", other), other

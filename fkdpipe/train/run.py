@@ -163,8 +163,7 @@ def _views(settings: TrainSettings, loaded: Loaded, teacher: Teacher | None) -> 
     """The student's view, and the live teacher's where it is another."""
     views = [students.view(settings, loaded)]
     if teacher is not None:
-        p = teacher.preprocessing
-        views.append(View(p.size, p.interpolation))
+        views.append(View.of(teacher.preprocessing))
     return list(dict.fromkeys(views))
 
 
@@ -322,9 +321,9 @@ def _backend(
     )
     backend = replay.choose_backend(settings.replay, device, sample)
     made = {
-        part.settings["replay"]
+        part.settings.replay
         for part in (store.parts.values() if store else [])
-        if part.kind == "labels" and part.settings["replay"]  # unknown of imported labels
+        if part.kind == "labels" and part.settings.replay  # unknown of imported labels
     }
     if made and backend not in made:
         log.warning(

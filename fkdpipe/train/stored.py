@@ -22,6 +22,7 @@ from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import SparseLabels, Target
+from fkdpipe.storage.settings import FeatureSettings
 from fkdpipe.storage.store import Store
 
 
@@ -66,7 +67,7 @@ class FeatureWindow(Protocol):
 class Features(Protocol):
     """Features of a store, opened like labels. settings: of their part in the store."""
 
-    settings: dict[str, Any]
+    settings: FeatureSettings
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow: ...
 
@@ -89,14 +90,14 @@ def open_labels(
     """
     form = reader.label_form(segments)
     settings = segments[0].part.settings
-    classes = int(settings["classes"])
+    classes = settings.classes
     forms.check_target(form, target, classes)
     divisor = reader.check_temperature(segments, temperature)
     if form.sparse:
         return _SparseStore(reader.SparseReader(store, segments, cache_dir, advance), target)
-    name = "log_prob" if form.kind == "full" else "logit"
-    scores = any(teacher["library"] in SELF_SUPERVISED for teacher in settings["teachers"])
-    return _ScoreStore(reader.WideReader(store, segments, name), classes, divisor, scores)
+    scores = any(teacher.get("library") in SELF_SUPERVISED for teacher in settings.teachers)
+    wide = reader.WideReader(store, segments, form.value_field)
+    return _ScoreStore(wide, classes, divisor, scores)
 
 
 class _SparseStore:
@@ -145,7 +146,7 @@ class _ScoreWindow:
         return Scores(np.concatenate(rows), self.temperature)
 
 
-def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
+def stored_outputs(features: torch.Tensor, settings: FeatureSettings) -> Outputs:
     """Stored features as a teacher's outputs, as the method asked for them; no logits.
 
     Where a network ends without an activation, one vector is both before and after it.
@@ -153,11 +154,11 @@ def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
     Args:
         features: float32 (B, D); of a map D = C * H * W.
     """
-    both = settings["pre_is_post"]
-    layer = settings["tap"]
+    both = settings.pre_is_post
+    layer = settings.layer
     nothing = features.new_empty((len(features), 0))
     if layer == "map":
-        return Outputs(logits=nothing, final=features.unflatten(1, settings["shape"]))
+        return Outputs(logits=nothing, final=features.unflatten(1, settings.shape))
     return Outputs(
         logits=nothing,
         pre=features if both or layer == "pre" else None,
@@ -165,7 +166,7 @@ def stored_outputs(features: torch.Tensor, settings: dict[str, Any]) -> Outputs:
     )
 
 
-def check_teacher(settings: dict[str, Any], facts: dict[str, Any]) -> None:
+def check_teacher(settings: FeatureSettings, facts: dict[str, Any]) -> None:
     """Refuse a live teacher that has not made the stored features.
 
     Args:
@@ -174,11 +175,11 @@ def check_teacher(settings: dict[str, Any], facts: dict[str, Any]) -> None:
     Raises:
         StoreMismatchError: naming what differs.
     """
-    (made_by,) = settings["teachers"]
+    (made_by,) = settings.teachers
     differs = teachers_differ(made_by, facts)
     if differs:
         raise StoreMismatchError(
-            f"the stored {settings['tap']} is of {made_by['name']} with other "
+            f"the stored {settings.layer} is of {made_by['name']} with other "
             f"{', '.join(differs)} than the live teacher. Name the teacher that made it, or "
             "generate from this one."
         )
@@ -189,21 +190,21 @@ class FeatureStore:
 
     def __init__(self, store: Store, segments: Sequence[reader.Segment]) -> None:
         part = segments[0].part
-        self.settings = dict(part.settings)
+        self.settings: FeatureSettings = part.settings
         self._fields = {
             field.name: reader.WideReader(store, segments, field.name) for field in part.fields
         }
         self._unit_size = store.unit_size
 
     def example(self, device: torch.device) -> torch.Tensor:
-        return torch.zeros(1, int(self.settings["dims"]), device=device)
+        return torch.zeros(1, self.settings.dims, device=device)
 
     def open_window(self, units: Sequence[int], crops_m: np.ndarray) -> FeatureWindow:
         blocks = {
             unit: {name: wide.unit(unit, crops_m) for name, wide in self._fields.items()}
             for unit in units
         }
-        return _FeatureRows(blocks, self._unit_size, self.settings["code"])
+        return _FeatureRows(blocks, self._unit_size, self.settings.code)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def serves(location, tmp_path, original) -> bool:
         found = reader.finished(store, [("labels", "t", ""), ("features", "t", "post")])
         rows = np.arange(original.num_images)
         boxes = reader.CropReader(store, found.crops, tmp_path / "cache").take(rows, np.arange(4))
-        sparse = reader.Hydrated(store, found.labels[0], tmp_path / "cache")
+        sparse = reader.CachedFields(store, found.labels[0], tmp_path / "cache")
         values = [*boxes, *(sparse.take(n, rows, np.arange(4)) for n in ("ids", "prob"))]
         values += [store.images.keys, store.images.size_N2]
         values += features(store, found)
@@ -123,7 +123,7 @@ def serves(location, tmp_path, original) -> bool:
         return False
     fine = reader.finished(original, [("labels", "t", ""), ("features", "t", "post")])
     plain = reader.CropReader(original, fine.crops, tmp_path / "fine").take(rows, np.arange(4))
-    kept = reader.Hydrated(original, fine.labels[0], tmp_path / "fine")
+    kept = reader.CachedFields(original, fine.labels[0], tmp_path / "fine")
     expected = [*plain, *(kept.take(n, rows, np.arange(4)) for n in ("ids", "prob"))]
     expected += [original.images.keys, original.images.size_N2]
     expected += features(original, fine)

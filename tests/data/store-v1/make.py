@@ -13,19 +13,20 @@ import numpy as np
 import timm
 import torch
 import zarr
-from fkdpipe import features, images, weight_files
 from fkdpipe.crops import CropLaw, Jitter
+from fkdpipe.models import ModelSpec
+from fkdpipe.taps import needs_of
+from fkdpipe.teachers import load_teachers
+from PIL import Image
+
+from fkdpipe import features, images, weight_files
 from fkdpipe.interchange import importing, open_labels
 from fkdpipe.interchange.source import ImportSettings
 from fkdpipe.labelgen import fit_basis, generate, plan
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.models import ModelSpec
 from fkdpipe.storage import rounds, schema
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import open_store
-from fkdpipe.teachers import load_teachers
-from fkdpipe.taps import needs_of
-from PIL import Image
 
 CLASSES = ("ash", "beech", "cedar", "date palm", "élm", "fir")
 CPU = torch.device("cpu")
@@ -107,7 +108,9 @@ def main() -> None:
     teachers = load(work / "teacher.safetensors", 0)
     stored = out / "stored"
     for crops in (5, 7):  # two rounds: a crop group and a crop, then two crops
-        make(stored, data, teachers, source="sparse", form="topk:5", features=("post",), crops=crops)
+        make(
+            stored, data, teachers, source="sparse", form="topk:5", features=("post",), crops=crops
+        )
     make(stored, data, teachers, source="full", form="full")
     settings = fit_basis.FitSettings(teacher="test_convnext", tap="pre", images="100%", crops=2)
     sample = fit_basis.from_store(open_store(stored), data, settings)
