@@ -299,7 +299,7 @@ class Store:
             DamagedStoreError: naming the unit and the command that mends it.
         """
         if key not in files:
-            raise self.damaged(key, "no marker knows it", unit)
+            raise self.damaged(key, "is not in any commit record", unit)
         try:
             data = self.location.read(key)
         except FileNotFoundError:

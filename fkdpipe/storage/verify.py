@@ -23,7 +23,7 @@ CODES = {
     "length": "an object has another length",
     "unreadable": "an object is there and cannot be read",
     "checksum": "an object's checksum differs, or boxes are not those committed",
-    "unknown-file": "an object that no marker knows",
+    "unknown-file": "an object that is not in any commit record",
     "not-sealed": "the part is not finished",
     "box-outside": "a crop is empty or leaves its image",
     "id-range": "a class id beyond the classes",
