@@ -118,9 +118,10 @@ class Store:
         unit_I, local_I = np.divmod(rows_I, self._store.unit_size)
         for unit in np.unique(unit_I).tolist() if len(crops_m) else ():
             if any(unit not in segment.manifest.made for segment in segments):
+                of_unit = self._store.unit_rows(unit)
                 raise UnsealedStoreError(
-                    f"{self.url}: unit {unit} (rows {self._store.unit_rows(unit)}) of "
-                    f"{source or 'its crops'} is not finished.",
+                    f"{self.url}: unit {unit} of {source or 'its crops'} (rows {of_unit.start} to "
+                    f"{of_unit.stop - 1}) is not finished.",
                     code="unsealed",
                 )
             here = unit_I == unit
@@ -133,7 +134,7 @@ class Store:
         """float32 (I, m, C) labels of some crops; each row sums to 1.
 
         What `topk` leaves out is spread evenly over the other classes (marginal smoothing); `hard`
-        gives one-hot rows.
+        gives one-hot rows. Images that failed have NaN.
 
         Args:
             temperature: of the softmax, for form `logits` alone.
@@ -151,18 +152,23 @@ class Store:
             factor = temperature if form.kind == "logits" else 1.0
             return labels.softmax(scores.reshape(-1, C), factor).reshape(scores.shape)
         ids = self.read(source, "ids", rows, crops)
-        flat = ids.reshape(-1, form.k)
+        flat = ids.reshape(-1, form.k).astype(np.int64)
+        failed = (flat >= C).any(axis=1)  # fill values
+        flat[failed] = np.arange(form.k)
         prob = np.ones(flat.shape, dtype=np.float32)
         target = labels.Target("hard")
         if form.kind == "topk":
             stored = self.read(source, form.value_field, rows, crops).reshape(flat.shape)
             prob = labels.decode_probabilities(form, stored)
             target = labels.Target("marginal-smoothing", form.k)
-        kept = labels.sparse_target(target, flat, prob, C)
-        return labels.to_dense(kept, C).reshape(*ids.shape[:2], C)
+        dense = labels.to_dense(labels.sparse_target(target, flat, prob, C), C)
+        dense[failed] = np.nan
+        return dense.reshape(*ids.shape[:2], C)
 
     def features(self, source: str, rows: Index = None, crops: Index = None) -> np.ndarray:
         """float32 (I, m, D) feature vectors of some crops; of maps (I, m, C, H, W).
+
+        Images that failed have NaN.
 
         Args:
             source: "SOURCE/LAYER", for example "resnet50/post".

@@ -13,7 +13,7 @@ import random_store
 from fkdpipe.common.errors import StoreError, UnsealedStoreError, UsageError
 from fkdpipe.inspect import report
 from fkdpipe.inspect.opened import open_store
-from fkdpipe.storage import features, labels
+from fkdpipe.storage import features, labels, writer
 
 PLACE = Path(__file__).parents[1] / "data" / "store-v1"
 
@@ -156,6 +156,21 @@ def test_a_store_in_the_making_is_read_as_far_as_it_is(tmp_path):
     for field in ("ids", "box"):
         with pytest.raises(UnsealedStoreError, match="unit 2"):
             store.read("t", field, [0, 149])
+
+
+@pytest.mark.parametrize("form", ["topk:5", "topk:5:compact", "hard", "full"])
+def test_images_that_failed_have_no_probabilities(tmp_path, form):
+    made = random_store.make_store(tmp_path / "store", form=form)
+    part = made.part("rounds/0/labels/t")
+    values = {field.name: made.read(part, field.name, 1).copy() for field in part.fields}
+    for field in part.fields:
+        values[field.name][3] = field.fill
+    failed = {random_store.UNIT + 3: ("unreadable", "")}
+    writer.commit_unit(made, part, 1, values, failed=failed)
+    writer.seal(made, part)
+    prob = open_store(tmp_path / "store").probabilities("t")
+    assert np.isnan(prob[random_store.UNIT + 3]).all()
+    assert np.isfinite(np.delete(prob, random_store.UNIT + 3, axis=0)).all()
 
 
 def test_it_prints_as_a_short_table(stored, tmp_path):
