@@ -196,7 +196,7 @@ def _models(
     from fkdpipe.networks import teachers
     from fkdpipe.networks.models import parse_spec
     from fkdpipe.pixels import images
-    from fkdpipe.pixels.replay import open_replay
+    from fkdpipe.pixels.replay import View, open_replay
 
     root = images.split_root(data, "train")
     loaded = teachers.load_teachers(
@@ -207,7 +207,7 @@ def _models(
     )
     made = []
     for text, each in zip(names, loaded, strict=True):
-        replayer = stack.enter_context(open_replay("cpu", [models.view_of(each)]))
+        replayer = stack.enter_context(open_replay("cpu", [View.of(each.preprocessing)]))
         name = text.partition("=")[0] if "=" in text else Path(text).name
         made.append((f"model {name}", models.predictor(opened, root, each, replayer)))
     return made

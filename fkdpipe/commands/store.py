@@ -121,7 +121,7 @@ def _against_data(
         raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
     specs = [parse_spec(text) for text in teacher]
     named = [
-        p for p in parts if [t["name"] for t in p.settings["teachers"]] == [s.name for s in specs]
+        p for p in parts if [t["name"] for t in p.settings.teachers] == [s.name for s in specs]
     ]
     parts = named or parts
     loaded = teachers.load_teachers(
@@ -129,7 +129,7 @@ def _against_data(
         class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
         class_maps=[teachers.read_class_map(file) for file in class_map],
-        precision=parts[0].settings["precision"] or "float32",  # unknown of imports
+        precision=parts[0].settings.precision or "float32",  # unknown of imports
         device=where,
         needs=needs_of({part.layer for part in parts}),
     )

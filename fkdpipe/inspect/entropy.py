@@ -26,6 +26,7 @@ import numpy as np
 from fkdpipe.pixels import crops
 from fkdpipe.storage import rounds, schema
 from fkdpipe.storage.schema import Field
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Part, Store
 
 SAMPLE_CROPS = 200_000  # values are read until so many crops were seen
@@ -50,11 +51,10 @@ def bytes_per_crop(store: Store, part: Part) -> dict[str, float | None]:
     return {name: None if value is None else value / 8 for name, value in bits.items()}
 
 
-def _crop_bits(store: Store, part: Part) -> dict[str, float | None]:
-    law_name = (part.settings.get("law"), part.settings.get("version"))
-    if law_name != (crops.DISTRIBUTION_NAME, crops.DISTRIBUTION_VERSION) or not part.fields:
+def _crop_bits(store: Store, part: Part[CropsSettings]) -> dict[str, float | None]:
+    if not part.settings.known or part.settings.derived:
         return {field.name: None for field in part.fields}
-    distribution = rounds.distribution_of(part.settings)
+    distribution = part.settings.distribution
     unit = next((unit for unit, marker in store.markers(part) if marker is not None), None)
     if unit is None:
         return {field.name: None for field in part.fields}
@@ -114,19 +114,16 @@ def _field_bits(store: Store, part: Part, field: Field) -> float | None:
 
 def _sample(store: Store, part: Part, field: Field) -> np.ndarray | None:
     """(N, M, ...) values of the first committed units; of wide fields, of their first group."""
-    crops_M = int(part.settings["crops"])
+    crops_M = part.settings.crops
     span = min(store.group_size, crops_M) if field.wide else crops_M
     parts: list[np.ndarray] = []
     seen = 0
     for unit, marker in store.markers(part):
         if marker is None:
             continue
-        rows = store.unit_rows(unit)
-        key = schema.shard_key(part.path, field, unit, 0)
-        shards = {key: store.read_checked(key, marker.files, unit)}
-        region = (rows, slice(0, span))
-        values = store.arrays.decode(f"{part.path}/{field.name}", region, shards)
-        good = np.delete(values, [row - rows.start for row in marker.failed], axis=0)
+        values = store.read(part, field.name, unit, range(span), files=marker.files)
+        first = store.unit_rows(unit).start
+        good = np.delete(values, [row - first for row in marker.failed], axis=0)
         parts.append(good)
         seen += good.shape[0] * good.shape[1]
         if seen >= SAMPLE_CROPS:

@@ -34,6 +34,7 @@ from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.schema import Json
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Store
 
 SAMPLE = 32
@@ -64,7 +65,6 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
     k = len(probe[0][1])
     classes = settings.classes or config.get("num_classes")
     crop = config["reinforce"]["image_augmentation"]["random_resized_crop"]
-    distribution = imported_distribution("ml-dr", crops)
 
     def read(position: int) -> ImageLabels:
         index = int(index_N[position])
@@ -80,11 +80,12 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         classes=classes if type(classes) is int else len(folder.class_names),
         classes_known=type(classes) is int,
         crops=crops,
-        distribution={
-            **distribution,
-            "scale": list(crop.get("scale", (0.08, 1.0))),
-            "ratio": list(crop.get("ratio", (3 / 4, 4 / 3))),
-        },
+        distribution=imported_distribution(
+            "ml-dr",
+            crops,
+            scale=tuple(crop.get("scale", (0.08, 1.0))),
+            ratio=tuple(crop.get("ratio", (3 / 4, 4 / 3))),
+        ),
         fingerprint=fingerprint,
         read=read,
         temperature=1.0,  # its generator knows no other
@@ -311,14 +312,13 @@ def _export_samples(unit: Labelled, i: int) -> list[Json]:
 
 def _export_config(export: Export) -> Json:
     """What ml-dr's trainer looks up, and what else is known."""
-    distribution = export.found.crops[0].part.settings
-    crop = {
-        name: distribution[name] for name in ("scale", "ratio") if distribution[name] is not None
-    }
-    flip = 0.5 if distribution["flip"] is None else distribution["flip"]
+    distribution: CropsSettings = export.found.crops[0].part.settings
+    known = {"scale": distribution.scale, "ratio": distribution.ratio}
+    crop = {name: list(pair) for name, pair in known.items() if pair is not None}
+    flip = 0.5 if distribution.flip is None else distribution.flip
     return {
         "num_classes": export.classes,
-        "teacher": {"name": ",".join(str(t.get("name")) for t in export.settings["teachers"])},
+        "teacher": {"name": ",".join(str(t.get("name")) for t in export.settings.teachers)},
         "reinforce": {
             "num_samples": export.crops,
             "topk": export.keep,

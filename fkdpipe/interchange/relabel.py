@@ -33,7 +33,7 @@ from fkdpipe.pixels import crops
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
-from fkdpipe.storage.rounds import crop_settings
+from fkdpipe.storage.settings import CropsSettings
 
 
 def open_relabel(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
@@ -85,9 +85,7 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         classes=classes,
         classes_known=settings.classes is not None,
         crops=M,
-        distribution=crop_settings(
-            distribution, seed=settings.seed, first=0, count=M, derived=False
-        ),
+        distribution=CropsSettings.of(distribution, seed=settings.seed, count=M),
         fingerprint=tree.fingerprint(),
         read=read,
         extra=tree.extra,

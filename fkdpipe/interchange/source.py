@@ -16,7 +16,8 @@ from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.pixels.crops import boxes_outside
 from fkdpipe.storage import schema
 from fkdpipe.storage.labels import Form
-from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.schema import Field
+from fkdpipe.storage.settings import CropsSettings
 
 SUM_TOLERANCE = 2.0**-9  # float16 probabilities of a confident teacher sum to a little above 1
 # What parsers of label files run into when a file is not what it should be.
@@ -116,7 +117,7 @@ class LabelSource:
     classes: int
     classes_known: bool
     crops: int
-    distribution: Json
+    distribution: CropsSettings
     fingerprint: str
     read: Callable[[int], ImageLabels]
     fields: tuple[Field, ...] = ()
@@ -139,19 +140,25 @@ class LabelSource:
         return (*self.notes, f"{self.extra:,} labels belong to no image: {examples}{more}")
 
 
-def imported_distribution(format_: str, crops: int) -> Json:
+def imported_distribution(
+    format_: str,
+    crops: int,
+    *,
+    scale: tuple[float, float] | None = None,
+    ratio: tuple[float, float] | None = None,
+    flip: float | None = None,
+) -> CropsSettings:
     """Settings of a crops part whose boxes came from elsewhere; None is unknown."""
-    return {
-        "law": f"imported:{format_}",
-        "version": 1,
-        "scale": None,
-        "ratio": None,
-        "flip": None,
-        "seed": None,
-        "boxes": "stored",
-        "first": 0,
-        "crops": crops,
-    }
+    return CropsSettings(
+        name=f"imported:{format_}",
+        version=1,
+        scale=scale,
+        ratio=ratio,
+        flip=flip,
+        seed=None,
+        first=0,
+        crops=crops,
+    )
 
 
 def to_pixels(fraction_M4: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, int]:

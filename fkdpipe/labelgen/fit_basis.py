@@ -30,6 +30,7 @@ from fkdpipe.pixels import crops, images, replay
 from fkdpipe.pixels.crops import CropDistribution, Crops
 from fkdpipe.pixels.replay import Backend, Request
 from fkdpipe.storage import rounds, writer
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Store
 
 MAX_FAILED_SHARE = 0.5  # of the images: more looks like the wrong folder
@@ -127,12 +128,10 @@ def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) 
         size_N2=folder.size_N2[rows],
         crops_M=np.arange(settings.crops),
     )
-    distribution = rounds.crop_settings(
-        settings.crop, seed=settings.seed, first=0, count=settings.crops, derived=False
-    )
+    distribution = CropsSettings.of(settings.crop, seed=settings.seed, count=settings.crops)
     return _sample(
         folder.root, np.array(folder.keys, dtype=object)[rows], folder.size_N2[rows], drawn,
-        settings, distribution, folder.fingerprint,
+        settings, distribution.to_json(), folder.fingerprint,
     )  # fmt: skip
 
 
@@ -143,9 +142,9 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
         StoreMismatchError: it has fewer crops.
     """
     (first, *_) = store.rounds()
-    if settings.crops > int(first.settings["crops"]):
+    if settings.crops > first.settings.crops:
         raise StoreMismatchError(
-            f"the first round of {store.url} has {first.settings['crops']} crops per image, "
+            f"the first round of {store.url} has {first.settings.crops} crops per image, "
             f"{settings.crops} are asked for.",
             code="settings",
         )
@@ -161,10 +160,10 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
         here = np.flatnonzero(rows // store.unit_size == unit)
         for name, array in values.items():
             array[here] = of_unit[name][rows[here] % store.unit_size, : settings.crops]
-    drawn = Crops(values["box"], values["flip"], values.get("jitter"))
+    drawn = rounds.of_values(values)
     return _sample(
         images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows], drawn,
-        settings, dict(first.settings), str(store.facts["fingerprint"]),
+        settings, first.settings.to_json(), str(store.facts["fingerprint"]),
     )  # fmt: skip
 
 
@@ -287,12 +286,8 @@ def _vectors(
 
 def _request(sample: Sample, first: int, count: int) -> Request:
     rows = np.arange(first, min(first + count, len(sample.keys)))
-    return Request(
-        paths=[images.path_of(sample.root, key) for key in sample.keys[rows]],
-        size_I2=sample.size_N2[rows],
-        box_Im4=sample.drawn.box_NM4[rows],
-        flip_Im=sample.drawn.flip_NM[rows],
-        tag=rows,
+    return Request.of(
+        sample.root, sample.keys[rows], sample.size_N2[rows], sample.drawn[rows], tag=rows
     )
 
 

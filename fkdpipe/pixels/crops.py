@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,23 @@ class Crops:
     box_NM4: np.ndarray
     flip_NM: np.ndarray
     jitter_NM4: np.ndarray | None = None
+
+    def __getitem__(self, index: Any) -> Crops:
+        """Some of them; indexed as an (N, M) array, what is left has both axes."""
+        jitter = None if self.jitter_NM4 is None else self.jitter_NM4[index]
+        return Crops(self.box_NM4[index], self.flip_NM[index], jitter)
+
+
+def join(parts: Sequence[Crops], axis: int = 0) -> Crops:
+    """Crops of more images (axis 0), or more crops of the same images (axis 1)."""
+    if len(parts) == 1:
+        return parts[0]
+    jitters = [part.jitter_NM4 for part in parts if part.jitter_NM4 is not None]
+    return Crops(
+        np.concatenate([part.box_NM4 for part in parts], axis),
+        np.concatenate([part.flip_NM for part in parts], axis),
+        np.concatenate(jitters, axis) if jitters else None,
+    )
 
 
 def image_ids(keys: Sequence[str]) -> np.ndarray:

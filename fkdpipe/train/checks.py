@@ -11,7 +11,7 @@ from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
 from fkdpipe.networks import models
 from fkdpipe.pixels.crops import CropDistribution
-from fkdpipe.storage.labels import parse_form, served_targets
+from fkdpipe.storage.labels import served_targets
 from fkdpipe.storage.store import Store
 from fkdpipe.train import parallel
 from fkdpipe.train.feed import check_batch
@@ -48,8 +48,8 @@ def target(settings: TrainSettings, needs: MethodNeeds, store: Store | None) -> 
         return settings.target
     taught = needs.teacher is not None or needs.soft is not None
     if store is not None and not taught:
-        forms = {p.settings["form"] for p in store.parts.values() if p.kind == "labels"}
-        served = sorted({t for form in forms for t in served_targets(parse_form(form))})
+        forms = {p.settings.form for p in store.parts.values() if p.kind == "labels"}
+        served = sorted({t for form in forms for t in served_targets(form)})
         raise UsageError(
             f"name what the student learns: --target with one of {', '.join(served)}, which "
             f"{store.url} serves, or ground-truth, which leaves its labels out."

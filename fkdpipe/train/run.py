@@ -84,7 +84,7 @@ def prepare(
     feed = Feed(
         training,
         _order(settings, needs, training),
-        list(dict.fromkeys(View(p.size, p.interpolation) for p in preprocessing)),
+        list(dict.fromkeys(View.of(p) for p in preprocessing)),
         backend=labelled_crops.choose_backend(settings.replay, training, store, device),
         threads=settings.threads or default_threads(),
         device=device,

@@ -21,6 +21,7 @@ from fkdpipe.storage import features, labels, plan, rounds, schema, writer
 from fkdpipe.storage.labels import parse_form
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.plan import Features, Wanted
+from fkdpipe.storage.settings import FeatureSettings
 
 
 def invoke(*words):
@@ -142,14 +143,7 @@ def test_images_that_failed_are_not_counted(tmp_path):
     assert entropy.bytes_per_crop(store, part)["ids"] == pytest.approx(sampled / 8)
     for unit in range(store.num_units):
         rows = store.unit_rows(unit)
-        values = {
-            field.name: store.arrays.decode(
-                f"{part.path}/{field.name}",
-                (rows,),
-                {(key := schema.shard_key(part.path, field, unit, 0)): store.location.read(key)},
-            ).copy()
-            for field in part.fields
-        }
+        values = {field.name: store.read(part, field.name, unit).copy() for field in part.fields}
         values["ids"][:20] = 65_535
         failed = dict.fromkeys(range(rows.start, rows.start + 20), ("unreadable", ""))
         writer.commit_unit(store, part, unit, values, failed=failed)
@@ -324,13 +318,9 @@ def make_features_store(place):
         unit=UNIT,
     )
     part = writer.add_crops(store, CropDistribution(), seed=0, count=2)
+    settings = FeatureSettings("post", dims=3, width=3, code="float16", crops=2)
     taught = writer.add_part(
-        store,
-        "rounds/0/features/t/post",
-        "features",
-        {"crops": 2},
-        features.fields(3, "float16"),
-        2,
+        store, "rounds/0/features/t/post", settings, features.fields(3, "float16")
     )
 
     drawn = rounds.draw(store, part, 0)

@@ -171,7 +171,7 @@ def test_generation_stores_the_leading_components_of_the_same_crops(
     assert np.allclose(kept.mean(0), 0, atol=1e-2 * kept.std())  # of the fitted crops themselves
     assert np.allclose(kept.std(axis=0, ddof=1), fitted.basis.std_K[:6], rtol=1e-2)
     part = store.part("rounds/0/features/t/pre")
-    assert part.settings["basis"] == fitted.basis.digest
+    assert part.settings.basis == fitted.basis.digest
     width = len(fitted.basis.mean_D)
     assert values["rounds/0/features/t/post/value"].shape[-1] == width
     assert codes.error_bound("float16") < 1e-3

@@ -123,6 +123,6 @@ def test_of_two_starts_with_other_seeds_one_wins_and_one_is_refused(tmp_path, ge
     store = open_store(tmp_path / "store")
     assert not verify.verify(store, full=True)
     (crops,) = store.rounds()
-    assert crops.settings["seed"] == store.facts["order_seed"]
-    loser = 1 - crops.settings["seed"]
-    assert f"seed: {crops.settings['seed']}, now {loser}" in made.stderr
+    assert crops.settings.seed == store.facts["order_seed"]
+    loser = 1 - crops.settings.seed
+    assert f"seed: {crops.settings.seed}, now {loser}" in made.stderr

@@ -21,6 +21,7 @@ from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.networks import features, models, teachers, weight_files
 from fkdpipe.networks.feature_layers import Needs, Outputs
+from fkdpipe.storage.settings import FeatureSettings
 from fkdpipe.storage.store import open_store
 from fkdpipe.train import loop, metrics
 from fkdpipe.train import step as stepping
@@ -157,10 +158,10 @@ def test_the_target_is_pts_of_the_leading_components(
 def context_of(basis_file, student=WIDTH, stored=None) -> Context:
     basis = features.load_basis(basis_file)
     network = timm.create_model("test_resnet")
-    stored = stored and {"basis": None, "pre_is_post": False, "dims": 96} | stored
     width = stored["dims"] if stored else 96
+    kept = stored and FeatureSettings("pre", width, 96, "float16", 1, basis=stored["basis"])
     return Context(
-        classes=0, scores=0, epochs=1, features=stored,
+        classes=0, scores=0, epochs=1, features=kept,
         student_network=network, teacher_network=network,
         student=Outputs(torch.zeros(1, 0), pre=torch.zeros(1, student)),
         teacher=Outputs(torch.zeros(1, 0), pre=torch.zeros(1, width)),

@@ -180,14 +180,14 @@ def _components(
     context: Context, basis: Basis | None, width: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     stored = context.features
-    if stored is not None and stored["basis"] is not None:
-        if width > stored["dims"]:
+    if stored is not None and stored.basis is not None:
+        if width > stored.dims:
             raise StoreMismatchError(
-                f"the student is {width} wide, and the store keeps {stored['dims']} components. "
+                f"the student is {width} wide, and the store keeps {stored.dims} components. "
                 f"Generate features pre:{width} or more, or take a narrower student.",
                 code="features",
             )
-        if basis is not None and basis.digest != stored["basis"]:
+        if basis is not None and basis.digest != stored.basis:
             raise StoreMismatchError(
                 "the stored components belong to another basis than the file that is named.",
                 code="features",
@@ -222,7 +222,7 @@ def _raw_width(settings: Settings, context: Context) -> int:
     Raises:
         StoreMismatchError: the store keeps components only.
     """
-    if context.features is not None and context.features["basis"] is not None:
+    if context.features is not None and context.features.basis is not None:
         raise StoreMismatchError(
             f"alignment {settings.alignment} works on the teacher's own channels, and the store "
             "keeps components of a basis. Generate --features pre, without :D.",
@@ -239,7 +239,7 @@ def _check_basis(basis: Basis, context: Context) -> None:
     assert facts is not None
     basis.check_teacher(facts)
     if context.features is not None:
-        same = context.features["pre_is_post"]
+        same = context.features.pre_is_post
     else:
         same = not feature_layers.has_activation(context.teacher_network)
     if basis.facts["tap"] != "pre" and not same:

@@ -185,7 +185,7 @@ def build(settings: Settings, context: Context) -> Srd:
     assert context.teacher is not None
     assert context.teacher.penultimate is not None
     width = context.teacher.penultimate.shape[1]
-    if context.features is not None and context.features["basis"] is not None:
+    if context.features is not None and context.features.basis is not None:
         raise UsageError(
             "srd normalises the teacher's own channels, and the store keeps components of a "
             "basis. Generate --features post, without :D."
