@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fkdpipe.common.errors import ModelError
+
 
 def name_of(module: nn.Module) -> str:
     """State-dict prefix of the last linear layer."""
@@ -18,13 +20,24 @@ def name_of(module: nn.Module) -> str:
     return linears[-1] if linears else ""
 
 
+def last_linear(module: nn.Module) -> nn.Module:
+    """What a network that does not say so is taken to classify with.
+
+    Raises:
+        ModelError: it has no linear layer.
+    """
+    name = name_of(module)
+    if not name:
+        raise ModelError(f"{type(module).__name__} has no linear layer to be its classifier.")
+    return module.get_submodule(name)
+
+
 def count_classes(module: nn.Module) -> int:
     """C, the width of a classifier; 0 where there is none."""
     width = getattr(module, "num_classes", None)
     if width is not None:
         return int(width)
-    linear = module.get_submodule(name_of(module))
-    return int(linear.out_features)  # type: ignore[arg-type]
+    return int(last_linear(module).out_features)  # type: ignore[arg-type]
 
 
 def classes_in(state: dict[str, torch.Tensor], module: nn.Module, library: str) -> int | None:

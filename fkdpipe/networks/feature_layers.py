@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fkdpipe.common.errors import ModelError
+from fkdpipe.networks import classifiers
 
 # Networks whose features end in a LayerNorm or plain residual sum: before and after are the same.
 _WITHOUT_ACTIVATION = (
@@ -133,6 +134,8 @@ class FeatureNetwork(nn.Module):
     @property
     def classifier(self) -> nn.ModuleList:
         """The layers after the penultimate vector: one, or two of a network that was distilled."""
+        if not hasattr(self.network, "get_classifier"):
+            return nn.ModuleList([classifiers.last_linear(self.network)])
         found = self.network.get_classifier()
         return nn.ModuleList(found if isinstance(found, tuple) else [found])
 

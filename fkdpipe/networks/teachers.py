@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from fkdpipe.networks.models import Loaded, ModelSpec, Preprocessing
 
 Precision = Literal["float32", "bfloat16", "float16"]
 ClassMap = dict[str, int] | tuple[str, ...]
-Network = Union[str, ModelSpec, nn.Module, "Teacher"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,9 @@ class Teacher:
             "classes": self.classes,
             "columns": None if self.columns is None else self.columns.tolist(),
         }
+
+
+Network = str | ModelSpec | nn.Module | Teacher  # what can teach
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:

@@ -9,7 +9,6 @@ import torch
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
-from fkdpipe.networks import models
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.labels import parse_form, served_targets
 from fkdpipe.storage.store import Store
@@ -77,7 +76,6 @@ def check(
         )
     if store is not None and settings.crop != CropDistribution():
         log.warning("crop.* is for training without a store; this store's crops are recorded")
-    models.parse_spec(settings.student)
     parallel.check(settings, device)
     if settings.train_only == "classifier" and not needs.classifier:
         raise UsageError(
@@ -102,7 +100,6 @@ def check(
     if settings.mixing.on and needs.teacher is not None and not runs:
         raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
     if settings.teacher is not None:
-        models.parse_spec(settings.teacher)
         unused = not needs.live if needs.stored else needs.teacher is None and needs.soft is None
         if unused:
             raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")

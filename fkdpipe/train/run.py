@@ -20,7 +20,7 @@ from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.networks import models
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.networks.features import StoredLayer
-from fkdpipe.networks.models import Loaded
+from fkdpipe.networks.models import Loaded, ModelSpec
 from fkdpipe.networks.teachers import Precision, Teacher, load_teachers, read_class_map
 from fkdpipe.pixels import images, replay
 from fkdpipe.pixels.replay import Backend, Request, View
@@ -45,6 +45,8 @@ def prepare(
     data: Path,
     out: Path,
     *,
+    student_spec: ModelSpec | None = None,
+    teacher_spec: ModelSpec | None = None,
     store: Store | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
@@ -55,6 +57,8 @@ def prepare(
     """Open the data, build the student and the method, and compare with an earlier start.
 
     Args:
+        student_spec, teacher_spec: the networks that the settings name, where the caller knows
+            them: a command line may name Python code, which settings may not.
         store: labels and crops; None for `ground-truth` on fresh crops.
 
     Raises:
@@ -63,15 +67,18 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
+    student_spec = student_spec or models.parse_spec(settings.student)
+    if settings.teacher is not None:
+        teacher_spec = teacher_spec or models.parse_spec(settings.teacher)
     checks.check_place(out, data)
     settings = dataclasses.replace(settings, target=checks.target(settings, needs, store))
     checks.check(settings, needs, store, rank, device)
     begun = _begun_crops(out)
     with parallel.local_first(rank, device) if store else contextlib.nullcontext():
         training = _open(settings, needs, data, store, cache_dir, allow_partial, begun, reporter)
-    loaded = students.build(settings, _classes(settings, needs, training))
+    loaded = students.build(settings, student_spec, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
-    teacher = _teacher(settings, needs, training, device)
+    teacher = _teacher(settings, teacher_spec, needs, training, device)
     running = None if needs.stored else teacher
     learner = build_learner(settings, needs, loaded, teacher, training, device)
     # A classifier that is not trained has nothing to be judged by.
@@ -128,14 +135,18 @@ def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -
 
 
 def _teacher(
-    settings: TrainSettings, needs: MethodNeeds, training: TrainingSet, device: torch.device
+    settings: TrainSettings,
+    spec: ModelSpec | None,
+    needs: MethodNeeds,
+    training: TrainingSet,
+    device: torch.device,
 ) -> Teacher | None:
-    if settings.teacher is None:
+    if spec is None:
         return None
     class_map = settings.teacher_class_map
     asked = needs.soft is not None and settings.parsed_target.kind == "ground-truth"
     (teacher,) = load_teachers(
-        [models.parse_spec(settings.teacher)],
+        [spec],
         class_names=training.class_names if asked else (),
         class_maps=[read_class_map(class_map)] if class_map else [],
         precision=_precision(settings, device),
