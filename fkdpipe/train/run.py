@@ -57,8 +57,8 @@ def prepare(
     """Open the data, build the student and the method, and compare with an earlier start.
 
     Args:
-        student_spec, teacher_spec: the networks that the settings name, where the caller knows
-            them: a command line may name Python code, which settings may not.
+        student_spec, teacher_spec: of the networks in the settings, where the caller knows them; a
+            command line may name Python code, which settings may not.
         store: labels and crops; None for `ground-truth` on fresh crops.
 
     Raises:
@@ -68,8 +68,7 @@ def prepare(
     """
     needs = methods.needs(settings.method)
     student_spec = student_spec or models.parse_spec(settings.student)
-    if settings.teacher is not None:
-        teacher_spec = teacher_spec or models.parse_spec(settings.teacher)
+    teacher_spec = teacher_spec or _parse(settings.teacher)
     checks.check_place(out, data)
     settings = dataclasses.replace(settings, target=checks.target(settings, needs, store))
     checks.check(settings, needs, store, rank, device)
@@ -87,15 +86,11 @@ def prepare(
     log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counted)
     digest = _record(settings, training, teacher, counted, out, write=rank.main)
     feed = Feed(
-        training,
-        _order(settings, needs, training),
-        _views(settings, loaded, running),
+        training, _order(settings, needs, training), _views(settings, loaded, running),
         backend=_backend(settings, training, store, device),
-        threads=settings.threads or default_threads(),
-        device=device,
-        rank=rank,
+        threads=settings.threads or default_threads(), device=device, rank=rank,
         block=settings.mixing.block if settings.mixing.on else 1,
-    )
+    )  # fmt: skip
     return Run(
         settings=settings,
         out=out,
@@ -115,6 +110,10 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+
+
+def _parse(teacher: str | None) -> ModelSpec | None:
+    return None if teacher is None else models.parse_spec(teacher)
 
 
 def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> Order:
