@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--teacher",
     multiple=True,
     metavar="NAME[=FILE]",
-    help="timm model, torchvision:NAME, python:MODULE:FUNCTION or a run folder; several are "
+    help="timm model, torchvision:NAME, python:MODULE:FUNCTION, or a run folder; several are "
     "averaged.",
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
@@ -66,6 +66,11 @@ def generate(
     A --class-map file has either one class name per line, in the order of the teacher's outputs,
     or a class folder and the number of its output, from 0, on every line ("n01440764 0"). Lines
     that begin with # are skipped.
+
+    A network of your own is a function without arguments that returns the module: --teacher
+    python:PACKAGE.MODULE:FUNCTION[=FILE]. Modules of the current folder are found, as by python -m.
+    A dict pretrained_cfg on the module says what its input is: input_size (3, height, width), mean
+    and std. As this runs code, only the command line may say it: no recipe, store or run folder.
 
     \b
     Example:

@@ -57,6 +57,9 @@ def train(
     Started again with the same --out, it goes on from its last checkpoint. For several GPUs:
     torchrun --nproc-per-node N -m fkdpipe train ... with the same arguments.
 
+    A student of your own is a function that returns the module, as a teacher of generate is; where
+    it takes num_classes, it is given the number of classes.
+
     \b
     Example:
       fkdpipe train images store --student resnet18 --target marginal-smoothing:5 \\

@@ -319,9 +319,9 @@ def test_no_recipe_and_no_set_runs_code(hostile, folder, checkpoint, tmp_path, c
     rest = {
         "generate": [folder, tmp_path / "s", "--crops", 1],
         "fit-basis": [folder, tmp_path / "b.safetensors"],
-        "train student": [folder, "--out", tmp_path / "run"],
+        "train student": [folder, "--out", tmp_path / "run", "--epochs", 1],
         "train teacher": [folder, "--out", tmp_path / "run", "--student", "test_resnet",
-                          "--method", "kd"],
+                          "--method", "kd", "--epochs", 1],
     }[command]  # fmt: skip
     code, output = invoke(verb, *rest, *given)
     assert code == 2, output
@@ -340,8 +340,8 @@ def test_no_run_folder_runs_code(hostile, folder, tmp_path, command):
     words = {
         "evaluate": [folder, run],
         "generate": [folder, tmp_path / "s", "--crops", 1, "--teacher", run],
-        "train": [folder, "--student", run, "--out", tmp_path / "other"],
-        "transfer": [run, folder],
+        "train": [folder, "--student", run, "--out", tmp_path / "other", "--epochs", 1],
+        "transfer": [run, folder, "--epochs", 1],
         "fit-basis": [folder, tmp_path / "b.safetensors", "--teacher", run],
     }[command]
     code, output = invoke(command, *words)
