@@ -89,9 +89,9 @@ def served(place: Path, cache_dir: Path) -> list[np.ndarray]:
     scores = [wide.unit(unit, crops_m) for unit in range(store.num_units)]
     listed = store.images
     names = [listed.keys.astype(str), listed.class_N, listed.size_N2, np.array(listed.class_names)]
+    recorded = [boxes.box_NM4, boxes.flip_NM]
     return [
-        boxes.box_NM4,
-        boxes.flip_NM,
+        *recorded,
         sparse.ids_BK,
         sparse.prob_BK,
         sparse.rest_B,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command("fit-basis")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("basis", type=click.Path(path_type=Path))
-@click.option("--teacher", metavar="NAME[=FILE]", help="timm model or a run folder.")
+@click.option("--teacher", metavar="NAME[=FILE]", help="As for generate.")
 @click.option("--images", metavar="P%", help="Share of every class.  [default: 10%]")
 @click.option("--layer", metavar="pre|post", help="Before or after the last ReLU.  [default: pre]")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.  [default: 1]")
@@ -65,7 +65,6 @@ def fit_basis(
     from fkdpipe.labelgen import fit_basis as fitting
     from fkdpipe.labelgen.generate import Resources
     from fkdpipe.networks import features, teachers
-    from fkdpipe.networks.models import parse_spec
     from fkdpipe.storage.store import open_store
 
     if plot:
@@ -74,7 +73,7 @@ def fit_basis(
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
     (teacher,) = teachers.load_teachers(
-        [parse_spec(settings.teacher)],
+        options.networks([flags["teacher"]], [settings.teacher]),
         class_names=(),
         precision=settings.precision,
         device=where,

@@ -194,13 +194,12 @@ def _models(
     """(name, predictions) of each model, its replay open as long as the stack is."""
     from fkdpipe.inspect import models
     from fkdpipe.networks import teachers
-    from fkdpipe.networks.models import parse_spec
     from fkdpipe.pixels import images
     from fkdpipe.pixels.replay import View, open_replay
 
     root = images.split_root(data, "train")
     loaded = teachers.load_teachers(
-        [parse_spec(text) for text in names],
+        options.networks(names, names),
         class_names=opened.store.images.class_names,
         class_maps=[teachers.read_class_map(file) for file in class_map],
         device=options.choose_device(device),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fkdpipe.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from fkdpipe.networks.models import ModelSpec
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
@@ -85,6 +88,17 @@ def _nested(flags: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = list(value) if isinstance(value, tuple) else value
     return table
+
+
+def networks(typed: Sequence[str], settings: Sequence[str]) -> list[ModelSpec]:
+    """The networks of a setting; only what the user typed as the flag itself may name Python code.
+
+    Args:
+        typed: the flag's values, empty when it was left out. settings: from wherever they came.
+    """
+    from fkdpipe.networks.models import parse_spec
+
+    return [parse_spec(text, allow_python=text in typed) for text in settings]
 
 
 def choose_device(text: str, local_rank: int = 0) -> Any:

@@ -105,7 +105,6 @@ def _against_data(
     from fkdpipe.labelgen import check
     from fkdpipe.networks import features, teachers
     from fkdpipe.networks.feature_layers import needs_of
-    from fkdpipe.networks.models import parse_spec
     from fkdpipe.storage.verify import Problem
 
     try:
@@ -119,7 +118,7 @@ def _against_data(
     parts = [p for p in parts if source is None or p.source == source]
     if not parts:
         raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
-    specs = [parse_spec(text) for text in teacher]
+    specs = options.networks(teacher, teacher)
     named = [
         p for p in parts if [t["name"] for t in p.settings.teachers] == [s.name for s in specs]
     ]

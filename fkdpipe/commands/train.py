@@ -16,7 +16,7 @@ from fkdpipe.commands import options, terminal
 @click.option(
     "--student",
     metavar="NAME[=FILE]",
-    help="timm model from scratch, checkpoint or run folder.",
+    help="timm model or python:MODULE:FUNCTION from scratch, checkpoint or run folder.",
 )
 @click.option(
     "--target",
@@ -57,6 +57,9 @@ def train(
     Started again with the same --out, it goes on from its last checkpoint. For several GPUs:
     torchrun --nproc-per-node N -m fkdpipe train ... with the same arguments.
 
+    A student of your own is a function that returns the module, as a teacher of generate is; where
+    it takes num_classes, it is given the number of classes.
+
     \b
     Example:
       fkdpipe train images store --student resnet18 --target marginal-smoothing:5 \\
@@ -75,11 +78,14 @@ def train(
 
     rank = distributed.current()
     where = options.choose_device(device, rank.local)
+    named = [] if settings.teacher is None else [settings.teacher]
     with parallel.group(rank, where):
         run = prepare(
             settings,
             data,
             out,
+            student_spec=options.networks([flags["student"]], [settings.student])[0],
+            teacher_spec=next(iter(options.networks([flags["teacher"]], named)), None),
             store=open_store(store) if store else None,
             cache_dir=options.cache_dir(cache),
             allow_partial=allow_partial,
@@ -141,7 +147,7 @@ def evaluate(
       fkdpipe evaluate images runs/student --json
     """
     from fkdpipe.common.distributed import default_threads
-    from fkdpipe.networks import models, teachers
+    from fkdpipe.networks import teachers
     from fkdpipe.pixels import images
     from fkdpipe.train import evaluate as evaluation
 
@@ -156,7 +162,7 @@ def evaluate(
     elif numbered:
         class_maps = [teachers.numbered_classes(folder.class_names)]
     (teacher,) = teachers.load_teachers(
-        [models.parse_spec(model)],
+        options.networks([model], [model]),
         class_names=folder.class_names,
         class_maps=class_maps,
         precision=precision,  # type: ignore[arg-type]

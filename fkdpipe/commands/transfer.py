@@ -62,8 +62,9 @@ def transfer(
         parallel.group(rank, where),
     ):
         trials = transferring.transfer(
-            model, data, out or Path(place), settings, device=where, rank=rank, reporter=reporter
-        )
+            model, data, out or Path(place), settings,
+            spec=options.networks([model], [model])[0], device=where, rank=rank, reporter=reporter,
+        )  # fmt: skip
     if not rank.main:
         return
     rows = transferring.summarise(trials)

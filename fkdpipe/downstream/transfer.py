@@ -20,6 +20,7 @@ import torch
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
 from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks.models import ModelSpec
 from fkdpipe.pixels import images
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.train import loop, metrics, run
@@ -119,6 +120,7 @@ def transfer(
     out: Path,
     settings: TransferSettings,
     *,
+    spec: ModelSpec | None = None,
     device: torch.device,
     rank: Rank = Rank(),
     reporter: Reporter = silent,
@@ -129,6 +131,7 @@ def transfer(
 
     Args:
         model: a run folder, NAME=FILE, or NAME for the library's pretrained weights.
+        spec: what it names, where the caller knows it.
 
     Raises:
         ImagesError: a folder without train/ and val/. UsageError: two folders of one name.
@@ -147,7 +150,7 @@ def transfer(
         log.info("%s: %s, learning rate %g, seed %d", folder, mode, lr, seed)
         prepared = run.prepare(
             settings.trial(model, mode, lr, seed), folder, place,
-            cache_dir=place, device=device, rank=rank, reporter=reporter,
+            student_spec=spec, cache_dir=place, device=device, rank=rank, reporter=reporter,
         )  # fmt: skip
         loop.train(prepared)
         # From the record, so that a trial that was finished before counts as well.

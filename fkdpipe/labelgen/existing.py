@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fkdpipe.common.errors import StoreMismatchError, UsageError
+from fkdpipe.common.errors import StoreError, StoreMismatchError, UsageError
 from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import schema
 from fkdpipe.storage.labels import Form
+from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Json
 from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Part, Store
@@ -105,6 +106,28 @@ def recorded_options(store: Store) -> dict[str, dict[str, Any]]:
             kept = {*options.get("features", ()), f"{part.layer}{dims}"}
             options |= {"features": sorted(kept), "features_code": old.code}
     return found
+
+
+def repair_options(location: Location, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a repair takes from the store: the recorded settings of its source that are not given.
+
+    Raises:
+        UsageError: no teacher is given; says with which options the store was made. Its name in the
+            store is never taken: it would be loaded, and a store may come from others.
+    """
+    try:
+        recorded = recorded_options(Store(location))
+    except StoreError:
+        recorded = {}  # damaged records: the repair restores them first
+    if not given.get("teacher"):
+        lines = "".join(f"\n  {as_words(each)}" for each in recorded.values())
+        raise UsageError(
+            "--repair needs the teacher that made the store: --teacher NAME or NAME=FILE."
+            + (f" The store was made with:{lines}" if lines else "")
+        )
+    source = given.get("source") or (next(iter(recorded)) if len(recorded) == 1 else "")
+    old = recorded.get(source, {})
+    return {key: value for key, value in old.items() if key != "teacher" and key not in given}
 
 
 def _spec(teacher: Mapping[str, Any]) -> str:

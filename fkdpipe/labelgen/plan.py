@@ -24,7 +24,7 @@ from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.networks import feature_layers, features
 from fkdpipe.networks.features import Basis
 from fkdpipe.networks.models import SELF_SUPERVISED
-from fkdpipe.networks.teachers import Teacher
+from fkdpipe.networks.teachers import Teacher, check_classifier
 from fkdpipe.pixels import images, replay
 from fkdpipe.pixels.crops import Crops
 from fkdpipe.pixels.replay import Backend, BackendChoice, Request
@@ -148,6 +148,8 @@ def _form(
     """The form asked for; else what the store holds of this source; else topk:10."""
     if settings.form == "none":
         return None
+    for teacher in teachers:
+        check_classifier(teacher)
     if settings.form is not None:
         return labels.parse_form(settings.form)
     store = begin.find_store(location)

@@ -9,7 +9,6 @@ import torch
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
-from fkdpipe.networks import models
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage.labels import served_targets
 from fkdpipe.storage.store import Store
@@ -69,7 +68,6 @@ def check(
     Raises:
         UsageError: settings that do not go together, or with the machine.
     """
-    models.parse_spec(settings.student)
     parallel.check(settings, device)
     _check_store(settings, store)
     _check_batch(settings, needs, rank)
@@ -112,7 +110,6 @@ def _check_teacher(settings: TrainSettings, needs: MethodNeeds) -> None:
         if needs.live:
             raise UsageError(f"method {_name(settings)} needs a live teacher: --teacher NAME=FILE.")
         return
-    models.parse_spec(settings.teacher)
     asked = needs.live if needs.stored else needs.teacher is not None or needs.soft is not None
     if not asked:
         raise UsageError(f"method {_name(settings)} has no use for --teacher {settings.teacher}.")

@@ -333,7 +333,7 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
 def test_folders_named_by_index_are_matched_by_number():
     names = [str(k) for k in sorted(range(12), key=str)]
     columns = teachers.match_classes(
-        names, 1000, (), teachers.numbered_classes(names), teacher="a network"
+        names, 1000, teachers.numbered_classes(names), teacher="a network"
     )
     assert columns.tolist() == [int(name) for name in names]
     with pytest.raises(UsageError, match="named by class index"):
