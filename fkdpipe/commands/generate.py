@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fkdpipe.networks.teachers import Teacher
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store")
 @click.option(
@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 )
 @click.option("--temperature", type=float, help="Of the teachers' softmax.  [default: 1]")
 @click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
-@click.option("--batch", type=int, help="Crops per teacher batch.  [default: 64]")
+@click.option("--batch-size", type=int, help="Crops per teacher batch.  [default: 64]")
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, counted from 1.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, from a small sample.")
 @click.option("--repair", is_flag=True, help="Make broken units again, and nothing else.")
 @options.device_option
+@options.json_option
 @options.recipe_options
 def generate(
     data: Path,
@@ -55,6 +56,7 @@ def generate(
     dry_run: bool,
     repair: bool,
     device: str,
+    as_json: bool,
     recipe: Path | None,
     assignments: tuple[str, ...],
     **flags: Any,
@@ -95,12 +97,16 @@ def generate(
     where = options.choose_device(device, rank.local)
     loaded = _load_teachers(data, settings, where)
     threads = settings.threads or distributed.default_threads()
-    resources = run.Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
+    resources = run.Resources(device=where, batch=settings.batch_size, threads=threads, rank=rank)
     location = open_location(store)
     if dry_run:
         source = settings.source or planning.default_source(loaded)
         settings = existing.as_store(begin.find_store(location), settings, source)
-        _print_forecast(forecasting.forecast(data, settings, loaded, resources, reporter=reporter))
+        forecast = forecasting.forecast(data, settings, loaded, resources, reporter=reporter)
+        if as_json:
+            terminal.print_json(forecast.to_json())
+        else:
+            _print_forecast(forecast)
         return
     restored = repairing.restore(location, data) if repair else None
     plan = planning.prepare(
@@ -110,6 +116,10 @@ def generate(
         withdrawn = repairing.withdraw(plan, restored)
         resources = replace(resources, batch_of=withdrawn.batch_of)
     result = run.generate(plan, loaded, resources, reporter=reporter)
+    if as_json:
+        repaired = {} if restored is None else _repair_json(restored, withdrawn)
+        terminal.print_json(asdict(result) | repaired)
+        return
     state = "complete" if result.sealed else "other parts are still to be made"
     click.echo(
         f"{store}: {words.count(result.made, 'unit')} made, {result.kept} kept, "
@@ -117,6 +127,14 @@ def generate(
     )
     if restored is not None:
         _print_repair(restored, withdrawn)
+
+
+def _repair_json(restored: Restored, withdrawn: Withdrawn) -> dict[str, Any]:
+    return {
+        "records_restored": len(restored.records),
+        "units_made_again": len(withdrawn.units),
+        "units_still_broken": dict(Counter(path for path, _ in withdrawn.left)),
+    }
 
 
 def _print_repair(restored: Restored, withdrawn: Withdrawn) -> None:

@@ -14,8 +14,8 @@ TRAIN = ["train", "IMAGES", "--student", "test_resnet"]
 FIT = ["fit-basis", "IMAGES", "PLACE/b.st", "--teacher", "TEACHER"]
 RUN = ["--out", "PLACE/run"]
 MISTAKES = [
-    (2, "--batch", ["evaluate", "IMAGES", "TEACHER", "--batch", "0"]),
-    (2, "--batch", ["evaluate", "IMAGES", "TEACHER", "--batch", "-4"]),
+    (2, "--batch-size", ["evaluate", "IMAGES", "TEACHER", "--batch-size", "0"]),
+    (2, "--batch-size", ["evaluate", "IMAGES", "TEACHER", "--batch-size", "-4"]),
     (2, "is a file", ["demo", "--out", "PLACE/file"]),
     (2, "is a file", [*TRAIN, "--out", "PLACE/file"]),
     (2, "is a file", [*TRAIN, "--out", "PLACE/file/run"]),
