@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
     from fkdpipe.labelgen.dry_run import Forecast
+    from fkdpipe.labelgen.generate import Result
     from fkdpipe.labelgen.repair import Restored, Withdrawn
     from fkdpipe.labelgen.settings import GenerateSettings
     from fkdpipe.networks.teachers import Teacher
@@ -77,7 +78,7 @@ def generate(
     """
     from fkdpipe.labelgen.settings import GenerateSettings
 
-    if repair:
+    if repair and store:  # none of --show-settings
         flags = _with_recorded(store, options.given_table(recipe, assignments, flags), flags)
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe.common import distributed
@@ -87,7 +88,7 @@ def generate(
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
     from fkdpipe.labelgen import repair as repairing
-    from fkdpipe.storage import begin, words
+    from fkdpipe.storage import begin
     from fkdpipe.storage.location import open_location
 
     rank = distributed.parse_part(part) if part else distributed.current()
@@ -102,44 +103,54 @@ def generate(
     if dry_run:
         source = settings.source or planning.default_source(loaded)
         settings = existing.as_store(begin.find_store(location), settings, source)
-        forecast = forecasting.forecast(data, settings, loaded, resources, reporter=reporter)
-        if as_json:
-            terminal.print_json(forecast.to_json())
-        else:
-            _print_forecast(forecast)
+        found = forecasting.forecast(data, settings, loaded, resources, reporter=reporter)
+        _print_forecast(found, as_json=as_json)
         return
     restored = repairing.restore(location, data) if repair else None
     plan = planning.prepare(
         location, data, settings, loaded, device=where, rank=rank, reporter=reporter
     )
+    withdrawn = None
     if restored is not None:
         withdrawn = repairing.withdraw(plan, restored)
         resources = replace(resources, batch_of=withdrawn.batch_of)
     result = run.generate(plan, loaded, resources, reporter=reporter)
     if as_json:
-        repaired = {} if restored is None else _repair_json(restored, withdrawn)
-        terminal.print_json(asdict(result) | repaired)
-        return
+        terminal.print_json(_to_json(result, restored, withdrawn))
+    else:
+        _print_result(store, result, restored, withdrawn)
+
+
+def _to_json(
+    result: Result, restored: Restored | None, withdrawn: Withdrawn | None
+) -> dict[str, Any]:
+    outcome = {
+        "units_made": result.made,
+        "units_kept": result.kept,
+        "failed": result.failed,
+        "complete": result.sealed,
+    }
+    if restored is not None and withdrawn is not None:
+        outcome |= {
+            "records_restored": len(restored.records),
+            "units_made_again": len(withdrawn.units),
+            "units_still_broken": dict(Counter(path for path, _ in withdrawn.left)),
+        }
+    return outcome
+
+
+def _print_result(
+    store: str, result: Result, restored: Restored | None, withdrawn: Withdrawn | None
+) -> None:
+    from fkdpipe.storage import words
+
     state = "complete" if result.sealed else "other parts are still to be made"
     click.echo(
         f"{store}: {words.count(result.made, 'unit')} made, {result.kept} kept, "
         f"{words.count(len(result.failed), 'image')} left out; {state}."
     )
-    if restored is not None:
-        _print_repair(restored, withdrawn)
-
-
-def _repair_json(restored: Restored, withdrawn: Withdrawn) -> dict[str, Any]:
-    return {
-        "records_restored": len(restored.records),
-        "units_made_again": len(withdrawn.units),
-        "units_still_broken": dict(Counter(path for path, _ in withdrawn.left)),
-    }
-
-
-def _print_repair(restored: Restored, withdrawn: Withdrawn) -> None:
-    from fkdpipe.storage import words
-
+    if restored is None or withdrawn is None:
+        return
     click.echo(
         f"{words.count(len(restored.records), 'record')} restored, "
         f"{words.count(len(withdrawn.units), 'unit')} made again"
@@ -192,9 +203,12 @@ def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[
     )
 
 
-def _print_forecast(f: Forecast) -> None:
+def _print_forecast(f: Forecast, *, as_json: bool) -> None:
     from fkdpipe.storage import words
 
+    if as_json:
+        terminal.print_json(f.to_json())
+        return
     click.echo(
         f"{f.images:,} images x {words.count(f.crops_per_image, 'crop')} "
         f"({words.count(f.rejected, 'file')} rejected), {words.count(f.units, 'unit')}"

@@ -19,7 +19,6 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from fkdpipe.common.errors import UsageError
 
@@ -233,7 +232,7 @@ def _problems(
     return list(dict.fromkeys(lines))  # a union has the same problem once for each alternative
 
 
-def _lines(cls: type, error: ErrorDetails, prefix: str) -> tuple[str, ...]:
+def _lines(cls: type, error: Any, prefix: str) -> tuple[str, ...]:
     root, loc, kind = _schema(cls), error["loc"], error["type"]
     if kind == "missing" and isinstance(loc[-1], int):
         loc = loc[:-1]  # too short a list: what is allowed is said of the whole
@@ -247,7 +246,10 @@ def _lines(cls: type, error: ErrorDetails, prefix: str) -> tuple[str, ...]:
         return (f"{name} is required: {_meaning(node).rstrip('.')}",)
     if node is None:
         return (f"{name} is not a setting; {_near(cls, name, prefix)}",)
-    return (f"{name} must be {_allowed(root, node)}; found {_shown(error['input'])}",)
+    allowed = _allowed(root, node)
+    if kind == "finite_number":  # infinity is above 0 and yet not allowed
+        allowed = allowed.replace("a number", "a finite number", 1)
+    return (f"{name} must be {allowed}; found {_shown(error['input'])}",)
 
 
 def _at(root: Schema, loc: tuple[int | str, ...], prefix: str) -> tuple[str, Schema | None]:

@@ -88,8 +88,8 @@ def test_values_of_every_kind_are_read():
         ({"count": 2.0}, "count must be a whole number above 0; found 2.0"),
         ({"count": "2"}, "count must be a whole number above 0; found '2'"),
         ({"share": True}, "share must be a number above 0 and at most 1; found True"),
-        ({"share": float("nan")}, "share must be a number above 0 and at most 1; found nan"),
-        ({"inner": {"rate": float("inf")}}, "inner.rate must be a number above 0; found inf"),
+        ({"share": float("nan")}, "share must be a finite number above 0 and at most 1; found"),
+        ({"inner": {"rate": float("inf")}}, "inner.rate must be a finite number above 0; found"),
         ({"size": 100}, "size must be a whole number of at least 8 and below 100; found 100"),
         ({"kind": "c"}, "kind must be one of a, b; found 'c'"),
         ({"weight": "autom"}, "weight must be a number above 0 or auto; found 'autom'"),
@@ -204,7 +204,7 @@ def test_cross_checks_of_a_run():
         TrainSettings("r", epochs=10, schedule=ScheduleSettings(single_first=12))
     with pytest.raises(UsageError, match="256 is no multiple of 3 crops per image"):
         TrainSettings("r", crops_per_image=3)
-    with pytest.raises(UsageError, match="method.name must be one of dpk.*found 'kdd'"):
+    with pytest.raises(UsageError, match=r"method.name must be one of dpk.*found 'kdd'"):
         TrainSettings("r", method={"name": "kdd"})
     run = TrainSettings("r", optimizer=OptimizerSettings(lr=1))
     with pytest.raises(UsageError, match="epochs must be"):

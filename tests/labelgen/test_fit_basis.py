@@ -223,7 +223,7 @@ def test_another_teacher_or_preprocessing_is_refused(network, fitted):
 
 @pytest.mark.parametrize("fraction", [0, 1.01, -0.5, float("nan"), "10%"])
 def test_a_fraction_that_is_no_share_is_refused(fraction):
-    with pytest.raises(UsageError, match="fraction must be a number above 0 and at most 1"):
+    with pytest.raises(UsageError, match="number above 0 and at most 1; found"):
         FitSettings(teacher="t", fraction=fraction)
 
 
