@@ -12,10 +12,11 @@ from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
     from fkdpipe.labelgen.dry_run import Forecast
+    from fkdpipe.labelgen.generate import Generated
     from fkdpipe.labelgen.repair import Repaired
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store")
 @click.option(
@@ -40,11 +41,12 @@ if TYPE_CHECKING:
 )
 @click.option("--temperature", type=float, help="Of the teachers' softmax.  [default: 1]")
 @click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
-@click.option("--batch", type=int, help="Crops per teacher batch.  [default: 64]")
+@click.option("--batch-size", type=int, help="Crops per teacher batch.  [default: 64]")
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, counted from 1.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, from a small sample.")
 @click.option("--repair", is_flag=True, help="Make broken units again, and nothing else.")
 @options.device_option
+@options.json_option
 @options.recipe_options
 def generate(
     data: Path,
@@ -53,6 +55,7 @@ def generate(
     dry_run: bool,
     repair: bool,
     device: str,
+    as_json: bool,
     recipe: Path | None,
     assignments: tuple[str, ...],
     **flags: Any,
@@ -78,7 +81,7 @@ def generate(
     """
     from fkdpipe.labelgen.settings import GenerateSettings
 
-    if repair:
+    if repair and store:  # none of --show-settings
         from fkdpipe.labelgen import existing
         from fkdpipe.storage.location import open_location
 
@@ -87,7 +90,6 @@ def generate(
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe.common import distributed
     from fkdpipe.labelgen import api
-    from fkdpipe.storage import words
 
     reporter = terminal.reporter()
     where = options.choose_device(device, distributed.current().local)
@@ -96,11 +98,36 @@ def generate(
         forecast = api.forecast(
             data, store, settings, networks, device=where, part=part, reporter=reporter
         )
-        _print_forecast(forecast)
+        _print_forecast(forecast, as_json=as_json)
         return
     result = api.run(
         data, store, settings, networks, device=where, part=part, repair=repair, reporter=reporter
     )
+    if as_json:
+        terminal.print_json(_to_json(result))
+    else:
+        _print_result(store, result)
+
+
+def _to_json(result: Generated) -> dict[str, Any]:
+    outcome = {
+        "units_made": result.new_units,
+        "units_kept": result.kept_units,
+        "failed": result.failed,
+        "complete": result.complete,
+    }
+    if result.repaired is not None:
+        outcome |= {
+            "records_restored": len(result.repaired.records),
+            "units_made_again": len(result.repaired.units),
+            "units_still_broken": dict(Counter(path for path, _ in result.repaired.left)),
+        }
+    return outcome
+
+
+def _print_result(store: str, result: Generated) -> None:
+    from fkdpipe.storage import words
+
     state = "complete" if result.complete else "other parts are still to be made"
     click.echo(
         f"{store}: {words.count(result.new_units, 'unit')} made, {result.kept_units} kept, "
@@ -122,9 +149,12 @@ def _print_repair(repaired: Repaired) -> None:
         click.echo(f"{path}: {left} still broken; --repair with what made them")
 
 
-def _print_forecast(f: Forecast) -> None:
+def _print_forecast(f: Forecast, *, as_json: bool) -> None:
     from fkdpipe.storage import words
 
+    if as_json:
+        terminal.print_json(f.to_json())
+        return
     click.echo(
         f"{f.images:,} images x {words.count(f.crops_per_image, 'crop')} "
         f"({words.count(f.rejected, 'file')} rejected), {words.count(f.units, 'unit')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from fkdpipe.commands import options, terminal
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store", required=False)
 @click.option(
@@ -39,6 +40,7 @@ from fkdpipe.commands import options, terminal
 @click.option("--allow-partial", is_flag=True, help="Use the finished part of an unsealed store.")
 @options.cache_option
 @options.device_option
+@options.json_option
 @options.recipe_options
 def train(
     data: Path,
@@ -47,6 +49,7 @@ def train(
     allow_partial: bool,
     cache: Path | None,
     device: str,
+    as_json: bool,
     recipe: Path | None,
     assignments: tuple[str, ...],
     **flags: Any,
@@ -65,11 +68,11 @@ def train(
       fkdpipe train images store --student resnet18 --target marginal-smoothing:5 \\
           --crops-per-image 4 --epochs 100 --out runs/student
     """
-    from fkdpipe.train.settings import TrainSettings
+    from fkdpipe.train.settings import TrainSettings, describe
 
     flags["optimizer.lr"] = flags.pop("lr")
     flags["method.name"] = flags.pop("method")
-    settings = options.resolve(TrainSettings, recipe, assignments, flags)
+    settings = options.resolve(TrainSettings, recipe, assignments, flags, describe=describe)
     from fkdpipe.common import distributed
     from fkdpipe.common.progress import silent
     from fkdpipe.storage.store import open_store
@@ -96,6 +99,9 @@ def train(
         result = loop.train(run)
     if not rank.main:
         return
+    if as_json:
+        terminal.print_json(asdict(result) | {"student": str(result.student)})
+        return
     accuracy = "" if result.top1 is None else f", top-1 {result.top1:.2f} %"
     click.echo(f"{result.steps} steps, {result.epochs} epochs{accuracy}; student: {result.student}")
 
@@ -121,7 +127,11 @@ def train(
     "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Images per batch.",
 )
 @options.device_option
 @options.json_option
@@ -133,7 +143,7 @@ def evaluate(
     real: Path | None,
     numbered: bool,
     precision: str,
-    batch: int,
+    batch_size: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -175,7 +185,7 @@ def evaluate(
         device=where,
         columns=teacher.columns,
         precision=teacher.precision,
-        batch=batch,
+        batch=batch_size,
         threads=default_threads(),
         accepted=evaluation.read_accepted(real, folder) if real else None,
         reporter=reporter,

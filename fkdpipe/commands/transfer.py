@@ -10,7 +10,7 @@ import click
 from fkdpipe.commands import options, terminal
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--mode", "modes", multiple=True, help="fine-tune or probe.  [default: both]")

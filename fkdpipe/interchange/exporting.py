@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
-from fkdpipe.common import disk
+from fkdpipe.common import config, disk
 from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.common.progress import Advance
 from fkdpipe.interchange.source import SEED_FIELD
@@ -24,20 +25,15 @@ from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store
 
 
-@dataclass(frozen=True)
+@config.settings
 class ExportSettings:
-    """What to write.
-
-    source: which labels; None takes the only ones. keep: K, classes of each label; None takes
-    all that are stored, and needs a number where the store keeps every class.
-    """
+    """What to write."""
 
     source: str | None = None
-    keep: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep is not None and self.keep < 1:
-            raise UsageError(f"keep must be at least 1; found {self.keep}.")
+    """Which labels; by default the only ones."""
+    keep: PositiveInt | None = None
+    """K, classes of each label; by default all that are stored. Needed where the store keeps every
+    class."""
 
 
 @dataclass(frozen=True)

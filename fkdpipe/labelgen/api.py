@@ -89,7 +89,7 @@ def generate(
         teacher=tuple(_name(network) for network in networks), teacher_weight=tuple(teacher_weight),
         form=form, features=tuple(features), features_code=features_code, basis=basis, crops=crops,
         crop=crop, boxes=boxes, seed=seed, source=source, temperature=temperature,
-        precision=precision, batch=batch_size, replay=replay, threads=threads,
+        precision=precision, batch_size=batch_size, replay=replay, threads=threads,
     )  # fmt: skip
     return run(images, store, settings, networks, device=device, part=part, reporter=reporter)
 
@@ -158,7 +158,7 @@ def _resources(
     if device is None:
         device = f"cuda:{rank.local}" if torch.cuda.is_available() else "cpu"
     threads = settings.threads or distributed.default_threads()
-    return Resources(torch.device(device), settings.batch, threads, rank)
+    return Resources(torch.device(device), settings.batch_size, threads, rank)
 
 
 def _load(

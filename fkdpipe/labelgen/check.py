@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe.common.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.common.errors import DamagedStoreError, ModelError, StoreMismatchError
 from fkdpipe.labelgen import outputs
 from fkdpipe.networks import teachers as teachers_
 from fkdpipe.networks.feature_layers import Outputs
@@ -87,6 +87,51 @@ def check_basis(part: Part, basis: Basis | None) -> None:
             f"were made with (digest {recorded[:12]})."
         )
     raise StoreMismatchError(f"{found} Name its file with --basis FILE.", code="other-basis")
+
+
+def parts_of(store: Store, source: str | None, names: Sequence[str]) -> list[Part]:
+    """Labels and features of a source that teachers of these names made; all, where they made none.
+
+    Raises:
+        ModelError: there are no labels or features of this source.
+    """
+    parts = [part for part in store.parts.values() if part.kind in ("labels", "features")]
+    parts = [part for part in parts if source in (None, part.source)]
+    if not parts:
+        raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
+    theirs = [
+        part for part in parts if [t["name"] for t in part.settings["teachers"]] == list(names)
+    ]
+    return theirs or parts
+
+
+def all_parts(
+    store: Store,
+    parts: Sequence[Part],
+    data: Path,
+    teachers: Sequence[Teacher],
+    *,
+    device: torch.device,
+    basis: Basis | None = None,
+    sample: int = 32,
+) -> list[Checked]:
+    """`teacher` of every part that these teachers made; a problem of each, where they made none.
+
+    Raises:
+        StoreMismatchError: as `teacher`.
+    """
+    differences = {part.path: other_teachers(part, teachers) for part in parts}
+    theirs = [part for part in parts if not differences[part.path]]
+    if not theirs:
+        problems = [
+            Problem("teacher-differs", path, -1, f"made by other teachers: {'; '.join(found)}")
+            for path, found in differences.items()
+        ]
+        return [Checked(each.part, 0, 0.0, 0.0, (each,)) for each in problems]
+    return [
+        teacher(store, part, data, teachers, device=device, basis=basis, sample=sample)
+        for part in theirs
+    ]
 
 
 def teacher(

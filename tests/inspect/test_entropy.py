@@ -249,7 +249,7 @@ def test_reports_as_json_are_one_object(tmp_path):
     assert [each["store"] for each in both["stores"]] == [str(first), str(second)]
     assert both["stores"][0]["stored_bytes"] == alone["stored_bytes"]
     made = invoke(
-        "report", "--plan", "--form", "hard", "--form", "topk:10", "--features", "64:int8",
+        "plan", "--form", "hard", "--form", "topk:10", "--features", "64:int8",
         "--teacher-throughput", "1000", "--json",
     )  # fmt: skip
     planned = json.loads(made.stdout)["plan"]
@@ -269,7 +269,7 @@ def test_reports_and_plans_as_text_and_as_pages(tmp_path):
     text = page.read_text()
     assert text.count('<img src="data:image/png;base64,') == 2
     assert "http" not in text
-    made = invoke("report", "--plan", "--features", "512", "--html", page)
+    made = invoke("plan", "--features", "512", "--html", page)
     assert made.exit_code == 0, made.output
     assert "features 512:float16" in made.stdout
     assert "features 512:float16" in page.read_text()
@@ -335,17 +335,17 @@ def make_features_store(place):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name at least one STORE"),
-        (["--plan", "store"], "leave out STORE"),
-        (["store", "--images", "5"], "--images belongs to --plan"),
-        (["--plan", "--form", "soft"], "is not a form"),
-        (["--plan", "--classes", "5", "--form", "topk:10"], "keeps 10 of 5"),
-        (["--plan", "--html", "page.png"], "write FILE.html"),
-        (["--plan", "--html", "no/page.html"], "there is no folder"),
+        (["report"], "Missing argument 'STORE...'"),
+        (["report", "store", "--html", "page.png"], "write FILE.html"),
+        (["plan", "store"], "unexpected extra argument"),
+        (["plan", "--form", "soft"], "is not a form"),
+        (["plan", "--classes", "5", "--form", "topk:10"], "keeps 10 of 5"),
+        (["plan", "--html", "page.png"], "write FILE.html"),
+        (["plan", "--html", "no/page.html"], "there is no folder"),
     ],
 )
-def test_reports_that_cannot_be_are_refused_as_usage(words, message):
-    made = invoke("report", *words)
+def test_reports_and_plans_that_cannot_be_are_refused_as_usage(words, message):
+    made = invoke(*words)
     assert made.exit_code == 2
     assert message in made.stderr
     assert not made.stdout

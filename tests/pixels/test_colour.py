@@ -117,7 +117,7 @@ def test_factors_follow_the_law_and_nothing_else():
     "bad", [{"brightness": -0.1}, {"contrast": 1.5}, {"saturation": 2.0}, {"hue": 0.6}]
 )
 def test_a_jitter_that_cannot_be_is_refused(bad):
-    with pytest.raises(UsageError, match="must be between"):
+    with pytest.raises(UsageError, match="must be a number from 0 to"):
         Jitter(**bad)
 
 

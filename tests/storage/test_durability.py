@@ -51,7 +51,7 @@ def generate(folder, store, checkpoint):
     """`fkdpipe generate` as the fixture `whole` made its first source."""
     words = [
         "generate", folder, store, "--teacher", f"test_resnet={checkpoint}", "--source", "t",
-        "--form", "topk:3", "--crops", "4", "--batch", "16",
+        "--form", "topk:3", "--crops", "4", "--batch-size", "16",
     ]  # fmt: skip
     return CliRunner().invoke(cli, [str(word) for word in words])
 

@@ -63,7 +63,7 @@ def generate(tmp_path, folder, checkpoint):
         words = [
             sys.executable, *launcher, str(script), "generate", str(folder), str(store),
             "--teacher", f"test_resnet={checkpoint}", "--source", "t", "--form", "topk:3",
-            "--crops", "4", "--batch", "16", "--set", "threads=1",
+            "--crops", "4", "--batch-size", "16", "--set", "threads=1",
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(words, capture_output=True, text=True, env=environment)

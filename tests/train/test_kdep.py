@@ -40,7 +40,7 @@ def network(checkpoint):
 
 @pytest.fixture(scope="module")
 def basis_file(tmp_path_factory, folder, network):
-    settings = FitSettings(teacher="t", images="100%", crops=4)
+    settings = FitSettings(teacher="t", fraction=1.0, crops=4)
     sample = fit_basis.from_folder(folder, settings)
     fitted = fit_basis.fit(sample, network, settings, Resources(device=CPU, threads=2))
     file = tmp_path_factory.mktemp("basis") / "basis.safetensors"
@@ -80,7 +80,10 @@ def run_of(place, folder, stores, checkpoint, kind, code="float16", **options):
 
 def test_loss_is_the_weight_where_every_feature_is_off_by_one():
     method = kdep.Kdep(
-        kdep.Settings(weight=3.0), torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+        kdep.Settings(feature_weight=3.0),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
     )
     teacher = Outputs(torch.zeros(4, 0), pre=torch.randn(4, 7))
     student = Outputs(torch.zeros(4, 5), pre=teacher.pre + 1)
@@ -101,7 +104,7 @@ def test_a_student_of_stored_features_learns_what_one_with_the_teacher_online_do
     Both students begin each step with the same weights, since training multiplies last bits.
     `worst_loss` bounds the relative difference of the losses.
     """
-    given = {"basis": str(basis_file), "weight": 1.0}
+    given = {"basis": str(basis_file), "feature_weight": 1.0}
     runs = [
         run_of(tmp_path / "live", folder, stores, checkpoint, LIVE, method=given),
         run_of(tmp_path / "stored", folder, stores, checkpoint, kind, code, method=given),
@@ -170,7 +173,7 @@ def context_of(basis_file, student=WIDTH, stored=None) -> Context:
 
 
 def built(settings, context):
-    return kdep.build(kdep.Settings(**{"weight": 1.0, **settings}), context)
+    return kdep.build(kdep.Settings(**{"feature_weight": 1.0, **settings}), context)
 
 
 def test_other_alignments_and_transformations_are_their_formulas(basis_file):
@@ -355,8 +358,8 @@ def test_what_does_not_go_together_is_refused(basis_file, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"weight": -1.0}, "weight must be positive"),
+        ({"temperature": 0.0}, "temperature must be a number above 0; found 0"),
+        ({"feature_weight": -1.0}, "feature_weight must be a number above 0 or auto; found -1"),
         ({"alignment": "random", "transformation": "pts"}, "is for the components of"),
     ],
 )

@@ -212,10 +212,10 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="components of a basis"):
         srd.build(srd.Settings(), context)
     for settings, message in (
-        ({"form": "corr", "normalise": "l2"}, "needs normalise bn"),
-        ({"alpha": 0.5}, "alpha must be at least 1"),
-        ({"weight": -1.0}, "weight must not be negative"),
-        ({"groups": 0}, "groups must be at least 1"),
+        ({"form": "corr", "normalise": "l2"}, "normalise: .* it needs bn"),
+        ({"alpha": 0.5}, "alpha must be a number of at least 1; found 0.5"),
+        ({"feature_weight": -1.0}, "feature_weight must be a number of at least 0; found -1"),
+        ({"groups": 0}, "groups must be a whole number above 0; found 0"),
     ):
         with pytest.raises(UsageError, match=message):
             srd.Settings(**settings)
