@@ -163,7 +163,7 @@ def _check_count(root: Path, images: int) -> None:
 def _samples(data: bytes, index: int, used: list[str]) -> list[tuple[Sample, tuple]]:
     """Each sample of a file: what was done, and its (probabilities, classes)."""
     found = torchfile.loads(data)
-    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], list):
+    if not isinstance(found, tuple) or [type(part) for part in found] != [int, list]:
         raise BrokenFileError("broken-label", "not a pair of index and samples")
     if found[0] != index:
         raise BrokenFileError("wrong-index", f"it says it belongs to image {found[0]}, not {index}")
