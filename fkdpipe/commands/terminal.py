@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def write_file(out: Path, data: bytes) -> None:
         raise FkdpipeError(f"{out} cannot be written: {error.strerror}.") from error
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
     from rich import box
     from rich.console import Console
@@ -69,7 +69,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 80
-    cells = [[_printable(text) for text in row] for row in [columns, *rows]]
+    cells = [[_printable(text) for text in row] for row in (columns, *rows)]
     for chosen in _fitting(cells, console.width):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index in chosen:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fkdpipe.inspect.html import figures, page, table
+from fkdpipe.inspect.html import Section, Table, sections_page
 from fkdpipe.inspect.plots import COLOURS, Panel
 from fkdpipe.inspect.report import PaperRow, StorageReport, to_gigabytes
 from fkdpipe.storage import words
@@ -17,8 +16,6 @@ from fkdpipe.storage.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Table = tuple[list[str], list[list[str]]]
 
 
 def names_of(reports: Sequence[StorageReport]) -> list[str]:
@@ -278,25 +275,25 @@ def _bars(axes: Axes, plan: Plan, ends: Iterable[tuple[float, float]], unit: str
 
 def report_page(reports: Sequence[StorageReport]) -> str:
     """Several stores, or one, as a page."""
-    body = [table(*store_table(reports)), figures(panels(reports))]
+    sections = [Section(table=store_table(reports), panels=panels(reports))]
     for name, r in zip(names_of(reports), reports, strict=True):
-        body += [heading(f"{name}: fields"), table(*field_table(r))]
-    body += [heading("ImageNet-1K x 200 crops, beside Table 2 of the FKD paper")]
-    tables = (
-        [paper_rows(r) for r in reports] if len(reports) == 1 else [paper_side_by_side(reports)]
-    )
-    body += [table(*each) for each in tables]
-    body += [f"<p>{escape(say(reports))}</p>" for say in (unfinished_words, other_classes)]
-    return page("Storage", ENTROPY_WORDS, body)
+        sections.append(Section(f"{name}: fields", table=field_table(r)))
+    beside = paper_rows(reports[0]) if len(reports) == 1 else paper_side_by_side(reports)
+    heading = "ImageNet-1K x 200 crops, beside Table 2 of the FKD paper"
+    sections.append(Section(heading, table=beside))
+    sections += [Section(text=say(reports)) for say in (unfinished_words, other_classes)]
+    return sections_page("Storage", ENTROPY_WORDS, sections)
 
 
 def plan_page(plan: Plan) -> str:
     """A plan as a page."""
     w = plan.wanted
     lead = f"{w.images:,} images x {w.crops} crops, {w.classes:,} classes. {PLAN_WORDS}"
-    body = [table(*plan_table(plan)), figures(plan_panels(plan))]
-    body += [heading("Fields"), table(*plan_fields(plan))]
-    return page("Plan of a store", lead, body)
+    sections = [
+        Section(table=plan_table(plan), panels=plan_panels(plan)),
+        Section("Fields", table=plan_fields(plan)),
+    ]
+    return sections_page("Plan of a store", lead, sections)
 
 
 def unfinished_words(reports: Sequence[StorageReport]) -> str:
@@ -309,11 +306,6 @@ def unfinished_words(reports: Sequence[StorageReport]) -> str:
     ]
     later = "its size at ImageNet's scale is told once generate has finished it."
     return f"Not finished: {', '.join(said)}; {later}" if said else ""
-
-
-def heading(words: str) -> str:
-
-    return f"<h2>{escape(words)}</h2>"
 
 
 def other_classes(reports: Sequence[StorageReport]) -> str:
