@@ -78,14 +78,14 @@ def generate(
     if repair:
         flags = _with_recorded(store, options.given_table(recipe, assignments, flags), flags)
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
-    from fkdpipe.common import distributed
+    from fkdpipe.common import distributed, words
     from fkdpipe.common.errors import UsageError
     from fkdpipe.labelgen import dry_run as forecasting
     from fkdpipe.labelgen import existing
     from fkdpipe.labelgen import generate as run
     from fkdpipe.labelgen import plan as planning
     from fkdpipe.labelgen import repair as repairing
-    from fkdpipe.storage import begin, words
+    from fkdpipe.storage import begin
     from fkdpipe.storage.location import open_location
 
     rank = distributed.parse_part(part) if part else distributed.current()
@@ -120,7 +120,7 @@ def generate(
 
 
 def _print_repair(restored: Restored, withdrawn: Withdrawn) -> None:
-    from fkdpipe.storage import words
+    from fkdpipe.common import words
 
     click.echo(
         f"{words.count(len(restored.records), 'record')} restored, "
@@ -175,7 +175,7 @@ def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[
 
 
 def _print_forecast(f: Forecast) -> None:
-    from fkdpipe.storage import words
+    from fkdpipe.common import words
 
     click.echo(
         f"{f.images:,} images x {words.count(f.crops_per_image, 'crop')} "
@@ -183,7 +183,7 @@ def _print_forecast(f: Forecast) -> None:
     )
     click.echo(f"store   {words.size(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
     click.echo(
-        f"time    {terminal.readable_time(f.seconds)} for one process at {f.crops_per_s:,.0f} "
+        f"time    {words.duration(f.seconds)} for one process at {f.crops_per_s:,.0f} "
         f"crops/s, measured on {f.sampled_crops:,} crops"
     )
     gpu = f", GPU {words.size(f.gpu_bytes)}" if f.gpu_bytes else ""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.inspect.html import Section, Table, sections_page
 from fkdpipe.inspect.plots import COLOURS, Panel
-from fkdpipe.inspect.report import PaperRow, StorageReport, to_gigabytes
-from fkdpipe.storage import words
+from fkdpipe.inspect.report import PaperRow, StorageReport
 from fkdpipe.storage.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def paper_rows(r: StorageReport) -> Table:
     rows = [
         [
             row.name,
-            to_gigabytes(row.paper),
-            "" if (this := _this(row, r)) is None else to_gigabytes(this),
+            words.gigabytes(row.paper),
+            "" if (this := _this(row, r)) is None else words.gigabytes(this),
             "" if this is None else f"{row.paper / this:.1f}",
-            "" if row.planned is None else to_gigabytes(row.planned),
+            "" if row.planned is None else words.gigabytes(row.planned),
         ]
         for row in r.table
     ]
@@ -80,7 +80,7 @@ def store_table(reports: Sequence[StorageReport]) -> Table:
             f"{r.classes:,}",
             words.size(r.stored_bytes),
             f"{r.bytes_per_crop:.2f}" if r.finished else "",
-            to_gigabytes(r.imagenet) if r.finished else "",
+            words.gigabytes(r.imagenet) if r.finished else "",
         ]
         for name, r in zip(names_of(reports), reports, strict=True)
     ]
@@ -115,8 +115,8 @@ def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
         rows.append(
             [
                 row.name,
-                to_gigabytes(row.paper),
-                *("" if cell is None else to_gigabytes(cell) for cell in cells),
+                words.gigabytes(row.paper),
+                *("" if cell is None else words.gigabytes(cell) for cell in cells),
             ]
         )
     return ["Table 2", "FKD paper", *names_of(reports)], rows
@@ -132,8 +132,8 @@ def plan_table(plan: Plan) -> Table:
             [
                 store.form,
                 f"{store.bytes_per_crop:,.2f}",
-                to_gigabytes(store.stored_bytes),
-                to_gigabytes(store.cache_bytes),
+                words.gigabytes(store.stored_bytes),
+                words.gigabytes(store.cache_bytes),
                 "" if hours is None else f"{hours:,.1f}",
                 "" if rate is None else f"{rate / 1e6:,.1f}",
             ]
@@ -211,7 +211,7 @@ def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
     gigabytes = [size / 1e9 for _, size, _ in bars]
     axes.barh(where, gigabytes, 0.7, color=[colour for *_, colour in bars])
     for y, (_, size, _), value in zip(where, bars, gigabytes, strict=True):
-        axes.text(value, float(y), f" {to_gigabytes(size)}", va="center", fontsize=8)
+        axes.text(value, float(y), f" {words.gigabytes(size)}", va="center", fontsize=8)
     axes.set_yticks(where, [name for name, *_ in bars], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -13,8 +13,9 @@ from functools import cached_property
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import DamagedStoreError, StoreError, UnsealedStoreError
-from fkdpipe.storage import commits, schema, words
+from fkdpipe.storage import commits, schema
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import Location, open_location
