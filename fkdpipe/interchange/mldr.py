@@ -21,7 +21,7 @@ import numpy as np
 
 from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.common.progress import Reporter, silent
-from fkdpipe.interchange import exporting, imagefolder, torchfile
+from fkdpipe.interchange import exporting, imagefolder, matching, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
 from fkdpipe.interchange.source import (
     DAMAGE,
@@ -36,7 +36,6 @@ from fkdpipe.storage.labels import Form
 from fkdpipe.storage.schema import Json
 from fkdpipe.storage.store import Store
 
-SAMPLE = 32
 # With recorded parameters, in the order they are applied; the last two mix two images.
 _RECORDED = ("resize", "random_crop", "random_resized_crop", "random_horizontal_flip",
              "rand_augment", "random_erase", "mixup", "cutmix")  # fmt: skip
@@ -234,8 +233,7 @@ def _probe(
     digest, done, fewest, total = hashlib.sha256(), Counter[str](), None, 0
     first: list[tuple] = []
     reasons: list[str] = []
-    steps = np.linspace(0, len(index_N) - 1, min(SAMPLE, len(index_N))).astype(np.int64)
-    for index in index_N[np.unique(steps)].tolist():
+    for index in index_N[matching.spread(len(index_N))].tolist():
         try:
             data = _read(root, index)
             samples = _samples(data, index, used)
