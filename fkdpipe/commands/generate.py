@@ -126,7 +126,7 @@ def _to_json(result: Generated) -> dict[str, Any]:
 
 
 def _print_result(store: str, result: Generated) -> None:
-    from fkdpipe.storage import words
+    from fkdpipe.common import words
 
     state = "complete" if result.complete else "other parts are still to be made"
     click.echo(
@@ -138,7 +138,7 @@ def _print_result(store: str, result: Generated) -> None:
 
 
 def _print_repair(repaired: Repaired) -> None:
-    from fkdpipe.storage import words
+    from fkdpipe.common import words
 
     click.echo(
         f"{words.count(len(repaired.records), 'record')} restored, "
@@ -150,7 +150,7 @@ def _print_repair(repaired: Repaired) -> None:
 
 
 def _print_forecast(f: Forecast, *, as_json: bool) -> None:
-    from fkdpipe.storage import words
+    from fkdpipe.common import words
 
     if as_json:
         terminal.print_json(f.to_json())
@@ -161,7 +161,7 @@ def _print_forecast(f: Forecast, *, as_json: bool) -> None:
     )
     click.echo(f"store   {words.size(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
     click.echo(
-        f"time    {terminal.readable_time(f.seconds)} for one process at {f.crops_per_s:,.0f} "
+        f"time    {words.duration(f.seconds)} for one process at {f.crops_per_s:,.0f} "
         f"crops/s, measured on {f.sampled_crops:,} crops"
     )
     gpu = f", GPU {words.size(f.gpu_bytes)}" if f.gpu_bytes else ""

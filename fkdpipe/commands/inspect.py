@@ -252,4 +252,4 @@ def _print_analysis(found: Analysis) -> None:
     if found.classes:
         rows = pages.class_rows(found, 10)
         title = f"Least agreement, {len(rows)} of {len(found.classes):,} classes"
-        terminal.print_table(title, list(pages.CLASS_COLUMNS), rows)
+        terminal.print_table(title, pages.CLASS_COLUMNS, rows)

@@ -49,9 +49,8 @@ def report(stores: tuple[str, ...], html: Path | None, as_json: bool) -> None:
 
 
 def _print_report(r: StorageReport) -> None:
+    from fkdpipe.common import words
     from fkdpipe.inspect import footprint
-    from fkdpipe.inspect.report import to_gigabytes
-    from fkdpipe.storage import words
 
     form = f"form {r.form}" if r.form else "no labels"
     click.echo(
@@ -71,7 +70,7 @@ def _print_report(r: StorageReport) -> None:
     if not r.finished:
         click.echo(footprint.unfinished_words([r]))
         return
-    click.echo(f"At this size per crop, ImageNet-1K x 200 crops: {to_gigabytes(r.imagenet)}")
+    click.echo(f"At this size per crop, ImageNet-1K x 200 crops: {words.gigabytes(r.imagenet)}")
     terminal.print_table("", *footprint.paper_rows(r))
     click.echo("planned: a store of nothing more than that label (fkdpipe plan).")
     _echo_classes([r])

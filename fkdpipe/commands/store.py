@@ -160,9 +160,9 @@ def thin(
     Example:
       fkdpipe thin store small --crops 50 --form topk:5:compact
     """
+    from fkdpipe.common import words
     from fkdpipe.inspect.report import measure
     from fkdpipe.storage import thin as thinning
-    from fkdpipe.storage import words
     from fkdpipe.storage.labels import parse_form
     from fkdpipe.storage.location import open_location
     from fkdpipe.storage.store import open_store

@@ -18,11 +18,12 @@ from html import escape
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import StoreError, UnsealedStoreError, UsageError
 from fkdpipe.inspect import report
 from fkdpipe.inspect.report import SourceReport, StorageReport
 from fkdpipe.storage import features as codes
-from fkdpipe.storage import labels, reader, rounds, words
+from fkdpipe.storage import labels, reader, rounds
 from fkdpipe.storage import store as storage
 from fkdpipe.storage.reader import Segment
 from fkdpipe.storage.schema import Field

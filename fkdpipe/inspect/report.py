@@ -301,8 +301,3 @@ def paper_table(form_text: str, classes: int, imagenet: int) -> tuple[PaperRow, 
         this = imagenet if name in served else None
         rows.append(PaperRow(name, size, this, planned.stored_bytes))
     return tuple(rows)
-
-
-def to_gigabytes(size: float) -> str:
-    """Decimal gigabytes with as many digits as matter."""
-    return f"{size / 1e9:,.2f} GB" if size < 1e11 else f"{size / 1e12:,.2f} TB"

@@ -21,7 +21,7 @@ import numpy as np
 
 from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.common.progress import Reporter, silent
-from fkdpipe.interchange import exporting, imagefolder, torchfile
+from fkdpipe.interchange import exporting, imagefolder, matching, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
 from fkdpipe.interchange.source import (
     DAMAGE,
@@ -37,7 +37,6 @@ from fkdpipe.storage.schema import Json
 from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Store
 
-SAMPLE = 32
 # With recorded parameters, in the order they are applied; the last two mix two images.
 _RECORDED = ("resize", "random_crop", "random_resized_crop", "random_horizontal_flip",
              "rand_augment", "random_erase", "mixup", "cutmix")  # fmt: skip
@@ -164,7 +163,7 @@ def _check_count(root: Path, images: int) -> None:
 def _samples(data: bytes, index: int, used: list[str]) -> list[tuple[Sample, tuple]]:
     """Each sample of a file: what was done, and its (probabilities, classes)."""
     found = torchfile.loads(data)
-    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], list):
+    if not isinstance(found, tuple) or [type(part) for part in found] != [int, list]:
         raise BrokenFileError("broken-label", "not a pair of index and samples")
     if found[0] != index:
         raise BrokenFileError("wrong-index", f"it says it belongs to image {found[0]}, not {index}")
@@ -235,8 +234,7 @@ def _probe(
     digest, done, fewest, total = hashlib.sha256(), Counter[str](), None, 0
     first: list[tuple] = []
     reasons: list[str] = []
-    steps = np.linspace(0, len(index_N) - 1, min(SAMPLE, len(index_N))).astype(np.int64)
-    for index in index_N[np.unique(steps)].tolist():
+    for index in index_N[matching.spread(len(index_N))].tolist():
         try:
             data = _read(root, index)
             samples = _samples(data, index, used)

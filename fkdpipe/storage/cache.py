@@ -24,8 +24,9 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import StoreError
-from fkdpipe.storage import commits, rounds, schema, words
+from fkdpipe.storage import commits, rounds, schema
 from fkdpipe.storage.commits import BrokenRecordError, Manifest
 from fkdpipe.storage.schema import Field
 from fkdpipe.storage.store import Part, Store

@@ -14,8 +14,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import DamagedStoreError, StoreError, UnsealedStoreError
-from fkdpipe.storage import commits, schema, settings, words
+from fkdpipe.storage import commits, schema, settings
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import Location, open_location

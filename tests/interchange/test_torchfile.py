@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import pickletools
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -29,6 +29,7 @@ def packed(text: bytes, members=(), compression=zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("archive/data.pkl", text)
+        archive.writestr("archive/version", "3\n")
         for name, data in members:
             archive.writestr(f"archive/{name}", data)
     return file.getvalue()
@@ -93,6 +94,21 @@ def test_plain_python_values_are_read():
     assert loads(saved((np.int64(-5), np.float32(0.5)), pickle_protocol=4)) == (-5, 0.5)
 
 
+def structured(state: tuple) -> bytes:
+    """An array whose number type is given a state."""
+
+    class Type:
+        def __reduce__(self):
+            return np.dtype, ("f4", False, True), (3, *state)
+
+    class Array:
+        def __reduce__(self):
+            values = (1, (4,), Type(), False, b"abcd" * 4)
+            return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), values
+
+    return pickle.dumps(Array(), 2)
+
+
 class Runs:
     """A pickle that calls something when it is loaded."""
 
@@ -144,16 +160,14 @@ def test_a_file_that_wants_to_call_something_is_refused_and_nothing_runs(tmp_pat
         ("the extension opcode", b"\x80\x02\x82\x01."),
         ("a text reference", b"\x80\x02Pstorage\n."),
         ("text opcodes", b"I12\n."),
-        ("a memo that would fill the memory", b"\x80\x02K\x01r\xff\xff\xff\xff."),
+        ("text that is repeated in other bytes", b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00latin2\x86R."),
         ("another text encoding", b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-7\x86R."),
-        ("a reference that is no storage", b"\x80\x02K\x01Q."),
-        ("a path as storage", b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x04\x00\x00\x00../1X\x03\x00\x00\x00cpuK\x01tQ."),
+        ("a float of two objects", structured(("|", (np.dtype("O"), (2,)), None, None, -1, -1, 0))),
+        ("a float with fields", structured(("|", None, ("a",), {}, -1, -1, 0))),
+        ("memory by its size", b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x7f\x85R."),
         ("objects in an array", pickle.dumps(np.array([None, 1], dtype=object), 2)),
         ("a structured array", pickle.dumps(np.zeros(2, dtype=[("a", "f4")]), 2)),
         ("dates", pickle.dumps(np.zeros(2, dtype="M8[s]"), 2)),
-        ("no end", b"\x80\x02K\x01"),
-        ("more after the end", b"\x80\x02N.\x80\x02N."),
-        ("a length beyond the end", b"\x80\x02X\xff\xff\xff\x7fa."),
     ],
 )  # fmt: skip
 def test_what_plain_data_do_not_need_is_refused(name, text):
@@ -167,7 +181,11 @@ def test_what_plain_data_do_not_need_is_refused(name, text):
         b"\x80\x02]}X\x01\x00\x00\x00aNsb.",  # attributes of a list
         b"\x80\x02R.",  # nothing to call
         b"\x80\x02h\x07.",  # nothing remembered
-        b"\x80\x02]\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a frame that is not there
+        b"\x80\x02K\x01",  # no end
+        b"\x80\x02X\xff\xff\xff\x7fa.",  # a length beyond the end
+        b"\x80\x02K\x01Q.",  # a reference that is no storage
+        b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x04\x00\x00\x00../1X\x03\x00\x00\x00cpuK\x01tQ.",
+        b"\x80\x02]\x95\xff.",  # a frame that is cut off
         pickle.dumps(np.zeros(3), 2).replace(b"K\x03", b"K\x04", 1),
     ],
 )
@@ -213,15 +231,25 @@ def test_a_tensor_stays_inside_its_storage():
 
 def test_small_files_that_claim_huge_arrays_are_refused():
     assert "exceed" in str(refused(tensor_pickle((2**30, 2**9), (0, 0))))
-    assert refused(tensor_pickle((2**41,), (0,))).code == "unsafe-label"
+    assert "exceed" in str(refused(tensor_pickle((2**41,), (0,))))
     text = pickle.dumps(np.zeros(3), 2).replace(b"K\x03", b"J\xff\xff\xff\x7f", 1)
     refused(packed(text))
 
 
-def test_a_thousand_views_of_one_storage_count_at_full_size(monkeypatch):
+def test_views_and_bytes_that_repeat_are_bounded(monkeypatch):
+    data = saved(list(torch.zeros(1000).expand(8, 1000)))
+    assert len(loads(data)) == 8
+    monkeypatch.setattr(torchfile, "MAX_ARRAY_BYTES", 32_000)
+    assert len(loads(data)) == 8
+    assert "exceeds" in str(refused(saved(torch.zeros(1000).expand(9, 1000))))
     monkeypatch.setattr(torchfile, "MAX_ARRAY_BYTES", 10_000)
-    views = list(torch.zeros(1000).expand(8, 1000))
-    assert "exceed" in str(refused(saved(views)))
+    text = (
+        b"c_codecs\nencode\nq\x00X\xe8\x03\x00\x00"
+        + b"a" * 1000
+        + b"X\x06\x00\x00\x00latin1\x86q\x01R"
+    )
+    assert "exceed" in str(refused(packed(b"\x80\x02(" + text + b"h\x00h\x01R" * 10 + b"t.")))
+    assert "exceed" in str(refused(saved([torch.zeros(1000), torch.ones(2000)])))
 
 
 def test_compressed_members_are_refused():
@@ -241,30 +269,36 @@ def test_every_truncation_and_any_changed_byte_of_the_numbers_is_noticed():
 def test_what_is_no_torch_file_says_so():
     assert "no torch file" in str(refused(b"hello"))
     assert "before 1.6" in str(refused(saved([1], _use_new_zipfile_serialization=False)))
+    assert "big-endian" in str(refused(packed(b"\x80\x02N.", [("byteorder", b"big")])))
     empty = io.BytesIO()
     zipfile.ZipFile(empty, "w").close()
     assert "data.pkl" in str(refused(empty.getvalue()))
-    assert "big-endian" in str(refused(packed(b"\x80\x02N.", [("byteorder", b"big")])))
 
 
-def test_the_opcode_check_knows_the_lengths_that_pickletools_knows():
-    """Whatever the slow twin takes apart into allowed opcodes, the fast check accepts."""
-    random = np.random.default_rng(0)
-    values = [
-        [random.random(3).tolist(), random.integers(0, 2**31, 5).tolist(), "x" * 300, b"y" * 300],
-        [{"a": (1, 2.5, None, True)}] * 300,
-        [str(n) for n in range(400)],
-    ]
-    for value in values:
-        for protocol in (2, 3, 4, 5):
-            text = pickle.dumps(value, protocol)
-            assert len(list(pickletools.genops(text))) > 5
-            torchfile.check_opcodes(text)
-            with pytest.raises(BrokenFileError):
-                torchfile.check_opcodes(text[:-1])
+def test_a_large_memo_index_takes_no_memory():
+    assert loads(packed(b"\x80\x02K\x01r\xff\xff\xff\xff.")) == 1
+
+
+def test_torchs_own_reader_does_not_do_as_well():
+    """Once this fails, `torch.load(weights_only=True)` may do; see the module's docstring."""
+
+    def weights(data: bytes):
+        return torch.load(io.BytesIO(data), weights_only=True)
+
+    mldr = saved((0, [{"params": [(0, 0, 4, 4), False]}]), pickle_protocol=4)
+    assert loads(mldr)[0] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(pickle.UnpicklingError):
+            weights(mldr)
+    assert weights(packed(b"\x80\x02c__builtin__\nbytearray\nK\x09\x85R.")) == bytearray(9)
+    assert weights(packed(b"\x80\x02K\x01.", (), zipfile.ZIP_DEFLATED)) == 1
+    data = saved(torch.arange(50.0))
+    at = data.index(np.float32(17).tobytes())
+    assert weights(data[:at] + b"\x01" + data[at + 1 :])[17] != 17
 
 
 def test_as_array_takes_nothing_but_arrays():
-    for value in (None, [1.0], {}, "text", torchfile._Array(lambda size: None)):
+    for value in (None, [1.0], {}, "text", torchfile._Array()):
         with pytest.raises(BrokenFileError):
             as_array(value)
