@@ -156,49 +156,25 @@ def evaluate(
     Example:
       fkdpipe evaluate images runs/student --json
     """
-    from fkdpipe.common.distributed import default_threads
-    from fkdpipe.networks import teachers
-    from fkdpipe.pixels import images
-    from fkdpipe.train import evaluate as evaluation
+    from dataclasses import asdict
 
-    reporter = terminal.reporter()
-    where = options.choose_device(device)
-    with reporter.task("scan", 0, "files") as advance:
-        chosen = split or ("val" if images.splits_of(data) else "train")
-        folder = images.scan(data, split=chosen, on_image=advance)  # type: ignore[arg-type]
-    class_maps: list[teachers.ClassMap] = []
-    if class_map:
-        class_maps = [teachers.read_class_map(class_map)]
-    elif numbered:
-        class_maps = [teachers.numbered_classes(folder.class_names)]
-    (teacher,) = teachers.load_teachers(
-        options.networks([model], [model]),
-        class_names=folder.class_names,
-        class_maps=class_maps,
+    from fkdpipe.train.evaluate import evaluate as run
+
+    (spec,) = options.networks([model], [model])
+    accuracy = run(
+        spec,
+        data,
+        split=split,  # type: ignore[arg-type]
+        class_map=class_map,
+        numbered=numbered,
+        real=real,
         precision=precision,  # type: ignore[arg-type]
-        device=where,
-    )
-    accuracy = evaluation.evaluate(
-        teacher.module,
-        teacher.preprocessing,
-        folder,
-        device=where,
-        columns=teacher.columns,
-        precision=teacher.precision,
-        batch=batch_size,
-        threads=default_threads(),
-        accepted=evaluation.read_accepted(real, folder) if real else None,
-        reporter=reporter,
+        batch_size=batch_size,
+        device=device,
+        reporter=terminal.reporter(),
     )
     if as_json:
-        terminal.print_json(
-            {
-                "top1": accuracy.top1,
-                "top5": accuracy.top5,
-                "images": accuracy.images,
-                "skipped": accuracy.skipped,
-            }
-        )
+        terminal.print_json(asdict(accuracy))
         return
     click.echo(
         f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % "

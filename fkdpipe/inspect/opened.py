@@ -46,6 +46,10 @@ class Store:
         """Where it lies: the folder or the URL."""
         return self._store.url
 
+    def __fspath__(self) -> str:
+        """So that it can be given wherever a path or URL of a store is asked for."""
+        return self.url
+
     @property
     def images(self) -> int:
         """N, images of the store's list."""

@@ -23,7 +23,7 @@ from fkdpipe.common.progress import Advance
 from fkdpipe.networks import weight_files
 from fkdpipe.train import parallel
 from fkdpipe.train.batch import Batch, with_next
-from fkdpipe.train.evaluate import Accuracy, evaluate
+from fkdpipe.train.evaluate import Accuracy, accuracy
 from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
 from fkdpipe.train.state import CHECKPOINTS, Run, export, resume, save
 from fkdpipe.train.step import step
@@ -161,7 +161,7 @@ def _evaluate(run: Run, stop: _Stop) -> Accuracy | None:
     ours = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
     counts = [0.0, 0.0, 0.0, 0.0]
     if len(ours):
-        made = evaluate(
+        made = accuracy(
             run.judged,
             run.student.preprocessing,
             ours,
