@@ -107,7 +107,7 @@ def read_seconds(prepared: Run, batches: list[Batch]) -> float:
     window = order.window(batches[0].passed, 0)
     opened = data.features.open(window.units, data.crops_of(window.passed))
     for first in range(0, len(window.rows), BATCH):
-        opened.take(window.rows[first : first + BATCH])
+        opened(window.rows[first : first + BATCH])
     return (time.perf_counter() - begun) / -(-len(window.rows) // BATCH)
 
 

@@ -36,7 +36,7 @@ from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train.order import Order
-from fkdpipe.train.schedule import Pass
+from fkdpipe.train.schedule import Pass, Stage
 
 CROPS, M, K = 200, 4, 5
 WINDOW = 8  # units read together, as the trainer does
@@ -116,12 +116,11 @@ def trainer_reads(
     store: Store, boxes: reader.CropReader, sparse: reader.SparseReader, images: int
 ) -> Callable[[], float]:
     """Images per second of the trainer's path, `images` of them a turn, pass after pass."""
-    passes = [Pass(k, M * k, M, M * k) for k in range(50)]
     order = Order(
         np.arange(store.num_images),
         unit_size=store.unit_size,
         window=8,
-        passes=passes,
+        stages=[Stage(Pass(0, 0, M, 0), 50)],
         batch_size=BATCH_IMAGES * M,
         seed=0,
     )
