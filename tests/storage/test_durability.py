@@ -249,7 +249,7 @@ def test_features_without_a_value_are_found(tmp_path, folder, checkpoint, few_im
     store = make_store(tmp_path / "store", folder, [taught], features=("post",))
     part = store.part("rounds/0/features/t/post")
     marker = store.marker(part, 1)
-    values = verify._decode(store, part, marker, "value")
+    values = store.read(part, "value", 1)
     values[3, 2, 1] = np.nan
     writer.commit_unit(store, part, 1, {"value": values}, made=marker.made)
     writer.seal(store, part)
