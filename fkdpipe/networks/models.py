@@ -9,7 +9,7 @@ handed over in Python, or `python:PACKAGE.MODULE:FUNCTION`, which returns one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -202,6 +202,7 @@ def build(
     state = read_weights(spec.weights) if spec.weights else None
     facts = read_export(spec.weights) if spec.weights else {}
     options = {**facts.get("options", {}), **(options or {})}
+    _check_options(options, spec)
     export_size = tuple(facts["size"]) if "size" in facts else None
     size = size or cast("tuple[int, int] | None", export_size)
     fetch = pretrained and state is None
@@ -228,6 +229,23 @@ def build(
         tuple(facts.get("class_names", ())),
         bool(facts.get("classifier", True)),
     )
+
+
+# Arguments of timm's `create_model` that name files or addresses: it would read them as it likes,
+# and options may come from a recipe or a weight file of others.
+_READING_OPTIONS = frozenset(
+    {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
+
+
+def _check_options(options: Mapping[str, Any], spec: ModelSpec) -> None:
+    reading = sorted(_READING_OPTIONS & options.keys())
+    if reading:
+        raise ModelError(
+            f"{spec}: the option {reading[0]} is not taken, because it names a file that timm "
+            "would read. Give weights as NAME=FILE.",
+            code="option",
+        )
 
 
 def _self_supervised(spec: ModelSpec, size: tuple[int, int] | None) -> Loaded:

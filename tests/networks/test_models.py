@@ -249,3 +249,14 @@ def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
         ) as raised:
             models.read_weights(tmp_path / name)
         assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "cache_dir"])
+def test_options_that_name_files_are_refused(tmp_path, name):
+    """They may come from a weight file of others, and timm would read what they name."""
+    module = timm.create_model("test_resnet")
+    file = tmp_path / "student.safetensors"
+    facts = {"student": "test_resnet", "options": {name: str(tmp_path / "hostile.pth")}}
+    weight_files.write_export(file, module, facts)
+    with pytest.raises(ModelError, match=f"the option {name} is not taken"):
+        models.build(models.parse_spec(str(tmp_path)))
