@@ -7,7 +7,10 @@ that name, a run folder of `fkdpipe train` names the student in it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -222,7 +225,8 @@ def _create(
             weights = "DEFAULT" if pretrained else None
             if pretrained and classes is not None:
                 raise ModelError(f"{spec}: pretrained weights have their own number of classes.")
-            return torchvision.models.get_model(spec.name, weights=weights, **width, **options)
+            with _tensors_only():
+                return torchvision.models.get_model(spec.name, weights=weights, **width, **options)
         extra = dict(options)
         if classes is not None:
             extra["num_classes"] = classes
@@ -240,6 +244,20 @@ def _create(
                 code="offline",
             ) from error
         raise ModelError(f"{spec} cannot be built: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Inside, `torch.load` unpickles tensors alone; torchvision asks it to run what it fetched."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _needs_size(name: str) -> bool:
