@@ -18,11 +18,14 @@ PROJECT = TOML["project"]
 
 def test_the_wheel_will_hold_every_file_of_the_package():
     """`make wheel` compares a wheel that was built; this needs no build."""
-    patterns = TOML["tool"]["setuptools"]["package-data"]["fkdpipe"]
-    package = ROOT / "fkdpipe"
-    assert (package / "py.typed").exists()
-    for path in package.rglob("*"):
-        inside = path.relative_to(package).as_posix()
+    patterns = [
+        f"{package.replace('.', '/')}/{glob}"
+        for package, globs in TOML["tool"]["setuptools"]["package-data"].items()
+        for glob in globs
+    ]
+    assert (ROOT / "fkdpipe" / "py.typed").exists()
+    for path in (ROOT / "fkdpipe").rglob("*"):
+        inside = path.relative_to(ROOT).as_posix()
         if path.suffix == ".py":
             assert (path.parent / "__init__.py").exists(), inside
         elif path.is_file() and path.suffix != ".pyc":
