@@ -39,15 +39,9 @@ def requests(data: Path) -> list[Request]:
         size_N2=found.size_N2,
         crops_M=np.arange(CROPS),
     )
-    paths = [images.path_of(found.root, key) for key in found.keys]
+    parts = [slice(k, k + 16) for k in range(0, len(found.keys), 16)]
     return [
-        Request(
-            paths=paths[k : k + 16],
-            size_I2=found.size_N2[k : k + 16],
-            box_Im4=drawn.box_NM4[k : k + 16],
-            flip_Im=drawn.flip_NM[k : k + 16],
-        )
-        for k in range(0, len(paths), 16)
+        Request.of(found.root, found.keys[part], found.size_N2[part], drawn[part]) for part in parts
     ]
 
 

@@ -300,12 +300,12 @@ def served(store: Store, cache_dir: Path) -> str:
     target = labels.Target("marginal-smoothing", 5)
     sparse = reader.SparseReader(store, found.labels[0], cache_dir).take(rows, crops_m, target)
     total = hashlib.sha256()
-    for array in (*boxes, sparse.ids_BK, sparse.prob_BK, sparse.rest_B):
+    for array in (boxes.box_NM4, boxes.flip_NM, sparse.ids_BK, sparse.prob_BK, sparse.rest_B):
         total.update(array.tobytes())
     return total.hexdigest()
 
 
-def hydrate(store: Path, cache_dir: Path, expected: str, die_at: int) -> None:
+def fill_cache(store: Path, cache_dir: Path, expected: str, die_at: int) -> None:
     """Read everything through the cache; die at a step of filling it, or leave WRONG."""
     count = 0
 
@@ -340,12 +340,12 @@ def kill_hydrations(stage: Stage, store: Path, kills: int) -> Counter[str]:
     while counts["kills"] < kills:
         cache_dir = stage.root / f"cache-{counts['attempts']}"
         die_at = 0 if stage.chance.random() < 0.3 else stage.chance.randint(1, steps)
-        log = stage.root / "hydrate.txt"
-        first = small.fork(lambda d=die_at, c=cache_dir: hydrate(store, c, expected, d), log)
+        log = stage.root / "cache.txt"
+        first = small.fork(lambda d=die_at, c=cache_dir: fill_cache(store, c, expected, d), log)
         if not die_at:
             time.sleep(stage.chance.uniform(0.02, 0.6))
             small.kill(first)
-        second = small.fork(lambda c=cache_dir: hydrate(store, c, expected, 0), log)
+        second = small.fork(lambda c=cache_dir: fill_cache(store, c, expected, 0), log)
         codes = [small.wait(first), small.wait(second)]
         counts["attempts"] += 1
         counts["kills"] += codes[0] == -signal.SIGKILL

@@ -89,7 +89,16 @@ def served(place: Path, cache_dir: Path) -> list[np.ndarray]:
     scores = [wide.unit(unit, crops_m) for unit in range(store.num_units)]
     listed = store.images
     names = [listed.keys.astype(str), listed.class_N, listed.size_N2, np.array(listed.class_names)]
-    return [*boxes, sparse.ids_BK, sparse.prob_BK, sparse.rest_B, *scores, *names, found.rows]
+    recorded = [boxes.box_NM4, boxes.flip_NM]
+    return [
+        *recorded,
+        sparse.ids_BK,
+        sparse.prob_BK,
+        sparse.rest_B,
+        *scores,
+        *names,
+        found.rows,
+    ]
 
 
 class Field:

@@ -72,7 +72,7 @@ def make_teacher(place: Path) -> tuple[str, Teacher]:
 def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
     """One for each kind, and `basis` beside them."""
     resources = Resources(device=CPU, threads=common.cores())
-    wanted = FitSettings(teacher="t", images="100%", crops=CROPS)
+    wanted = FitSettings(teacher="t", fraction=1.0, crops=CROPS)
     sample = fit_basis.from_folder(data, wanted)
     basis = place / "basis.safetensors"
     features.save_basis(basis, fit_basis.fit(sample, teacher, wanted, resources).basis)
@@ -93,7 +93,7 @@ def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> d
 def prepare(place: Path, data: Path, store: Store, teacher: str | None) -> Run:
     settings = TrainSettings(
         student="resnet18", size=SIDE, epochs=CROPS, batch_size=BATCH, teacher=teacher,
-        method={"name": "kdep", "weight": 1.0, "basis": str(place / "basis.safetensors")},
+        method={"name": "kdep", "feature_weight": 1.0, "basis": str(place / "basis.safetensors")},
     )  # fmt: skip
     out = place / f"run-{Path(store.url).name}-{'online' if teacher else 'stored'}"
     return run.prepare(settings, data, out, store=store, cache_dir=place / "cache", device=CPU)
@@ -107,7 +107,7 @@ def read_seconds(prepared: Run, batches: list[Batch]) -> float:
     window = order.window(batches[0].passed, 0)
     opened = data.features.open(window.units, data.crops_of(window.passed))
     for first in range(0, len(window.rows), BATCH):
-        opened.take(window.rows[first : first + BATCH])
+        opened(window.rows[first : first + BATCH])
     return (time.perf_counter() - begun) / -(-len(window.rows) // BATCH)
 
 

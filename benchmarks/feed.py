@@ -49,9 +49,10 @@ from fkdpipe.storage.store import Store
 from fkdpipe.train import data as training_data
 from fkdpipe.train.feed import Feed
 from fkdpipe.train.order import Order
-from fkdpipe.train.schedule import stages
+from fkdpipe.train.schedule import Pass, Stage
 
 CPU = torch.device("cpu")
+Batches = Iterator[tuple[torch.Tensor, Any]]
 SIZE, BATCH, THREADS, CROPS, K = 224, 128, 2, 16, 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WARM = 6  # batches at either end that are not timed: more than any side reads ahead
@@ -138,7 +139,7 @@ def endless(count: int) -> Iterator[int]:
         yield from torch.randperm(count).tolist()
 
 
-def fkd_loader(root: Path, listed: list[tuple[str, Path]], m: int, batches: int) -> Iterator[Any]:
+def fkd_loader(root: Path, listed: list[tuple[str, Path]], m: int, batches: int) -> Batches:
     images = batches * BATCH // m
     loader = DataLoader(
         FkdImages(root, listed, m),
@@ -150,23 +151,21 @@ def fkd_loader(root: Path, listed: list[tuple[str, Path]], m: int, batches: int)
         yield pixels.flatten(0, 1), soft.flatten(0, 1)
 
 
-def our_feed(
-    data: training_data.TrainingSet, m: int, batches: int, *, as_float: bool
-) -> Iterator[Any]:
-    epochs = -(-batches * BATCH // len(data.rows)) // m * m + m
+def our_feed(data: training_data.TrainingSet, m: int, batches: int, *, as_float: bool) -> Batches:
     order = Order(
         data.rows,
         unit_size=data.unit_size,
         window=8,
-        stages=stages(epochs, m),
+        stages=[Stage(Pass(0, 0, m, 0), 10_000)],
         batch_size=BATCH,
         seed=0,
     )
     feed = Feed(
         data, order, [View((SIZE, SIZE))], backend="cpu", threads=THREADS, device=CPU, rank=Rank()
     )
-    for batch in itertools.islice(feed.run(), batches):
-        yield normalise(batch.pixels, MEAN, STD) if as_float else batch.pixels, batch.labels
+    for batch in itertools.islice(feed.stream(), batches):
+        pixels = batch.views[0]
+        yield normalise(pixels, MEAN, STD) if as_float else pixels, batch.values
 
 
 def run_through(stream: Iterator[Any], batches: int) -> tuple[float, float]:
@@ -207,7 +206,7 @@ def parts_of_an_image(
     """Milliseconds of one thread for one image, part by part, the least of several tries."""
     target = View((SIZE, SIZE))
     crops_m = np.arange(m)
-    box, _ = data.boxes(data.rows, crops_m)
+    box = data.crops(data.rows, crops_m).box_NM4
     some = range(0, len(data.rows), 4)
     sizes = [tuple(size) for size in data.size_N2[data.rows].tolist()]
     boxes = [[tuple(b) for b in per_image] for per_image in box.tolist()]
@@ -226,8 +225,8 @@ def parts_of_an_image(
 
     def take_labels() -> None:
         assert data.labels is not None
-        data.labels.open([0], crops_m).take(data.rows[:: len(sizes) // len(some)])
-        data.boxes(data.rows[:: len(sizes) // len(some)], crops_m)
+        data.labels.open([0], crops_m)(data.rows[:: len(sizes) // len(some)])
+        data.crops(data.rows[:: len(sizes) // len(some)], crops_m)
 
     return {
         f"{name} ms": least(work) / len(some)

@@ -39,6 +39,7 @@ from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import labels, schema, thin, writer
 from fkdpipe.storage.labels import Form, parse_form
 from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store, open_store
 
 CROPS = 200
@@ -231,10 +232,10 @@ def wide_store(place: Path, made: Labels, form: Form) -> Store:
     """One small unit of all scores: nothing of them is compressed, so the size says enough."""
     store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=128)
     boxes = writer.add_crops(store, CropDistribution(), seed=0, count=made.crops)
-    settings = {"form": str(form), "classes": simulated.CLASSES, "temperature": 1.0}
-    settings |= {"crops": made.crops, "teachers": [{"name": "simulated"}]}
+    teachers = ({"name": "simulated"},)
+    settings = LabelSettings(form, simulated.CLASSES, made.crops, teachers=teachers)
     fields = schema.label_fields(form, simulated.CLASSES)
-    taught = writer.add_part(store, "rounds/0/labels/t", "labels", settings, fields, made.crops)
+    taught = writer.add_part(store, "rounds/0/labels/t", settings, fields)
     scores = np.log(np.maximum(made.sample_SC, 1e-38))
     top = scores.max(1)
     shape = (made.images, made.crops)

@@ -117,7 +117,7 @@ def train(place: Path, data: Path, store: Store | None, wanted: TrainSettings) -
 def make_store(place: Path, data: Path, teacher: str, size: Size) -> tuple[Store, Path, float]:
     """(features of recorded crops, basis, seconds that both took)."""
     begun = time.perf_counter()
-    wanted = FitSettings(teacher=teacher, images="100%", crops=2, crop=LAW)
+    wanted = FitSettings(teacher=teacher, fraction=1.0, crops=2, crop=LAW)
     (loaded,) = teachers.load_teachers(
         [parse_spec(teacher)],
         class_names=(),

@@ -33,9 +33,10 @@ from simulated import Labels
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import labels, reader, schema, writer
 from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store, open_store
 from fkdpipe.train.order import Order
-from fkdpipe.train.schedule import Pass
+from fkdpipe.train.schedule import Pass, Stage
 
 CROPS, M, K = 200, 4, 5
 WINDOW = 8  # units read together, as the trainer does
@@ -83,7 +84,7 @@ def _watched(work: Callable[..., None], *paths: Path) -> dict[str, float]:
     }
 
 
-def hydrate(place: Path, cache_dir: Path) -> None:
+def fill_cache(place: Path, cache_dir: Path) -> None:
     open_readers(open_store(place), cache_dir)
 
 
@@ -115,12 +116,11 @@ def trainer_reads(
     store: Store, boxes: reader.CropReader, sparse: reader.SparseReader, images: int
 ) -> Callable[[], float]:
     """Images per second of the trainer's path, `images` of them a turn, pass after pass."""
-    passes = [Pass(k, M * k, M, M * k) for k in range(50)]
     order = Order(
         np.arange(store.num_images),
         unit_size=store.unit_size,
         window=8,
-        passes=passes,
+        stages=[Stage(Pass(0, 0, M, 0), 50)],
         batch_size=BATCH_IMAGES * M,
         seed=0,
     )
@@ -180,8 +180,8 @@ def narrow(root: Path, made: Labels, times: int, rounds: int) -> tuple[list[dict
     ratio = common.median_ratio(turns["ours"], turns["fkd"])
     place = Path(store.url)
     memory = [
-        memory_of(hydrate, Path(few.url), root / "memory-few"),
-        memory_of(hydrate, place, root / "memory-all"),
+        memory_of(fill_cache, Path(few.url), root / "memory-few"),
+        memory_of(fill_cache, place, root / "memory-all"),
         memory_of(train_epoch, place, root / "memory-all"),
     ]
     fill, again, ours, fkd = (
@@ -214,10 +214,10 @@ def make_wide(place: Path, units: int) -> Store:
     )
     store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=1024)
     boxes = writer.add_crops(store, CropDistribution(), seed=0, count=WIDE_CROPS)
-    settings = {"form": "full", "classes": simulated.CLASSES, "temperature": 1.0}
-    settings |= {"crops": WIDE_CROPS, "teachers": [{"name": "random"}]}
-    fields = schema.label_fields(labels.Form("full"), simulated.CLASSES)
-    taught = writer.add_part(store, "rounds/0/labels/w", "labels", settings, fields, WIDE_CROPS)
+    form, teachers = labels.Form("full"), ({"name": "random"},)
+    settings = LabelSettings(form, simulated.CLASSES, WIDE_CROPS, teachers=teachers)
+    fields = schema.label_fields(form, simulated.CLASSES)
+    taught = writer.add_part(store, "rounds/0/labels/w", settings, fields)
     random = np.random.default_rng(0)
     for unit in range(units):
         bits = random.integers(0, 2**14, (1024, WIDE_CROPS, simulated.CLASSES), dtype=np.uint16)

@@ -26,6 +26,7 @@ from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import labels, rounds, schema, writer
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Part, Store
 
 CLASSES = 1000
@@ -155,19 +156,16 @@ def make_store(place: Path, made: Labels, form: Form, *, derived: bool = False) 
     store = writer.create_store(LocalLocation(place), columns(made), seed=0, unit=1024)
     distribution = CropDistribution()
     boxes = writer.add_crops(store, distribution, seed=0, count=made.crops, derived=derived)
-    settings = {
-        "form": str(form),
-        "classes": CLASSES,
-        "temperature": 1.0,
-        "precision": "float32",
-        "replay": "cpu",
-        "crops": made.crops,
-        "teachers": [{"name": "simulated", "seed": SEED}],
-    }
-    fields = schema.label_fields(form, CLASSES)
-    taught = writer.add_part(
-        store, "rounds/0/labels/simulated", "labels", settings, fields, made.crops
+    settings = LabelSettings(
+        form,
+        CLASSES,
+        made.crops,
+        precision="float32",
+        replay="cpu",
+        teachers=({"name": "simulated", "seed": SEED},),
     )
+    fields = schema.label_fields(form, CLASSES)
+    taught = writer.add_part(store, "rounds/0/labels/simulated", settings, fields)
     row_of = {key: row for row, key in enumerate(_keys(made.images))}
     for unit in range(store.num_units):
         rows = np.array([row_of[key] for key in store.images.keys[store.unit_rows(unit)]])
@@ -194,8 +192,7 @@ def encode(form: Form, ids_NMK: np.ndarray, prob_NMK: np.ndarray) -> dict[str, n
     ids, prob = labels.hybrid_order(ids, prob)
     values = {"ids": ids.astype(labels.id_dtype(CLASSES)).reshape(shape)}
     if form.kind == "topk":
-        name = "stick" if form.compact else "prob"
-        values[name] = labels.encode_probabilities(form, prob).reshape(shape)
+        values[form.value_field] = labels.encode_probabilities(form, prob).reshape(shape)
     return values
 
 

@@ -62,7 +62,7 @@ def generate_words(bench: Bench, store: Path | str, *more: str) -> list[str]:
     """Arguments of `fkdpipe` that make the store."""
     return [
         "generate", str(bench.data), str(store), "--teacher", f"test_resnet={bench.teacher}",
-        "--source", SOURCE, "--form", "topk:5", "--crops", str(CROPS), "--batch", "16",
+        "--source", SOURCE, "--form", "topk:5", "--crops", str(CROPS), "--batch-size", "16",
         "--device", "cpu", "--set", "threads=1", *more,
     ]  # fmt: skip
 

@@ -47,7 +47,7 @@ from fkdpipe.pixels import replay
 from fkdpipe.pixels.replay import Backend, View
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.store import Store
-from fkdpipe.train import loop, run, targets
+from fkdpipe.train import loop, run
 from fkdpipe.train.batch import Batch
 from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import Run
@@ -218,15 +218,22 @@ class Bench:
 
     def parts_ms(self) -> dict[str, float]:
         """Milliseconds a batch of each part alone, the median of the rounds."""
-        feed, batch = self.fed.feed, next(self.batches)
-        host = torch.empty_like(batch.pixels, device="cpu")
+        feed = self.fed.feed
+        batch = next(feed.stream())
+        host = torch.empty_like(batch.views[0])
         host = host.pin_memory() if self.device.type == "cuda" else host
-        labels = (batch.labels, self.fed.target, self.scale.classes, batch.classes, self.device)
+        values = {name: torch.from_numpy(batch.values[name]) for name in ("ids", "prob", "rest")}
+        labels = feed.data.labels
+        assert labels is not None
+
+        def dense() -> torch.Tensor:
+            return labels.dense({name: value.to(self.device) for name, value in values.items()})
+
         measures: dict[str, Callable[[], float]] = {
             "decode": lambda: self.replayed([View((8, 8))]),
             "replay": lambda: self.replayed(list(feed.views)),
             "host to device": lambda: self.seconds(lambda: host.to(self.device, copy=True)),
-            "label expansion": lambda: self.seconds(lambda: targets.dense(*labels)),
+            "label expansion": lambda: self.seconds(dense),
             "student": lambda: self.scale.batch / self.synthetic(),
         }
         taken = common.interleaved(self.scale.rounds, **measures)

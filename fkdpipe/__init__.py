@@ -29,21 +29,32 @@ from fkdpipe.common.errors import (
 )
 
 if TYPE_CHECKING:
+    from fkdpipe.inspect.opened import Store, open_store
+    from fkdpipe.labelgen.api import generate
+    from fkdpipe.networks.teachers import load_teacher
     from fkdpipe.storage.labels import Target
     from fkdpipe.train import losses
     from fkdpipe.train.batch import Batch
+    from fkdpipe.train.evaluate import Accuracy, evaluate
     from fkdpipe.train.labelled_crops import LabelledCrops
 
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "Accuracy": "train.evaluate",
     "Batch": "train.batch",
     "LabelledCrops": "train.labelled_crops",
+    "Store": "inspect.opened",
     "Target": "storage.labels",
+    "evaluate": "train.evaluate",
+    "generate": "labelgen.api",
+    "load_teacher": "networks.teachers",
     "losses": "train",
+    "open_store": "inspect.opened",
 }
 
 __all__ = [
+    "Accuracy",
     "Batch",
     "ClaimedError",
     "DamagedStoreError",
@@ -53,13 +64,18 @@ __all__ = [
     "LabelsError",
     "ModelError",
     "ReplayError",
+    "Store",
     "StoreError",
     "StoreMismatchError",
     "Target",
     "TrainingError",
     "UnsealedStoreError",
     "UsageError",
+    "evaluate",
+    "generate",
+    "load_teacher",
     "losses",
+    "open_store",
 ]
 
 

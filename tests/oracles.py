@@ -36,6 +36,12 @@ def crop_params(distribution, uniforms, height: int, width: int) -> tuple[int, i
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def pts_inverse(scaled, temperature: float = 0.1, power: float = 3.0):
+    """T sign(y) |y|^n: undoes equation 2 of He et al., "Knowledge Distillation as Efficient
+    Pre-training"."""
+    return temperature * scaled.sign() * scaled.abs().pow(power)
+
+
 def pillow_crop(path, box, flip: bool, size: tuple[int, int], interpolation: str) -> np.ndarray:
     """uint8 (height, width, 3): decode, crop and resize with Pillow, as FKD's loader does."""
     top, left, height, width = (int(v) for v in box)

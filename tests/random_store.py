@@ -7,6 +7,7 @@ import numpy as np
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.storage import labels, rounds, schema, writer
 from fkdpipe.storage.location import LocalLocation
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store
 
 IMAGES, CROPS, CLASSES, UNIT, GROUP = 150, 10, 40, 64, 4
@@ -34,15 +35,9 @@ def make_store(place, *, form="topk:5", seal=True, derived=False, flip=0.5, seed
     part = writer.add_crops(
         store, CropDistribution(flip=flip), seed=3, count=CROPS, derived=derived
     )
-    fields = schema.label_fields(labels.parse_form(form), CLASSES)
-    settings = {
-        "form": form,
-        "classes": CLASSES,
-        "temperature": 1.0,
-        "teachers": [],
-        "crops": CROPS,
-    }
-    taught = writer.add_part(store, "rounds/0/labels/t", "labels", settings, fields, CROPS)
+    settings = LabelSettings(labels.parse_form(form), CLASSES, CROPS)
+    fields = schema.label_fields(settings.form, CLASSES)
+    taught = writer.add_part(store, "rounds/0/labels/t", settings, fields)
     for unit in range(store.num_units if seal else store.num_units - 1):
         fill(store, part, taught, unit, random)
     for each in (part, taught):
@@ -61,19 +56,17 @@ def fill(store, part, taught, unit, random) -> None:
 def random_labels(store, taught, unit, random) -> dict[str, np.ndarray]:
     rows = store.unit_rows(unit)
     shape = (rows.stop - rows.start, CROPS)
-    form = labels.parse_form(taught.settings["form"])
+    form = taught.settings.form
     z = random.normal(size=(*shape, CLASSES)).astype(np.float32) * 2
     prob = labels.softmax(z.reshape(-1, CLASSES))
-    if form.kind in ("full", "logits"):
+    if not form.sparse:
         scores = labels.encode_scores(np.log(prob)).reshape(*shape, CLASSES)
-        if form.kind == "full":
-            return {"log_prob": scores}
-        return {"logit": scores, "logit_max": np.zeros(shape, np.float32)}
+        largest = {"logit_max": np.zeros(shape, np.float32)} if form.kind == "logits" else {}
+        return {form.value_field: scores, **largest}
     ids, kept = labels.hybrid_order(*labels.top_k(prob, form.k))
     values = {"ids": ids.reshape(*shape, -1).astype(np.uint16)}
     if form.kind == "topk":
-        name = "stick" if form.compact else "prob"
-        values[name] = labels.encode_probabilities(form, kept).reshape(*shape, -1)
+        values[form.value_field] = labels.encode_probabilities(form, kept).reshape(*shape, -1)
     return values
 
 

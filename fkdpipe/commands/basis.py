@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from fkdpipe.labelgen.fit_basis import Fitted
 
 
-@click.command("fit-basis")
+@click.command("fit-basis", cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("basis", type=click.Path(path_type=Path))
-@click.option("--teacher", metavar="NAME[=FILE]", help="timm model or a run folder.")
-@click.option("--images", metavar="P%", help="Share of every class.  [default: 10%]")
+@click.option("--teacher", metavar="NAME[=FILE]", help="As for generate.")
+@click.option("--fraction", type=float, help="Share of every class.  [default: 0.1]")
 @click.option("--layer", metavar="pre|post", help="Before or after the last ReLU.  [default: pre]")
 @click.option("--crops", type=int, metavar="M", help="Crops per image.  [default: 1]")
 @click.option("--seed", type=int, help="Of the images and the crops.  [default: 0]")
@@ -47,7 +47,7 @@ def fit_basis(
 
     \b
     Example:
-      fkdpipe fit-basis images basis.safetensors --teacher resnet50 --images 10%
+      fkdpipe fit-basis images basis.safetensors --teacher resnet50 --fraction 0.1
     """
     from fkdpipe.common.errors import UsageError
     from fkdpipe.labelgen.fit_basis import FitSettings
@@ -65,7 +65,6 @@ def fit_basis(
     from fkdpipe.labelgen import fit_basis as fitting
     from fkdpipe.labelgen.generate import Resources
     from fkdpipe.networks import features, teachers
-    from fkdpipe.networks.models import parse_spec
     from fkdpipe.storage.store import open_store
 
     if plot:
@@ -74,7 +73,7 @@ def fit_basis(
     reporter = terminal.reporter()
     where = options.choose_device(device, rank.local)
     (teacher,) = teachers.load_teachers(
-        [parse_spec(settings.teacher)],
+        options.networks([flags["teacher"]], [settings.teacher]),
         class_names=(),
         precision=settings.precision,
         device=where,
@@ -85,7 +84,7 @@ def fit_basis(
     else:
         sample = fitting.from_folder(data, settings, reporter)
     threads = settings.threads or distributed.default_threads()
-    resources = Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
+    resources = Resources(device=where, batch=settings.batch_size, threads=threads, rank=rank)
     fitted = fitting.fit(sample, teacher, settings, resources, reporter=reporter)
     if not rank.main:
         return

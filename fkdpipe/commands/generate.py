@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,19 @@ from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
     from fkdpipe.labelgen.dry_run import Forecast
-    from fkdpipe.labelgen.repair import Restored, Withdrawn
-    from fkdpipe.labelgen.settings import GenerateSettings
-    from fkdpipe.networks.teachers import Teacher
+    from fkdpipe.labelgen.generate import Generated
+    from fkdpipe.labelgen.repair import Repaired
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store")
 @click.option(
     "--teacher",
     multiple=True,
     metavar="NAME[=FILE]",
-    help="timm model, torchvision:NAME, or a run folder; several are averaged.",
+    help="timm model, torchvision:NAME, python:MODULE:FUNCTION, or a run folder; several are "
+    "averaged.",
 )
 @click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
 @click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
@@ -42,11 +41,12 @@ if TYPE_CHECKING:
 )
 @click.option("--temperature", type=float, help="Of the teachers' softmax.  [default: 1]")
 @click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
-@click.option("--batch", type=int, help="Crops per teacher batch.  [default: 64]")
+@click.option("--batch-size", type=int, help="Crops per teacher batch.  [default: 64]")
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts, counted from 1.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, from a small sample.")
 @click.option("--repair", is_flag=True, help="Make broken units again, and nothing else.")
 @options.device_option
+@options.json_option
 @options.recipe_options
 def generate(
     data: Path,
@@ -55,6 +55,7 @@ def generate(
     dry_run: bool,
     repair: bool,
     device: str,
+    as_json: bool,
     recipe: Path | None,
     assignments: tuple[str, ...],
     **flags: Any,
@@ -69,121 +70,98 @@ def generate(
     or a class folder and the number of its output, from 0, on every line ("n01440764 0"). Lines
     that begin with # are skipped.
 
+    A network of your own is a function without arguments that returns the module: --teacher
+    python:PACKAGE.MODULE:FUNCTION[=FILE]. Modules of the current folder are found, as by python -m.
+    A dict pretrained_cfg on the module says what its input is: input_size (3, height, width), mean
+    and std. As this runs code, only the command line may say it: no recipe, store or run folder.
+
     \b
     Example:
       fkdpipe generate images store --teacher resnet50 --form topk:10 --crops 200
     """
     from fkdpipe.labelgen.settings import GenerateSettings
 
-    if repair:
-        flags = _with_recorded(store, options.given_table(recipe, assignments, flags), flags)
+    if repair and store:  # none of --show-settings
+        from fkdpipe.labelgen import existing
+        from fkdpipe.storage.location import open_location
+
+        given = options.given_table(recipe, assignments, flags)
+        flags |= existing.repair_options(open_location(store), given)
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe.common import distributed
-    from fkdpipe.common.errors import UsageError
-    from fkdpipe.labelgen import dry_run as forecasting
-    from fkdpipe.labelgen import existing
-    from fkdpipe.labelgen import generate as run
-    from fkdpipe.labelgen import plan as planning
-    from fkdpipe.labelgen import repair as repairing
-    from fkdpipe.storage import begin, words
-    from fkdpipe.storage.location import open_location
+    from fkdpipe.labelgen import api
 
-    rank = distributed.parse_part(part) if part else distributed.current()
-    if repair and rank.world > 1:
-        raise UsageError("--repair is for one process: start it without --part and torchrun.")
     reporter = terminal.reporter()
-    where = options.choose_device(device, rank.local)
-    loaded = _load_teachers(data, settings, where)
-    threads = settings.threads or distributed.default_threads()
-    resources = run.Resources(device=where, batch=settings.batch, threads=threads, rank=rank)
-    location = open_location(store)
+    where = options.choose_device(device, distributed.current().local)
+    networks = options.networks(flags["teacher"], settings.teacher)
     if dry_run:
-        source = settings.source or planning.default_source(loaded)
-        settings = existing.as_store(begin.find_store(location), settings, source)
-        _print_forecast(forecasting.forecast(data, settings, loaded, resources, reporter=reporter))
+        forecast = api.forecast(
+            data, store, settings, networks, device=where, part=part, reporter=reporter
+        )
+        _print_forecast(forecast, as_json=as_json)
         return
-    restored = repairing.restore(location, data) if repair else None
-    plan = planning.prepare(
-        location, data, settings, loaded, device=where, rank=rank, reporter=reporter
+    result = api.run(
+        data, store, settings, networks, device=where, part=part, repair=repair, reporter=reporter
     )
-    if restored is not None:
-        withdrawn = repairing.withdraw(plan, restored)
-        resources = replace(resources, batch_of=withdrawn.batch_of)
-    result = run.generate(plan, loaded, resources, reporter=reporter)
-    state = "complete" if result.sealed else "other parts are still to be made"
+    if as_json:
+        terminal.print_json(_to_json(result))
+    else:
+        _print_result(store, result)
+
+
+def _to_json(result: Generated) -> dict[str, Any]:
+    outcome = {
+        "units_made": result.new_units,
+        "units_kept": result.kept_units,
+        "failed": result.failed,
+        "complete": result.complete,
+    }
+    if result.repaired is not None:
+        outcome |= {
+            "records_restored": len(result.repaired.records),
+            "units_made_again": len(result.repaired.units),
+            "units_still_broken": dict(Counter(path for path, _ in result.repaired.left)),
+        }
+    return outcome
+
+
+def _print_result(store: str, result: Generated) -> None:
+    from fkdpipe.common import words
+
+    state = "complete" if result.complete else "other parts are still to be made"
     click.echo(
-        f"{store}: {words.count(result.made, 'unit')} made, {result.kept} kept, "
+        f"{store}: {words.count(result.new_units, 'unit')} made, {result.kept_units} kept, "
         f"{words.count(len(result.failed), 'image')} left out; {state}."
     )
-    if restored is not None:
-        _print_repair(restored, withdrawn)
+    if result.repaired is not None:
+        _print_repair(result.repaired)
 
 
-def _print_repair(restored: Restored, withdrawn: Withdrawn) -> None:
-    from fkdpipe.storage import words
+def _print_repair(repaired: Repaired) -> None:
+    from fkdpipe.common import words
 
     click.echo(
-        f"{words.count(len(restored.records), 'record')} restored, "
-        f"{words.count(len(withdrawn.units), 'unit')} made again"
+        f"{words.count(len(repaired.records), 'record')} restored, "
+        f"{words.count(len(repaired.units), 'unit')} made again"
     )
-    for path, number in Counter(path for path, _ in withdrawn.left).items():
+    for path, number in Counter(path for path, _ in repaired.left).items():
         left = words.count(number, "unit")
         click.echo(f"{path}: {left} still broken; --repair with what made them")
 
 
-def _with_recorded(store: str, given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a repair, and what the store records of the source that is not said again.
+def _print_forecast(f: Forecast, *, as_json: bool) -> None:
+    from fkdpipe.common import words
 
-    Raises:
-        UsageError: no teacher is named; says with which options the store was made.
-    """
-    from fkdpipe.common.errors import StoreError, UsageError
-    from fkdpipe.labelgen import existing
-    from fkdpipe.storage.location import open_location
-    from fkdpipe.storage.store import Store
-
-    try:
-        recorded = existing.recorded_options(Store(open_location(store)))
-    except StoreError:
-        recorded = {}  # damaged records: the repair restores them first
-    if not given.get("teacher"):
-        made = "".join(f"\n  {existing.as_words(each)}" for each in recorded.values())
-        raise UsageError(
-            "--repair needs the teacher that made the store: --teacher NAME or NAME=FILE."
-            + (f" The store was made with:{made}" if made else "")
-        )
-    source = given.get("source") or (next(iter(recorded)) if len(recorded) == 1 else "")
-    old = {k: v for k, v in recorded.get(source, {}).items() if k != "teacher" and k not in given}
-    return {**flags, **old}
-
-
-def _load_teachers(data: Path, settings: GenerateSettings, device: Any) -> list[Teacher]:
-    from fkdpipe.networks import teachers
-    from fkdpipe.networks.models import parse_spec
-    from fkdpipe.pixels import images
-
-    named = settings.form != "none"  # features alone have no classes to match
-    return teachers.load_teachers(
-        [parse_spec(text) for text in settings.teacher],
-        class_names=images.class_folders(images.split_root(data, "train")) if named else (),
-        weights=settings.teacher_weight,
-        class_maps=[teachers.read_class_map(file) for file in settings.class_map],
-        precision=settings.precision,
-        device=device,
-        needs=settings.needs,
-    )
-
-
-def _print_forecast(f: Forecast) -> None:
-    from fkdpipe.storage import words
-
+    if as_json:
+        terminal.print_json(f.to_json())
+        return
     click.echo(
         f"{f.images:,} images x {words.count(f.crops_per_image, 'crop')} "
         f"({words.count(f.rejected, 'file')} rejected), {words.count(f.units, 'unit')}"
     )
     click.echo(f"store   {words.size(f.stored_bytes)}, {f.bytes_per_crop:.1f} bytes per crop")
     click.echo(
-        f"time    {terminal.readable_time(f.seconds)} for one process at {f.crops_per_s:,.0f} "
+        f"time    {words.duration(f.seconds)} for one process at {f.crops_per_s:,.0f} "
         f"crops/s, measured on {f.sampled_crops:,} crops"
     )
     gpu = f", GPU {words.size(f.gpu_bytes)}" if f.gpu_bytes else ""

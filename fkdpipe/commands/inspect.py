@@ -194,20 +194,19 @@ def _models(
     """(name, predictions) of each model, its replay open as long as the stack is."""
     from fkdpipe.inspect import models
     from fkdpipe.networks import teachers
-    from fkdpipe.networks.models import parse_spec
     from fkdpipe.pixels import images
-    from fkdpipe.pixels.replay import open_replay
+    from fkdpipe.pixels.replay import View, open_replay
 
     root = images.split_root(data, "train")
     loaded = teachers.load_teachers(
-        [parse_spec(text) for text in names],
+        options.networks(names, names),
         class_names=opened.store.images.class_names,
         class_maps=[teachers.read_class_map(file) for file in class_map],
         device=options.choose_device(device),
     )
     made = []
     for text, each in zip(names, loaded, strict=True):
-        replayer = stack.enter_context(open_replay("cpu", [models.view_of(each)]))
+        replayer = stack.enter_context(open_replay("cpu", [View.of(each.preprocessing)]))
         name = text.partition("=")[0] if "=" in text else Path(text).name
         made.append((f"model {name}", models.predictor(opened, root, each, replayer)))
     return made
@@ -253,4 +252,4 @@ def _print_analysis(found: Analysis) -> None:
     if found.classes:
         rows = pages.class_rows(found, 10)
         title = f"Least agreement, {len(rows)} of {len(found.classes):,} classes"
-        terminal.print_table(title, list(pages.CLASS_COLUMNS), rows)
+        terminal.print_table(title, pages.CLASS_COLUMNS, rows)

@@ -47,9 +47,9 @@ def import_(
       fkdpipe import fkd soft_labels images store --temperature 1 --teacher-name efficientnet_l2
     """
     from fkdpipe import interchange
+    from fkdpipe.common import words
     from fkdpipe.interchange import importing
     from fkdpipe.interchange.source import ImportSettings
-    from fkdpipe.storage import words
     from fkdpipe.storage.location import open_location
 
     interchange.choose(interchange.IMPORTS, format)  # before anything is scanned
@@ -110,8 +110,8 @@ def export(
       fkdpipe export fkd store soft_labels --keep 5
     """
     from fkdpipe import interchange
+    from fkdpipe.common import words
     from fkdpipe.interchange.exporting import ExportSettings
-    from fkdpipe.storage import words
     from fkdpipe.storage.store import open_store
 
     write = interchange.choose(interchange.EXPORTS, format)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fkdpipe.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from fkdpipe.common.config import Setting
+    from fkdpipe.networks.models import ModelSpec
+
+SHOW = "fkdpipe.show_settings"  # key of the context's notes
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
@@ -20,8 +29,27 @@ cache_option = click.option(
 )
 
 
+class WithSettings(click.Command):
+    """A command with `recipe_options`; --show-settings needs none of its arguments."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if "--show-settings" not in args:
+            return super().parse_args(context, args)
+        relaxed = click.Command(self.name, params=[copy.copy(each) for each in self.params])
+        for each in relaxed.params:
+            each.required = False
+        return relaxed.parse_args(context, args)
+
+
 def recipe_options(command: Callable) -> Callable:
-    """--recipe FILE and --set KEY=VALUE."""
+    """--recipe FILE, --set KEY=VALUE and --show-settings, of a command of class WithSettings."""
+    command = click.option(
+        "--show-settings",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda context, _, value: context.meta.update({SHOW: value}),
+        help="Print every setting, its values, default and meaning, and end.",
+    )(command)
     command = click.option(
         "--set",
         "assignments",
@@ -35,17 +63,82 @@ def recipe_options(command: Callable) -> Callable:
 
 
 def resolve(
-    cls: type, recipe: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]
+    cls: type,
+    recipe: Path | None,
+    assignments: tuple[str, ...],
+    flags: dict[str, Any],
+    *,
+    describe: Callable[[dict[str, Any]], list[Setting]] | None = None,
 ) -> Any:
-    """Settings from flag or --set, then recipe, then default.
+    """Settings from flag or --set, then recipe, then default; with --show-settings, print them.
+
+    Args:
+        describe: given the settings as a table, all that can be set. By default those of `cls`.
 
     Raises:
         UsageError: listing every problem; or a setting has a flag and a --set.
+        Exit: --show-settings has printed them.
     """
     from fkdpipe.common import config
 
+    table = given_table(recipe, assignments, flags)
     where = str(recipe) if recipe else "settings"
-    return config.build(cls, given_table(recipe, assignments, flags), where=where)
+    context = click.get_current_context()
+    if not context.meta[SHOW]:
+        return config.build(cls, table, where=where)
+    config.check(cls, table, where=where)
+    described = describe(table) if describe else config.describe(cls)
+    _show(described, table, as_json=context.params["as_json"])
+    return context.exit()
+
+
+def _show(described: list[Setting], table: dict[str, Any], *, as_json: bool) -> None:
+    """Every setting with its value: of the user, or the default."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from fkdpipe.commands import terminal
+
+    values = [_value(table, each) for each in described]
+    if as_json:
+        rows = [
+            asdict(each) | {"value": value} for each, value in zip(described, values, strict=True)
+        ]
+        terminal.print_json({"settings": rows})
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("setting", overflow="fold", max_width=26)
+    shown.add_column("value", overflow="fold", max_width=18)
+    shown.add_column("meaning")
+    for each, value in zip(described, values, strict=True):
+        default = "required" if each.required else _as_text(each.default)
+        own = default if value == each.default else f"{_as_text(value)}\n({default})"
+        allowed = f"{each.allowed[0].upper()}{each.allowed[1:]}."
+        shown.add_row(each.name, own, f"{each.meaning} {allowed}")
+    width = None if sys.stdout.isatty() else 80
+    Console(highlight=False, markup=False, emoji=False, width=width).print(shown)
+    click.echo("In brackets: the default, where another value is given.")
+
+
+def _value(table: dict[str, Any], setting: Setting) -> Any:
+    """What the user gave, else the default."""
+    value: Any = table
+    for key in setting.name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return setting.default
+        value = value[key]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_as_text, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def given_table(
@@ -85,6 +178,17 @@ def _nested(flags: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = list(value) if isinstance(value, tuple) else value
     return table
+
+
+def networks(typed: Sequence[str], settings: Sequence[str]) -> list[ModelSpec]:
+    """The networks of a setting; only what the user typed as the flag itself may name Python code.
+
+    Args:
+        typed: the flag's values, empty when it was left out. settings: from wherever they came.
+    """
+    from fkdpipe.networks.models import parse_spec
+
+    return [parse_spec(text, allow_python=text in typed) for text in settings]
 
 
 def choose_device(text: str, local_rank: int = 0) -> Any:

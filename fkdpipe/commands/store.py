@@ -10,8 +10,8 @@ import click
 from fkdpipe.commands import options, terminal
 
 if TYPE_CHECKING:
+    from fkdpipe.labelgen.check import Checked
     from fkdpipe.storage.store import Store
-    from fkdpipe.storage.verify import Problem
 
 
 @click.command()
@@ -71,9 +71,17 @@ def verify(
         problems = verifying.verify(
             opened, full=full, cache_dir=options.cache_dir(cache), on_unit=advance
         )
-    notes: list[str] = []
+    checked: list[Checked] = []
     if data is not None and units:
-        problems += _against_data(opened, data, teacher, notes, **how)
+        from fkdpipe.labelgen import check
+
+        try:
+            problems += check.folder(opened, data)
+        except StoreError as error:
+            problems.append(verifying.Problem("no-record", "images", 0, str(error)))
+        else:
+            checked = _run_again(opened, data, teacher, **how) if teacher else []
+    problems += [problem for each in checked for problem in each.problems]
     if as_json:
         found = [problem.to_json() for problem in problems]
         terminal.print_json({"ok": not problems, "problems": found})
@@ -81,18 +89,18 @@ def verify(
         for problem in problems:
             unit = f" unit {problem.unit}" if problem.unit >= 0 else ""
             click.echo(f"{problem.code}: {problem.part}{unit}: {problem.detail}")
-        for note in notes:
-            click.echo(note)
+        for each in checked:
+            if each.crops:
+                click.echo(_comparison(each))
         click.echo(f"{store}: {'ok' if not problems else f'{len(problems)} problems'}")
     if problems:
         raise click.exceptions.Exit(1)
 
 
-def _against_data(
+def _run_again(
     store: Store,
     data: Path,
     teacher: tuple[str, ...],
-    notes: list[str],
     *,
     teacher_weight: tuple[float, ...],
     class_map: tuple[Path, ...],
@@ -100,58 +108,35 @@ def _against_data(
     source: str | None,
     sample: int,
     device: str,
-) -> list[Problem]:
-    from fkdpipe.common.errors import ModelError, StoreError
+) -> list[Checked]:
+    """The teachers, run again on a sample of every part that they made."""
     from fkdpipe.labelgen import check
     from fkdpipe.networks import features, teachers
     from fkdpipe.networks.feature_layers import needs_of
-    from fkdpipe.networks.models import parse_spec
-    from fkdpipe.storage.verify import Problem
 
-    try:
-        problems = check.folder(store, data)
-    except StoreError as error:
-        return [Problem("no-record", "images", 0, str(error))]
-    if not teacher:
-        return problems
+    specs = options.networks(teacher, teacher)
+    parts = check.parts_of(store, source, [spec.name for spec in specs])
     where = options.choose_device(device)
-    parts = [p for p in store.parts.values() if p.kind in ("labels", "features")]
-    parts = [p for p in parts if source is None or p.source == source]
-    if not parts:
-        raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
-    specs = [parse_spec(text) for text in teacher]
-    named = [
-        p for p in parts if [t["name"] for t in p.settings["teachers"]] == [s.name for s in specs]
-    ]
-    parts = named or parts
     loaded = teachers.load_teachers(
         specs,
         class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
         class_maps=[teachers.read_class_map(file) for file in class_map],
-        precision=parts[0].settings["precision"] or "float32",  # unknown of imports
+        precision=parts[0].settings.precision or "float32",  # unknown of imports
         device=where,
         needs=needs_of({part.layer for part in parts}),
     )
     fitted = features.load_basis(basis) if basis else None
-    changed = {part.path: check.other_teachers(part, loaded) for part in parts}
-    if all(changed.values()):
-        return problems + [
-            Problem("teacher-differs", path, -1, f"made by other teachers: {'; '.join(found)}")
-            for path, found in changed.items()
-        ]
-    for part in (part for part in parts if not changed[part.path]):
-        checked = check.teacher(
-            store, part, data, loaded, device=where, basis=fitted, sample=sample
-        )
-        problems += checked.problems
-        notes.append(
-            f"{part.path}: the teacher agrees on {checked.crops} crops within {checked.worst:.2g} "
-            f"(allowed {checked.allowed:.2g})"
-            if not checked.problems
-            else f"{part.path}: differs by up to {checked.worst:.2g}"
-        )
-    return problems
+    return check.all_parts(store, parts, data, loaded, device=where, basis=fitted, sample=sample)
+
+
+def _comparison(checked: Checked) -> str:
+    if checked.problems:
+        return f"{checked.part}: differs by up to {checked.worst:.2g}"
+    return (
+        f"{checked.part}: the teacher agrees on {checked.crops} crops within {checked.worst:.2g} "
+        f"(allowed {checked.allowed:.2g})"
+    )
 
 
 @click.command()
@@ -175,9 +160,9 @@ def thin(
     Example:
       fkdpipe thin store small --crops 50 --form topk:5:compact
     """
+    from fkdpipe.common import words
     from fkdpipe.inspect.report import measure
     from fkdpipe.storage import thin as thinning
-    from fkdpipe.storage import words
     from fkdpipe.storage.labels import parse_form
     from fkdpipe.storage.location import open_location
     from fkdpipe.storage.store import open_store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import click
 from fkdpipe.commands import options, terminal
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store", required=False)
 @click.option(
     "--student",
     metavar="NAME[=FILE]",
-    help="timm model from scratch, checkpoint or run folder.",
+    help="timm model or python:MODULE:FUNCTION from scratch, checkpoint or run folder.",
 )
 @click.option(
     "--target",
@@ -39,6 +40,7 @@ from fkdpipe.commands import options, terminal
 @click.option("--allow-partial", is_flag=True, help="Use the finished part of an unsealed store.")
 @options.cache_option
 @options.device_option
+@options.json_option
 @options.recipe_options
 def train(
     data: Path,
@@ -47,6 +49,7 @@ def train(
     allow_partial: bool,
     cache: Path | None,
     device: str,
+    as_json: bool,
     recipe: Path | None,
     assignments: tuple[str, ...],
     **flags: Any,
@@ -57,16 +60,19 @@ def train(
     Started again with the same --out, it goes on from its last checkpoint. For several GPUs:
     torchrun --nproc-per-node N -m fkdpipe train ... with the same arguments.
 
+    A student of your own is a function that returns the module, as a teacher of generate is; where
+    it takes num_classes, it is given the number of classes.
+
     \b
     Example:
       fkdpipe train images store --student resnet18 --target marginal-smoothing:5 \\
           --crops-per-image 4 --epochs 100 --out runs/student
     """
-    from fkdpipe.train.settings import TrainSettings
+    from fkdpipe.train.settings import TrainSettings, describe
 
     flags["optimizer.lr"] = flags.pop("lr")
     flags["method.name"] = flags.pop("method")
-    settings = options.resolve(TrainSettings, recipe, assignments, flags)
+    settings = options.resolve(TrainSettings, recipe, assignments, flags, describe=describe)
     from fkdpipe.common import distributed
     from fkdpipe.common.progress import silent
     from fkdpipe.storage.store import open_store
@@ -75,11 +81,14 @@ def train(
 
     rank = distributed.current()
     where = options.choose_device(device, rank.local)
+    named = [] if settings.teacher is None else [settings.teacher]
     with parallel.group(rank, where):
         run = prepare(
             settings,
             data,
             out,
+            student_spec=options.networks([flags["student"]], [settings.student])[0],
+            teacher_spec=next(iter(options.networks([flags["teacher"]], named)), None),
             store=open_store(store) if store else None,
             cache_dir=options.cache_dir(cache),
             allow_partial=allow_partial,
@@ -89,6 +98,9 @@ def train(
         )
         result = loop.train(run)
     if not rank.main:
+        return
+    if as_json:
+        terminal.print_json(asdict(result) | {"student": str(result.student)})
         return
     accuracy = "" if result.top1 is None else f", top-1 {result.top1:.2f} %"
     click.echo(f"{result.steps} steps, {result.epochs} epochs{accuracy}; student: {result.student}")
@@ -115,7 +127,11 @@ def train(
     "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=128, show_default=True, help="Images per batch."
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Images per batch.",
 )
 @options.device_option
 @options.json_option
@@ -127,7 +143,7 @@ def evaluate(
     real: Path | None,
     numbered: bool,
     precision: str,
-    batch: int,
+    batch_size: int,
     device: str,
     as_json: bool,
 ) -> None:
@@ -140,49 +156,25 @@ def evaluate(
     Example:
       fkdpipe evaluate images runs/student --json
     """
-    from fkdpipe.common.distributed import default_threads
-    from fkdpipe.networks import models, teachers
-    from fkdpipe.pixels import images
-    from fkdpipe.train import evaluate as evaluation
+    from dataclasses import asdict
 
-    reporter = terminal.reporter()
-    where = options.choose_device(device)
-    with reporter.task("scan", 0, "files") as advance:
-        chosen = split or ("val" if images.splits_of(data) else "train")
-        folder = images.scan(data, split=chosen, on_image=advance)  # type: ignore[arg-type]
-    class_maps: list[teachers.ClassMap] = []
-    if class_map:
-        class_maps = [teachers.read_class_map(class_map)]
-    elif numbered:
-        class_maps = [teachers.numbered_classes(folder.class_names)]
-    (teacher,) = teachers.load_teachers(
-        [models.parse_spec(model)],
-        class_names=folder.class_names,
-        class_maps=class_maps,
+    from fkdpipe.train.evaluate import evaluate as run
+
+    (spec,) = options.networks([model], [model])
+    accuracy = run(
+        spec,
+        data,
+        split=split,  # type: ignore[arg-type]
+        class_map=class_map,
+        numbered=numbered,
+        real=real,
         precision=precision,  # type: ignore[arg-type]
-        device=where,
-    )
-    accuracy = evaluation.evaluate(
-        teacher.module,
-        teacher.preprocessing,
-        folder,
-        device=where,
-        columns=teacher.columns,
-        precision=teacher.precision,
-        batch=batch,
-        threads=default_threads(),
-        accepted=evaluation.read_accepted(real, folder) if real else None,
-        reporter=reporter,
+        batch_size=batch_size,
+        device=device,
+        reporter=terminal.reporter(),
     )
     if as_json:
-        terminal.print_json(
-            {
-                "top1": accuracy.top1,
-                "top5": accuracy.top5,
-                "images": accuracy.images,
-                "skipped": accuracy.skipped,
-            }
-        )
+        terminal.print_json(asdict(accuracy))
         return
     click.echo(
         f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % "

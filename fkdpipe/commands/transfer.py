@@ -10,7 +10,7 @@ import click
 from fkdpipe.commands import options, terminal
 
 
-@click.command()
+@click.command(cls=options.WithSettings)
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--mode", "modes", multiple=True, help="fine-tune or probe.  [default: both]")
@@ -62,8 +62,9 @@ def transfer(
         parallel.group(rank, where),
     ):
         trials = transferring.transfer(
-            model, data, out or Path(place), settings, device=where, rank=rank, reporter=reporter
-        )
+            model, data, out or Path(place), settings,
+            spec=options.networks([model], [model])[0], device=where, rank=rank, reporter=reporter,
+        )  # fmt: skip
     if not rank.main:
         return
     rows = transferring.summarise(trials)

@@ -1,24 +1,77 @@
-"""TOML and command-line settings to frozen dataclasses, and back.
+"""Settings: frozen dataclasses that pydantic checks, from TOML, from `--set` and from Python.
 
-Every unknown key and every bad value is reported at once, with the place it was written. Values
-must have the type of their field; `int` is taken where `float` is meant, nothing else is guessed.
+Every problem is reported at once, by the dotted name that `--set` takes, with what is allowed and
+what was found. Values must have the type of their field; `int` is taken where `float` is meant,
+nothing else is guessed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import functools
+import json
 import tomllib
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fkdpipe.common.errors import UsageError
 
 T = TypeVar("T")
+Schema = dict[str, Any]  # JSON Schema, as pydantic writes it
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+_STRICT = ConfigDict(
+    strict=True,
+    extra="forbid",
+    allow_inf_nan=False,
+    validate_default=True,  # cross-checks see a default as they see a given value
+    use_attribute_docstrings=True,
+)
+
+
+class SettingsError(UsageError):
+    """Settings that cannot be right; `problems` has one line each, beginning with the name."""
+
+    def __init__(self, problems: Sequence[str], where: str = "") -> None:
+        self.problems = tuple(problems)
+        many = len(problems) > 1
+        stop = "" if problems[0].endswith("?") else "."
+        lines = "".join(f"\n  {each}" for each in problems) if many else f" {problems[0]}{stop}"
+        count = f" {len(problems)} problems:" if many else ""
+        super().__init__(f"{where and f'{where}:'}{count}{lines}".strip(), code="settings")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field, dataclasses.field))
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass that is checked however it is made, `replace` included.
+
+    The docstring below a field is its meaning. Checks across fields are `field_validator`s of the
+    later one: they run where `info.data` has the earlier, that is where both are valid alone.
+
+    Raises (the class, when it is called):
+        SettingsError: listing every problem.
+    """
+    checked: Any = pydantic.dataclasses.dataclass(cls, frozen=True, config=_STRICT)
+    init = checked.__init__
+
+    @functools.wraps(init)
+    def checking(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            init(self, *args, **values)
+        except ValidationError as error:
+            raise SettingsError(_problems(checked, error)) from None
+
+    checked.__init__ = checking
+    return checked
 
 
 def load_toml(file: Path) -> dict[str, Any]:
@@ -60,21 +113,42 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build(cls: type[T], table: Mapping[str, Any], *, where: str = "settings") -> T:
-    """A dataclass from a table.
+def build(
+    cls: type[T], table: Mapping[str, Any], *, where: str = "settings", prefix: str = ""
+) -> T:
+    """Settings from a table.
 
     Args:
         where: named in the message, for example the recipe's path.
+        prefix: of the names in it, where the table is a part of another, such as `method.`.
 
     Raises:
-        UsageError: listing every problem.
+        SettingsError: listing every problem.
     """
-    problems: list[str] = []
-    made = _build(cls, table, "", problems)
-    if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise UsageError(f"{where}: {count}:\n  " + "\n  ".join(problems))
-    return made
+    try:
+        return _validate(cls, table)
+    except ValidationError as error:
+        raise SettingsError(_problems(cls, error, prefix), where) from None
+
+
+def check(cls: type, table: Mapping[str, Any], *, where: str = "settings") -> None:
+    """As `build` of a table that may lack settings that are required.
+
+    Raises:
+        SettingsError: listing every problem of what is there.
+    """
+    try:
+        _validate(cls, table)
+    except ValidationError as error:
+        if problems := _problems(cls, error, passing_over=("missing",)):
+            raise SettingsError(problems, where) from None
+
+
+def _validate(cls: type[T], table: Mapping[str, Any]) -> T:
+    # TOML has JSON's types: pydantic's strict reading of JSON takes lists for tuples, tables for
+    # dataclasses and text for paths, and guesses nothing. The text of a date is its value.
+    text = json.dumps(table, default=str, ensure_ascii=False).encode(errors="replace")
+    return TypeAdapter(cls).validate_json(text)
 
 
 def to_table(settings: Any) -> dict[str, Any]:
@@ -94,91 +168,171 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[str]) -> T:
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    before = len(problems)
-    for key, value in table.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(fields)}"
-            problems.append(f"{prefix}{key} is not a setting{hint}")
+@dataclass(frozen=True)
+class Setting:
+    """One setting, to print. name: dotted, `[]` for each item of a list of tables.
+
+    default: as JSON has it, None where there is none. required: it must be given.
+    """
+
+    name: str
+    allowed: str
+    default: Any
+    required: bool
+    meaning: str
+
+
+def describe(cls: type, prefix: str = "") -> list[Setting]:
+    """Every setting of a settings class, those of inner tables by their dotted names."""
+    schema = _schema(cls)
+    return list(_leaves(schema, schema, prefix))
+
+
+def _leaves(root: Schema, table: Schema, prefix: str) -> Iterator[Setting]:
+    for key, node in table["properties"].items():
+        kinds = _kinds(root, node)
+        items = [inner for kind in kinds for inner in _kinds(root, kind.get("items", {}))]
+        if inner := next((kind for kind in kinds if "properties" in kind), None):
+            yield from _leaves(root, inner, f"{prefix}{key}.")
+        elif inner := next((item for item in items if "properties" in item), None):
+            yield from _leaves(root, inner, f"{prefix}{key}[].")
+        else:
+            yield Setting(
+                name=f"{prefix}{key}",
+                allowed=_allowed(root, node),
+                default=node.get("default"),
+                required=key in table.get("required", ()),
+                meaning=_meaning(node),
+            )
+
+
+def _meaning(node: Schema) -> str:
+    return " ".join(node.get("description", "").split())
+
+
+@functools.cache
+def _schema(cls: type) -> Schema:
+    return TypeAdapter(cls).json_schema()
+
+
+def _kinds(root: Schema, node: Schema) -> list[Schema]:
+    """What a value may be: one schema, or the alternatives of a union."""
+    if "$ref" in node:
+        node = root["$defs"][node["$ref"].rpartition("/")[2]]
+    if "anyOf" not in node:
+        return [node]
+    return [kind for each in node["anyOf"] for kind in _kinds(root, each)]
+
+
+def _problems(
+    cls: type, error: ValidationError, prefix: str = "", *, passing_over: Sequence[str] = ()
+) -> list[str]:
+    errors = [each for each in error.errors() if each["type"] not in passing_over]
+    lines = [line for each in errors for line in _lines(cls, each, prefix)]
+    return list(dict.fromkeys(lines))  # a union has the same problem once for each alternative
+
+
+def _lines(cls: type, error: Any, prefix: str) -> tuple[str, ...]:
+    root, loc, kind = _schema(cls), error["loc"], error["type"]
+    if kind == "missing" and isinstance(loc[-1], int):
+        loc = loc[:-1]  # too short a list: what is allowed is said of the whole
+    name, node = _at(root, loc, prefix)
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return cause.problems
+    if cause is not None:
+        return (f"{name}: {str(cause).rstrip('.')}",)
+    if kind == "missing" and node is not None and loc == error["loc"]:
+        return (f"{name} is required: {_meaning(node).rstrip('.')}",)
+    if node is None:
+        return (f"{name} is not a setting; {_near(cls, name, prefix)}",)
+    allowed = _allowed(root, node)
+    if kind == "finite_number":  # infinity is above 0 and yet not allowed
+        allowed = allowed.replace("a number", "a finite number", 1)
+    return (f"{name} must be {allowed}; found {_shown(error['input'])}",)
+
+
+def _at(root: Schema, loc: tuple[int | str, ...], prefix: str) -> tuple[str, Schema | None]:
+    """The dotted name of a place in the settings and its schema, None of an unknown key."""
+    name, node = prefix, root
+    for key in loc:
+        kinds = _kinds(root, node)
+        if isinstance(key, int):
+            lists = [kind for kind in kinds if kind.get("type") == "array"]
+            items = lists[0].get("prefixItems", ()) if lists else ()
+            node = items[key] if key < len(items) else lists[0].get("items", {})
+            name = f"{name.rstrip('.')}[{key}]."
             continue
-        values[key] = _convert(hints[key], value, f"{prefix}{key}", problems)
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in table:
-            problems.append(f"{prefix}{name} is required")
-    if len(problems) > before:
-        return None  # type: ignore[return-value]  # the caller raises
-    try:
-        return cls(**values)
-    except UsageError as error:
-        problems.append(f"{prefix.rstrip('.')}: {error}" if prefix else str(error))
-        return None  # type: ignore[return-value]
+        tables = [kind["properties"] for kind in kinds if "properties" in kind]
+        if not tables:  # pydantic's name for an alternative of a union
+            break
+        if key not in tables[0]:
+            return f"{name}{key}", None
+        name, node = f"{name}{key}.", tables[0][key]
+    return name.rstrip("."), node
 
 
-def _convert(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, Mapping):
-            return _build(typing.cast(type, hint), value, f"{name}.", problems)
-        problems.append(f"{name} must be a table, found {value!r}")
-        return None
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        inner = [arg for arg in args if arg is not type(None)]
-        if len(inner) == 1:
-            return _convert(inner[0], value, name, problems)
-        for arg in inner:
-            attempt: list[str] = []
-            converted = _convert(arg, value, name, attempt)
-            if not attempt:
-                return converted
-        problems.append(f"{name} has no meaning as {value!r}")
-        return None
-    if origin is Literal:
-        if value not in args:
-            allowed = ", ".join(str(arg) for arg in args)
-            problems.append(f"{name} must be one of {allowed}; found {value!r}")
-        return value
-    if origin is tuple:
-        return _convert_tuple(args, value, name, problems)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            problems.append(f"{name} must be a table, found {value!r}")
-        return dict(value) if isinstance(value, Mapping) else None
-    if hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{name} must be a finite number, found {value!r}")
-        return None
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
-    problems.append(f"{name} must be {_word(hint)}, found {value!r}")
-    return None
+def _near(cls: type, name: str, prefix: str) -> str:
+    """Settings that an unknown key may have meant, else those beside it."""
+    leaves = [setting.name for setting in describe(cls, prefix)]
+    tables = {leaf.rpartition(".")[0] for leaf in leaves} - {"", prefix.rstrip(".")}
+    ends: dict[str, list[str]] = {}
+    for known in [*leaves, *sorted(tables)]:
+        ends.setdefault(known.rpartition(".")[2], []).append(known)
+    before, _, end = name.rpartition(".")
+    near = [known for each in difflib.get_close_matches(end, ends) for known in ends[each]]
+    if near:
+        return f"did you mean {' or '.join(near[:3])}?"
+    beside = [known for known in leaves if known.rpartition(".")[0] == before]
+    return f"known: {', '.join(beside or leaves)}"
 
 
-def _convert_tuple(args: tuple, value: Any, name: str, problems: list[str]) -> tuple | None:
-    if not isinstance(value, (list, tuple)):
-        problems.append(f"{name} must be a list, found {value!r}")
-        return None
-    variadic = len(args) == 2 and args[1] is Ellipsis
-    hints = [args[0]] * len(value) if variadic else list(args)
-    if len(hints) != len(value):
-        problems.append(f"{name} must have {len(hints)} values, found {len(value)}")
-        return None
-    return tuple(
-        _convert(hint, item, f"{name}[{k}]", problems)
-        for k, (hint, item) in enumerate(zip(hints, value, strict=True))
-    )
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _word(hint: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        hint, str(hint)
-    )
+_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "object": "a table",
+}
+
+
+def _allowed(root: Schema, node: Schema) -> str:
+    kinds = [kind for kind in _kinds(root, node) if kind.get("type") != "null"]
+    return " or ".join(_kind_words(root, kind) for kind in kinds)
+
+
+def _kind_words(root: Schema, kind: Schema) -> str:
+    if "const" in kind:
+        return str(kind["const"])
+    if "enum" in kind:
+        return f"one of {', '.join(map(str, kind['enum']))}"
+    if kind.get("format") == "path":
+        return "a path"
+    if kind.get("type") == "array":
+        fixed = kind.get("prefixItems", [])
+        first: Schema = fixed[0] if fixed else kind["items"]
+        return f"a list{f' of {len(fixed)}' if fixed else ''}, each {_allowed(root, first)}"
+    return f"{_WORDS[kind['type']]}{_bounds(kind)}"
+
+
+def _bounds(kind: Schema) -> str:
+    if "minimum" in kind and "maximum" in kind:
+        return f" from {_number(kind['minimum'])} to {_number(kind['maximum'])}"
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    bounds = [f"{word} {_number(kind[key])}" for key, word in words.items() if key in kind]
+    of = " of" if bounds and bounds[0].startswith("at") else ""
+    return " ".join(["", *of.split(), " and ".join(bounds)]) if bounds else ""
+
+
+def _number(value: float) -> str:
+    return "2**63 - 1" if value == 2**63 - 1 else f"{value:g}"

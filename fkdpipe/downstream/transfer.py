@@ -13,13 +13,17 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
+from fkdpipe.common import config
+from fkdpipe.common.config import Seed, Share
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
 from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks.models import ModelSpec
 from fkdpipe.pixels import images
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.train import loop, metrics, run
@@ -30,34 +34,39 @@ log = logging.getLogger(__name__)
 Mode = Literal["fine-tune", "probe"]
 
 
-@dataclass(frozen=True)
+@config.settings
 class TransferSettings:
-    """A transfer experiment. Every mode, learning rate and seed is a trial on every folder.
-
-    modes: fine-tune trains all weights, probe the classifier alone on the frozen backbone.
-    lr: learning rates, of which the best is reported. seeds: of classifier, order and crops.
-    fraction: share of the images of every class that is trained on, chosen by the seed.
-    size: side of the input in pixels; None takes the backbone's own.
-    crop: law of the random crops.
-    """
+    """A transfer experiment. Every mode, learning rate and seed is a trial on every folder."""
 
     modes: tuple[Mode, ...] = ("fine-tune", "probe")
-    lr: tuple[float, ...] = (0.01, 0.001)
-    seeds: tuple[int, ...] = (0,)
-    epochs: int = 150
-    batch_size: int = 64
-    weight_decay: float = 5e-4
-    fraction: float = 1.0
-    size: int | None = None
+    """fine-tune trains all weights, probe the classifier alone on the frozen backbone."""
+    lr: tuple[PositiveFloat, ...] = (0.01, 0.001)
+    """Learning rates, of which the best is reported."""
+    seeds: tuple[Seed, ...] = (0,)
+    """Of classifier, order and crops."""
+    epochs: PositiveInt = 150
+    """Of every trial."""
+    batch_size: PositiveInt = 64
+    """Images per optimiser step, over all processes."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """Decay of the weights."""
+    fraction: Share = 1.0
+    """Share of the images of every class that is trained on, chosen by the seed."""
+    size: Annotated[int, Field(ge=8)] | None = None
+    """Side of the input in pixels; by default the backbone's own."""
     crop: CropDistribution = field(default_factory=CropDistribution)
+    """The distribution of the random crops."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int | None = None
+    """Of the forward pass; auto is bfloat16 on GPUs that have it, else float32."""
+    threads: PositiveInt | None = None
+    """Of the replay; by default the machine's cores."""
 
-    def __post_init__(self) -> None:
-        for name in ("modes", "lr", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise UsageError(f"{name} must name each value once; found {list(values)}.")
+    @field_validator("modes", "lr", "seeds")
+    @classmethod
+    def _each_once(cls, values: tuple) -> tuple:
+        if not values or len(set(values)) != len(values):
+            raise UsageError(f"must name each value once; found {list(values)}")
+        return values
 
     def trial(self, model: str, mode: Mode, lr: float, seed: int) -> TrainSettings:
         """The training run of one trial."""
@@ -119,6 +128,7 @@ def transfer(
     out: Path,
     settings: TransferSettings,
     *,
+    spec: ModelSpec | None = None,
     device: torch.device,
     rank: Rank = Rank(),
     reporter: Reporter = silent,
@@ -129,6 +139,7 @@ def transfer(
 
     Args:
         model: a run folder, NAME=FILE, or NAME for the library's pretrained weights.
+        spec: what it names, where the caller knows it.
 
     Raises:
         ImagesError: a folder without train/ and val/. UsageError: two folders of one name.
@@ -147,7 +158,7 @@ def transfer(
         log.info("%s: %s, learning rate %g, seed %d", folder, mode, lr, seed)
         prepared = run.prepare(
             settings.trial(model, mode, lr, seed), folder, place,
-            cache_dir=place, device=device, rank=rank, reporter=reporter,
+            student_spec=spec, cache_dir=place, device=device, rank=rank, reporter=reporter,
         )  # fmt: skip
         loop.train(prepared)
         # From the record, so that a trial that was finished before counts as well.

@@ -88,7 +88,7 @@ def analyse(
 
 def _area(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
     """float64 (B,): each crop's share of its image."""
-    box_Im4, _ = opened.boxes.take(rows_I, crops_m)
+    box_Im4 = opened.boxes.take(rows_I, crops_m).box_NM4
     size = opened.store.images.size_N2[rows_I].astype(np.float64)
     area = box_Im4[..., 2].astype(np.float64) * box_Im4[..., 3]
     return (area / size.prod(axis=1)[:, None]).reshape(-1)

@@ -26,6 +26,7 @@ import numpy as np
 from fkdpipe.pixels import crops
 from fkdpipe.storage import rounds, schema
 from fkdpipe.storage.schema import Field
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Part, Store
 
 SAMPLE_CROPS = 200_000  # values are read until so many crops were seen
@@ -50,11 +51,10 @@ def bytes_per_crop(store: Store, part: Part) -> dict[str, float | None]:
     return {name: None if value is None else value / 8 for name, value in bits.items()}
 
 
-def _crop_bits(store: Store, part: Part) -> dict[str, float | None]:
-    law_name = (part.settings.get("law"), part.settings.get("version"))
-    if law_name != (crops.DISTRIBUTION_NAME, crops.DISTRIBUTION_VERSION) or not part.fields:
+def _crop_bits(store: Store, part: Part[CropsSettings]) -> dict[str, float | None]:
+    if not part.settings.known or part.settings.derived:
         return {field.name: None for field in part.fields}
-    distribution = rounds.distribution_of(part.settings)
+    distribution = part.settings.distribution
     unit = next((unit for unit, marker in store.markers(part) if marker is not None), None)
     if unit is None:
         return {field.name: None for field in part.fields}
@@ -114,19 +114,16 @@ def _field_bits(store: Store, part: Part, field: Field) -> float | None:
 
 def _sample(store: Store, part: Part, field: Field) -> np.ndarray | None:
     """(N, M, ...) values of the first committed units; of wide fields, of their first group."""
-    crops_M = int(part.settings["crops"])
+    crops_M = part.settings.crops
     span = min(store.group_size, crops_M) if field.wide else crops_M
     parts: list[np.ndarray] = []
     seen = 0
     for unit, marker in store.markers(part):
         if marker is None:
             continue
-        rows = store.unit_rows(unit)
-        key = schema.shard_key(part.path, field, unit, 0)
-        shards = {key: store.read_checked(key, marker.files, unit)}
-        region = (rows, slice(0, span))
-        values = store.arrays.decode(f"{part.path}/{field.name}", region, shards)
-        good = np.delete(values, [row - rows.start for row in marker.failed], axis=0)
+        values = store.read(part, field.name, unit, range(span), files=marker.files)
+        first = store.unit_rows(unit).start
+        good = np.delete(values, [row - first for row in marker.failed], axis=0)
         parts.append(good)
         seen += good.shape[0] * good.shape[1]
         if seen >= SAMPLE_CROPS:
@@ -164,28 +161,33 @@ def ids_bits(ids_NMK: np.ndarray) -> float:
 def _urn_bits(coded_NMK: np.ndarray, known_NML: np.ndarray) -> float:
     """Bits of a crop's coded classes, given the known ones of its image's earlier crops.
 
-    Every coded class of a crop is among its known ones.
+    A class costs -log2 (n + a q) / (j L + a): n of the image's j earlier crops know it, each of
+    them knows L classes, and q is its share among all that are coded. The coded classes of a crop
+    are the last K of its known ones.
     """
-    images, crops_M, kept = coded_NMK.shape
-    width = known_NML.shape[2]
-    _, ids = np.unique(known_NML, return_inverse=True)
-    ids = ids.reshape(images, -1)
-    number = np.arange(images)[:, None] * (ids.max() + 1) + ids
-    flat = number.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    ordered = flat[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    lengths = np.diff(np.r_[starts, len(ordered)])
-    earlier = np.empty(len(flat))
-    earlier[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
-    # A crop holds a class once, so how often it came before is in how many earlier crops.
-    pick = slice(width - kept, width)
-    earlier_NMK = earlier.reshape(images, crops_M, width)[:, :, pick]
-    ids_NMK = ids.reshape(images, crops_M, width)[:, :, pick]
-    share_C = np.bincount(ids_NMK.reshape(-1), minlength=ids.max() + 1) / ids_NMK.size
-    before_M1 = np.arange(crops_M)[:, None] * width
-    costs = [
-        -np.log2((earlier_NMK + a * share_C[ids_NMK]) / (before_M1 + a)).sum(axis=2).mean()
-        for a in WEIGHTS
-    ]
+    crops_M, kept = coded_NMK.shape[1:]
+    known = known_NML.shape[2]
+    n_NMK = _earlier_crops(known_NML)[:, :, known - kept :]
+    _, index, counts = np.unique(coded_NMK, return_inverse=True, return_counts=True)
+    q_NMK = (counts / coded_NMK.size)[index].reshape(coded_NMK.shape)
+    all_known_M1 = known * np.arange(crops_M)[:, None]
+    costs = [-np.log2((n_NMK + a * q_NMK) / (all_known_M1 + a)).sum(axis=2).mean() for a in WEIGHTS]
     return float(min(costs))
+
+
+def _earlier_crops(ids_NML: np.ndarray) -> np.ndarray:
+    """int64 (N, M, L): how many earlier crops of its image have each class, which a crop has once.
+
+    A stable sort brings the same class of the same image together, in the order of the crops; how
+    far one is from the first of these is how many came before it.
+    """
+    _, number = np.unique(ids_NML, return_inverse=True)
+    image_N11 = np.arange(len(ids_NML))[:, None, None]
+    pair = (image_N11 * (number.max() + 1) + number.reshape(ids_NML.shape)).reshape(-1)
+    order = np.argsort(pair, kind="stable")
+    position = np.arange(len(pair))
+    is_first = np.r_[True, np.diff(pair[order]) != 0]
+    first = np.maximum.accumulate(np.where(is_first, position, 0))
+    earlier = np.empty_like(position)
+    earlier[order] = position - first
+    return earlier.reshape(ids_NML.shape)

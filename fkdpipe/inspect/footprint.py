@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fkdpipe.inspect.html import figures, page, table
+from fkdpipe.common import words
+from fkdpipe.inspect.html import Section, Table, sections_page
 from fkdpipe.inspect.plots import COLOURS, Panel
-from fkdpipe.inspect.report import PaperRow, StorageReport, to_gigabytes
-from fkdpipe.storage import words
+from fkdpipe.inspect.report import PaperRow, StorageReport
 from fkdpipe.storage.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Table = tuple[list[str], list[list[str]]]
 
 
 def names_of(reports: Sequence[StorageReport]) -> list[str]:
@@ -62,10 +59,10 @@ def paper_rows(r: StorageReport) -> Table:
     rows = [
         [
             row.name,
-            to_gigabytes(row.paper),
-            "" if (this := _this(row, r)) is None else to_gigabytes(this),
+            words.gigabytes(row.paper),
+            "" if (this := _this(row, r)) is None else words.gigabytes(this),
             "" if this is None else f"{row.paper / this:.1f}",
-            "" if row.planned is None else to_gigabytes(row.planned),
+            "" if row.planned is None else words.gigabytes(row.planned),
         ]
         for row in r.table
     ]
@@ -83,7 +80,7 @@ def store_table(reports: Sequence[StorageReport]) -> Table:
             f"{r.classes:,}",
             words.size(r.stored_bytes),
             f"{r.bytes_per_crop:.2f}" if r.finished else "",
-            to_gigabytes(r.imagenet) if r.finished else "",
+            words.gigabytes(r.imagenet) if r.finished else "",
         ]
         for name, r in zip(names_of(reports), reports, strict=True)
     ]
@@ -118,8 +115,8 @@ def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
         rows.append(
             [
                 row.name,
-                to_gigabytes(row.paper),
-                *("" if cell is None else to_gigabytes(cell) for cell in cells),
+                words.gigabytes(row.paper),
+                *("" if cell is None else words.gigabytes(cell) for cell in cells),
             ]
         )
     return ["Table 2", "FKD paper", *names_of(reports)], rows
@@ -135,8 +132,8 @@ def plan_table(plan: Plan) -> Table:
             [
                 store.form,
                 f"{store.bytes_per_crop:,.2f}",
-                to_gigabytes(store.stored_bytes),
-                to_gigabytes(store.cache_bytes),
+                words.gigabytes(store.stored_bytes),
+                words.gigabytes(store.cache_bytes),
                 "" if hours is None else f"{hours:,.1f}",
                 "" if rate is None else f"{rate / 1e6:,.1f}",
             ]
@@ -214,7 +211,7 @@ def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
     gigabytes = [size / 1e9 for _, size, _ in bars]
     axes.barh(where, gigabytes, 0.7, color=[colour for *_, colour in bars])
     for y, (_, size, _), value in zip(where, bars, gigabytes, strict=True):
-        axes.text(value, float(y), f" {to_gigabytes(size)}", va="center", fontsize=8)
+        axes.text(value, float(y), f" {words.gigabytes(size)}", va="center", fontsize=8)
     axes.set_yticks(where, [name for name, *_ in bars], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -278,25 +275,25 @@ def _bars(axes: Axes, plan: Plan, ends: Iterable[tuple[float, float]], unit: str
 
 def report_page(reports: Sequence[StorageReport]) -> str:
     """Several stores, or one, as a page."""
-    body = [table(*store_table(reports)), figures(panels(reports))]
+    sections = [Section(table=store_table(reports), panels=panels(reports))]
     for name, r in zip(names_of(reports), reports, strict=True):
-        body += [heading(f"{name}: fields"), table(*field_table(r))]
-    body += [heading("ImageNet-1K x 200 crops, beside Table 2 of the FKD paper")]
-    tables = (
-        [paper_rows(r) for r in reports] if len(reports) == 1 else [paper_side_by_side(reports)]
-    )
-    body += [table(*each) for each in tables]
-    body += [f"<p>{escape(say(reports))}</p>" for say in (unfinished_words, other_classes)]
-    return page("Storage", ENTROPY_WORDS, body)
+        sections.append(Section(f"{name}: fields", table=field_table(r)))
+    beside = paper_rows(reports[0]) if len(reports) == 1 else paper_side_by_side(reports)
+    heading = "ImageNet-1K x 200 crops, beside Table 2 of the FKD paper"
+    sections.append(Section(heading, table=beside))
+    sections += [Section(text=say(reports)) for say in (unfinished_words, other_classes)]
+    return sections_page("Storage", ENTROPY_WORDS, sections)
 
 
 def plan_page(plan: Plan) -> str:
     """A plan as a page."""
     w = plan.wanted
     lead = f"{w.images:,} images x {w.crops} crops, {w.classes:,} classes. {PLAN_WORDS}"
-    body = [table(*plan_table(plan)), figures(plan_panels(plan))]
-    body += [heading("Fields"), table(*plan_fields(plan))]
-    return page("Plan of a store", lead, body)
+    sections = [
+        Section(table=plan_table(plan), panels=plan_panels(plan)),
+        Section("Fields", table=plan_fields(plan)),
+    ]
+    return sections_page("Plan of a store", lead, sections)
 
 
 def unfinished_words(reports: Sequence[StorageReport]) -> str:
@@ -309,11 +306,6 @@ def unfinished_words(reports: Sequence[StorageReport]) -> str:
     ]
     later = "its size at ImageNet's scale is told once generate has finished it."
     return f"Not finished: {', '.join(said)}; {later}" if said else ""
-
-
-def heading(words: str) -> str:
-
-    return f"<h2>{escape(words)}</h2>"
 
 
 def other_classes(reports: Sequence[StorageReport]) -> str:

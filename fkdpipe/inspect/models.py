@@ -14,8 +14,8 @@ from fkdpipe.common.errors import ModelError, ReplayError
 from fkdpipe.inspect.analysis import Predict
 from fkdpipe.inspect.sources import Opened
 from fkdpipe.networks.teachers import Teacher
-from fkdpipe.pixels import colour, images
-from fkdpipe.pixels.replay import Replay, Request, View, normalise
+from fkdpipe.pixels import colour
+from fkdpipe.pixels.replay import Replay, Request, normalise
 
 
 def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray) -> Request:
@@ -24,21 +24,14 @@ def request(opened: Opened, root: Path, rows_I: np.ndarray, crops_m: np.ndarray)
     Args:
         root: of the split that the store was made from.
     """
-    box_Im4, flip_Im = opened.boxes.take(rows_I, crops_m)
-    listed = opened.store.images
-    return Request(
-        paths=[images.path_of(root, key) for key in listed.keys[rows_I]],
-        size_I2=listed.size_N2[rows_I],
-        box_Im4=box_Im4,
-        flip_Im=flip_Im,
-    )
+    listed, recorded = opened.store.images, opened.boxes.take(rows_I, crops_m)
+    return Request.of(root, listed.keys[rows_I], listed.size_N2[rows_I], recorded)
 
 
 def factors(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> torch.Tensor | None:
     """float32 (I * m, 4): recorded colour jitter of those crops, None where none is recorded."""
-    if not opened.boxes.jittered:
-        return None
-    return torch.from_numpy(opened.boxes.jitter(rows_I, crops_m).reshape(-1, 4))
+    recorded = opened.boxes.take(rows_I, crops_m).jitter_NM4
+    return None if recorded is None else torch.from_numpy(recorded.reshape(-1, 4))
 
 
 def predictor(
@@ -82,8 +75,3 @@ def predictor(
         return np.concatenate(made).reshape(len(rows_I), len(crops_m), -1)
 
     return predict
-
-
-def view_of(model: Teacher) -> View:
-    """What the model wants to see of a crop."""
-    return View(model.preprocessing.size, model.preprocessing.interpolation)

@@ -3,100 +3,52 @@
 from __future__ import annotations
 
 import math
-from html import escape
 
 from fkdpipe.inspect import plots, sheet
-from fkdpipe.inspect.html import figures, page, picture, table
+from fkdpipe.inspect.html import Section, Table, render, sections_page
 from fkdpipe.inspect.plots import band_rows
 from fkdpipe.inspect.results import Analysis, SourceAnalysis
-from fkdpipe.inspect.views import CropView, ImageView, LabelView, Views
+from fkdpipe.inspect.views import Views
 
 
 def sheet_page(views: Views, *, title: str, lead: str) -> str:
     """A contact sheet as a page."""
-    legend = (
-        f'<p><span class="key-mark" style="background:{sheet.TRUTH}"></span>the image\'s class '
-        f'&ensp;<span class="key-mark" style="background:{sheet.OTHER}"></span>other classes '
-        '&ensp;<span class="right">✓</span> first choice is the image\'s class '
-        '&ensp;<span class="wrong">✗</span> it is not &ensp;⇄ mirrored &ensp;◐ colours changed</p>'
-    )
-    cards = "\n".join(_card(view) for view in views.images)
-    notes = [f"<p>left out: {escape(why)}</p>" for why in views.left_out]
-    return page(title, lead, [legend, f'<div class="grid">{cards}</div>', *notes])
-
-
-def _card(view: ImageView) -> str:
-    whole = picture(sheet.to_png(sheet.with_boxes(view)), view.key)
-    crops = "".join(
-        _crop(crop, sheet.BOXES[place % len(sheet.BOXES)]) for place, crop in enumerate(view.crops)
-    )
-    name = escape(view.class_name or "no class")
-    return (
-        f'<div class="card"><div class="key">{escape(view.key)}</div>'
-        f'<div><strong>{name}</strong><br>{whole}<div class="facts">{view.size[1]} x '
-        f"{view.size[0]} pixels</div></div>{crops}</div>"
-    )
-
-
-def _crop(crop: CropView, colour: str) -> str:
-    image = picture(sheet.to_png(crop.pixels), f"crop {crop.index}", f"border-color:{colour}")
-    labels = "".join(_label(label, named=len(crop.labels) > 1) for label in crop.labels)
-    return f'<div class="crop"><div class="facts">{sheet.facts_of(crop)}</div>{image}{labels}</div>'
-
-
-def _label(label: LabelView, *, named: bool) -> str:
-    sign = {
-        True: '<span class="right">✓</span> ',
-        False: '<span class="wrong">✗</span> ',
-        None: "",
-    }[label.agrees]
-    source = f"{escape(label.source)}: " if named else ""
-    lines = [f'<div class="facts">{sign}{source}entropy {label.entropy:.2f}</div>']
-    rows = [(b.name, b.probability, sheet.TRUTH if b.truth else sheet.OTHER) for b in label.bars]
-    for name, probability, colour in [*rows, ("all others", label.rest, sheet.FAINT)]:
-        kind = ' class="truth"' if colour == sheet.TRUTH else ""
-        style = f"width:{100 * probability:.1f}%;background:{colour}"
-        lines.append(
-            f'<div class="bar" title="{escape(name)}"><i{kind} style="{style}"></i>'
-            f"<span>{escape(name)}</span>"
-            f"<b>{escape(sheet.percent(probability))}</b></div>"
-        )
-    return "".join(lines)
+    return render("sheet.html", title=title, lead=lead, views=views, sheet=sheet)
 
 
 def analysis_page(a: Analysis) -> str:
     """Tables and plots of an analysis."""
-    parts = [table(*summary(a)), figures(plots.analysis_panels(a))]
-    parts += ["<h2>Cross-entropy distances</h2>", _distance_words(), table(*distance_table(a))]
+    sections = [
+        Section(table=summary(a), panels=plots.analysis_panels(a)),
+        Section("Cross-entropy distances", DISTANCE_WORDS, distance_table(a)),
+    ]
     for source in a.sources:
-        parts += _source_tables(source)
+        sections += [Section(f"{source.name}: {what}", table=t) for what, t in _tables(source)]
     if a.classes:
-        rows = class_rows(a)
-        parts += ["<h2>Classes, least agreement first</h2>", table(CLASS_COLUMNS, rows)]
-        parts += ["<h2>Cross-entropy distances by class</h2>", table(*class_distances(a))]
+        sections += [
+            Section("Classes, least agreement first", table=(CLASS_COLUMNS, class_rows(a))),
+            Section("Cross-entropy distances by class", table=class_distances(a)),
+        ]
     lead = f"{a.images:,} images, {a.crops:,} crops, {len(a.class_names):,} classes."
-    return page(f"Labels of {a.url}", lead, parts)
+    return sections_page(f"Labels of {a.url}", lead, sections)
 
 
-def _distance_words() -> str:
-    return (
-        "<p>Row a, column b: the mean of -Σ b log a in nats. Probabilities below 2<sup>-22</sup> "
-        "count as that.</p>"
-    )
+DISTANCE_WORDS = (
+    "Row a, column b: the mean of -Σ b log a in nats. Probabilities below 2⁻²² count as that."
+)
 
 
-def _source_tables(source: SourceAnalysis) -> list[str]:
-    made = []
+def _tables(source: SourceAnalysis) -> list[tuple[str, Table]]:
+    tables: list[tuple[str, Table]] = []
     columns = ["", "crops", "confidence %", "agreement %"]
     if any(band.crops for band in source.by_confidence):
-        made += [f"<h2>{escape(source.name)}: reliability by confidence</h2>"]
-        made += [table(columns, band_rows(source.by_confidence))]
-        made += [f"<h2>{escape(source.name)}: by the crop's share of the image</h2>"]
-        made += [table(columns, band_rows(source.by_area))]
+        by_area = "by the crop's share of the image"
+        tables.append(("reliability by confidence", (columns, band_rows(source.by_confidence))))
+        tables.append((by_area, (columns, band_rows(source.by_area))))
     if source.changes:
-        made += [f"<h2>{escape(source.name)}: what each target does to the label</h2>"]
-        made += [table(["target", "total variation", "KL (nats)"], change_rows(source))]
-    return made
+        columns = ["target", "total variation", "KL (nats)"]
+        tables.append(("what each target does to the label", (columns, change_rows(source))))
+    return tables
 
 
 CLASS_COLUMNS = ("class", "crops", "agreement %", "largest prob.", "entropy", "background %")

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fkdpipe.common.errors import StoreError
+from fkdpipe.common.errors import DamagedStoreError, StoreError
 from fkdpipe.inspect import entropy
 from fkdpipe.storage import labels, schema, sizes
 from fkdpipe.storage import plan as planning
@@ -57,12 +57,20 @@ class FieldSize:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source: its form, what it serves, how far it is."""
+    """One source: its form, what it serves, how far it is.
+
+    Attributes:
+        name: of labels the source, of features "SOURCE/LAYER".
+        kind: "labels" or "features". form: of labels, else "".
+        targets: that a student can be trained on. teachers: their names, "" where unknown.
+        units_done, units: over all rounds.
+    """
 
     name: str
     kind: str
     form: str
     targets: tuple[str, ...]
+    teachers: tuple[str, ...]
     units_done: int
     units: int
 
@@ -158,7 +166,7 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     names = sizes.field_names(store)
     stored = sizes.stored_bytes(store, names)
     rounds = store.rounds()
-    crops_M = sum(int(part.settings["crops"]) for part in rounds)
+    crops_M = sum(part.settings.crops for part in rounds)
     crops = max(store.num_images * crops_M, 1)
     raw = _raw_bytes(store, names)
     ideal = _bounds(store, names) if bounds else {}
@@ -170,10 +178,10 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     per_crop = sum(size.bytes_per_crop for n, size in fields.items() if n not in per_image)
     others = sum(stored[name] for name in per_image) / max(store.num_images, 1)
     imagenet = IMAGENET_IMAGES * (IMAGENET_CROPS * per_crop + others)
-    sources = _sources(store)
-    first = next((s for s in sources if s.kind == "labels"), None)
+    taught = sources(store)
+    first = next((s for s in taught if s.kind == "labels"), None)
     classes = max(
-        (int(p.settings["classes"]) for p in store.parts.values() if p.kind == "labels"), default=0
+        (p.settings.classes for p in store.parts.values() if p.kind == "labels"), default=0
     )
     return StorageReport(
         url=store.url,
@@ -188,7 +196,7 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
         imagenet=round(imagenet),
         paper=_paper_rows(first.form, classes) if first else {},
         table=paper_table(first.form if first else "", classes, round(imagenet)),
-        sources=tuple(sources),
+        sources=taught,
         failed=len(_failed(store)),
         rejected=len(store.images.rejected),
     )
@@ -206,7 +214,7 @@ def _raw_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
             if marker is not None
         )
         for field in part.fields:
-            size = schema.bytes_per_image([field], int(part.settings["crops"]))
+            size = schema.bytes_per_image([field], part.settings.crops)
             raw[names[f"{part.path}/{field.name}"]] += images * size
     return raw
 
@@ -225,7 +233,8 @@ def _bounds(store: Store, names: dict[str, str]) -> dict[str, float]:
     return found
 
 
-def _sources(store: Store) -> list[SourceReport]:
+def sources(store: Store) -> tuple[SourceReport, ...]:
+    """Labels and features of a store, by kind and name."""
     found: dict[tuple[str, str], list[Part]] = {}
     for part in store.parts.values():
         if part.kind in ("labels", "features"):
@@ -233,19 +242,28 @@ def _sources(store: Store) -> list[SourceReport]:
             found.setdefault((part.kind, name), []).append(part)
     reports = []
     for (kind, name), parts in sorted(found.items()):
-        form = parts[0].settings.get("form", "")
-        done = [sum(m is not None for _, m in store.markers(part)) for part in parts]
+        form = parts[0].settings.form if kind == "labels" else None
         reports.append(
             SourceReport(
                 name=name,
                 kind=kind,
-                form=form,
-                targets=tuple(labels.served_targets(parse_form(form))) if kind == "labels" else (),
-                units_done=sum(done),
+                form=str(form or ""),
+                targets=tuple(labels.served_targets(form)) if form else (),
+                teachers=tuple(str(t["name"] or "") for t in parts[0].settings.teachers),
+                units_done=sum(_units_done(store, part) for part in parts),
                 units=store.num_units * len(parts),
             )
         )
-    return reports
+    return tuple(reports)
+
+
+def _units_done(store: Store, part: Part) -> int:
+    try:
+        if store.manifest(part) is not None:
+            return store.num_units
+    except DamagedStoreError:  # `verify` tells; the markers still say how far it is
+        pass
+    return sum(marker is not None for _, marker in store.markers(part))
 
 
 def _failed(store: Store) -> set[int]:
@@ -283,8 +301,3 @@ def paper_table(form_text: str, classes: int, imagenet: int) -> tuple[PaperRow, 
         this = imagenet if name in served else None
         rows.append(PaperRow(name, size, this, planned.stored_bytes))
     return tuple(rows)
-
-
-def to_gigabytes(size: float) -> str:
-    """Decimal gigabytes with as many digits as matter."""
-    return f"{size / 1e9:,.2f} GB" if size < 1e11 else f"{size / 1e12:,.2f} TB"

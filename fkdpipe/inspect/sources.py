@@ -16,9 +16,10 @@ from fkdpipe.common.errors import StoreError, StoreMismatchError
 from fkdpipe.common.progress import Reporter, shared, silent
 from fkdpipe.networks.models import SELF_SUPERVISED
 from fkdpipe.storage import labels, reader
-from fkdpipe.storage.labels import Form, Target
+from fkdpipe.storage.labels import Target
 from fkdpipe.storage.reader import CropReader, Finished, Segment, SparseReader, WideReader
 from fkdpipe.storage.schema import Json
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store
 
 BLOCK_VALUES = 2**23  # probabilities of a block: 32 MiB as float32
@@ -40,10 +41,9 @@ class Labels:
         reporter: Reporter = silent,
     ) -> None:
         self.name = name
-        self.form: Form = reader.label_form(segments)
-        settings = segments[0].part.settings
-        self.classes = int(settings["classes"])
-        self.teachers: list[Json] = settings.get("teachers", [])
+        self.form = reader.label_form(segments)
+        settings: LabelSettings = segments[0].part.settings
+        self.classes, self.teachers = settings.classes, settings.teachers
         self._store = store
         self._read: tuple[int, tuple[int, ...], np.ndarray] | None = None
         self._reader: SparseReader | WideReader
@@ -52,8 +52,7 @@ class Labels:
                 advance = shared(told, len(segments))
                 self._reader = SparseReader(store, segments, cache_dir, advance)
         else:
-            field = "log_prob" if self.form.kind == "full" else "logit"
-            self._reader = WideReader(store, segments, field)
+            self._reader = WideReader(store, segments, self.form.value_field)
 
     @property
     def exact(self) -> bool:

@@ -13,31 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
-from fkdpipe.common import disk
+from fkdpipe.common import config, disk
 from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.common.progress import Advance
 from fkdpipe.interchange.source import SEED_FIELD
-from fkdpipe.storage import labels, reader, rounds
-from fkdpipe.storage.labels import Form
+from fkdpipe.storage import labels, reader
 from fkdpipe.storage.reader import Finished, Segment, WideReader
-from fkdpipe.storage.store import Part, Store
+from fkdpipe.storage.settings import LabelSettings
+from fkdpipe.storage.store import Store
 
 
-@dataclass(frozen=True)
+@config.settings
 class ExportSettings:
-    """What to write.
-
-    source: which labels; None takes the only ones. keep: K, classes of each label; None takes
-    all that are stored, and needs a number where the store keeps every class.
-    """
+    """What to write."""
 
     source: str | None = None
-    keep: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep is not None and self.keep < 1:
-            raise UsageError(f"keep must be at least 1; found {self.keep}.")
+    """Which labels; by default the only ones."""
+    keep: PositiveInt | None = None
+    """K, classes of each label; by default all that are stored. Needed where the store keeps every
+    class."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,8 @@ class Export:
         self.source = reader.choose_source(store, wanted.source)
         self.found: Finished = reader.finished(store, [("labels", self.source, "")])
         self.segments = self.found.labels[0]
-        self.settings = self.segments[0].part.settings
-        self.form: Form = labels.parse_form(self.settings["form"])
-        self.classes = int(self.settings["classes"])
+        self.settings: LabelSettings = self.segments[0].part.settings
+        self.form, self.classes = self.settings.form, self.settings.classes
         self.crops = self.found.crops_per_image
         if not self.form.sparse and wanted.keep is None:
             raise UsageError(f"the store keeps all {self.classes} classes: say --keep K.")
@@ -124,57 +119,42 @@ class Export:
             rows = self.found.rows[begin:end]
             local = rows - whole.start
             if len(rows):
-                drawn = self._crops(unit, local)
+                drawn = reader.read_crops(self.store, self.found.crops, unit, self.crops)[local]
                 ids, prob = self._labels(unit, local)
                 yield Labelled(
                     unit=unit,
                     rows=rows,
                     keys=[str(key) for key in images.keys[rows]],
                     size_I2=images.size_N2[rows],
-                    box_IM4=drawn["box"],
-                    flip_IM=drawn["flip"],
+                    box_IM4=drawn.box_NM4,
+                    flip_IM=drawn.flip_NM,
                     ids_IMK=ids,
                     prob_IMK=prob,
-                    jitter_IM4=drawn.get("jitter"),
+                    jitter_IM4=drawn.jitter_NM4,
                 )
             advance(whole.stop - whole.start)
 
     def seeds_of(self, labelled: Labelled) -> np.ndarray:
         """int32 (I, M): the seeds that the crops came from."""
         local = labelled.rows - self.store.unit_rows(labelled.unit).start
-        parts = [
-            self._narrow(s.part, s.manifest.files, SEED_FIELD.name, labelled.unit)
-            for s in self.found.crops
-        ]
-        return np.concatenate(parts, axis=1)[local]
-
-    def _crops(self, unit: int, local: np.ndarray) -> dict[str, np.ndarray]:
-        """Fields of some images' crops, rounds joined."""
-        crops = (rounds.crops_of(self.store, s.part, unit) for s in self.found.crops)
-        values = [rounds.values_of(drawn) for drawn in crops]
-        return {k: np.concatenate([v[k][local] for v in values], axis=1) for k in values[0]}
+        return self._narrow(self.found.crops, SEED_FIELD.name, labelled.unit)[local]
 
     def _labels(self, unit: int, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids_IMK, prob_IMK), most probable first."""
         if self.form.sparse:
-            parts = [self._sparse(segment, unit, local) for segment in self.segments]
-        else:
-            parts = list(self._scored(unit, local))
-        ids, prob = (np.concatenate(values, axis=1) for values in zip(*parts, strict=True))
+            return self._sparse(unit, local)
+        parts = zip(*self._scored(unit, local), strict=True)
+        ids, prob = (np.concatenate(values, axis=1) for values in parts)
         return ids, prob
 
-    def _sparse(
-        self, segment: Segment, unit: int, local: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        files = segment.manifest.files
-        ids = self._narrow(segment.part, files, "ids", unit)[local]
+    def _sparse(self, unit: int, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._narrow(self.segments, "ids", unit)[local]
         shape = (*ids.shape[:2], self.keep)
         ids = ids.reshape(-1, self.form.k).astype(np.int64)
         if self.form.kind == "hard":
             return ids.reshape(shape), np.ones(shape, dtype=np.float32)
-        name = "stick" if self.form.compact else "prob"
-        stored = self._narrow(segment.part, files, name, unit)[local].reshape(-1, self.form.k)
-        prob = labels.decode_probabilities(self.form, stored)
+        stored = self._narrow(self.segments, self.form.value_field, unit)[local]
+        prob = labels.decode_probabilities(self.form, stored.reshape(-1, self.form.k))
         rank = prob.copy()
         rank[:, 0] = np.inf  # the teacher's first choice, even where rounding made it tie
         order = np.argsort(-rank, axis=1, kind="stable")[:, : self.keep]
@@ -184,8 +164,8 @@ class Export:
     def _scored(self, unit: int, local: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """From all scores, a crop group at a time."""
         logits = self.form.kind == "logits"
-        temperature = float(self.settings["temperature"] or 1.0) if logits else 1.0
-        wide = WideReader(self.store, self.segments, "logit" if logits else "log_prob")
+        temperature = (self.settings.temperature or 1.0) if logits else 1.0
+        wide = WideReader(self.store, self.segments, self.form.value_field)
         for first in range(0, self.crops, self.store.group_size):
             crops_m = np.arange(first, min(first + self.store.group_size, self.crops))
             scores = wide.unit(unit, crops_m)[local]
@@ -194,16 +174,9 @@ class Export:
             ids, kept = labels.top_k(prob, self.keep)
             yield ids.reshape(shape), kept.reshape(shape)
 
-    def _narrow(self, part: Part, files: dict, name: str, unit: int) -> np.ndarray:
-        """(images of the unit, M of the round, ...) of a narrow field, checksums compared."""
-        prefix = f"{part.path}/{name}/c/{unit}/"
-        shards = {
-            key: self.store.read_checked(key, files, unit)
-            for key in files
-            if key.startswith(prefix)
-        }
-        region = (self.store.unit_rows(unit),)
-        return self.store.arrays.decode(f"{part.path}/{name}", region, shards)
+    def _narrow(self, segments: Sequence[Segment], name: str, unit: int) -> np.ndarray:
+        """(images of the unit, M, ...) of a narrow field."""
+        return reader.read_unit(self.store, segments, name, unit, np.arange(self.crops))
 
 
 def refuse_jitter(export: Export, name: str) -> None:
@@ -212,7 +185,7 @@ def refuse_jitter(export: Export, name: str) -> None:
     Raises:
         LabelsError: the other system would show its student other pixels.
     """
-    if any("jitter" in segment.part.settings for segment in export.found.crops):
+    if any(segment.part.settings.jitter is not None for segment in export.found.crops):
         raise LabelsError(
             f"{export.store.url}: its crops have recorded colour jitter, which {name}'s files "
             "cannot keep: its trainer would show other pixels than these labels belong to. Parquet "

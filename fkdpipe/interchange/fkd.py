@@ -22,7 +22,6 @@ from fkdpipe.common.errors import LabelsError
 from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.interchange import exporting, matching, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
-from fkdpipe.interchange.matching import LabelTree
 from fkdpipe.interchange.source import (
     ImageLabels,
     ImportSettings,
@@ -50,7 +49,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         LabelsError: no files that fit, none that can be read, or ids rounded by float16.
     """
     tree = matching.match(place, folder, ".tar")
-    fraction, _, label = _first(tree)
+    fraction, _, label = tree.first(parse)
     classes = settings.classes or len(folder.class_names)
     refuse_half_ids(label.dtype, classes, str(place))
     crops = settings.crops or len(fraction)
@@ -99,6 +98,7 @@ def parse(data: bytes) -> Arrays:
         raise BrokenFileError("broken-label", f"coordinates, flips and labels of shapes {shapes}")
     if not len(fraction) == len(flip) == len(label):
         raise BrokenFileError("broken-label", "coordinates, flips and labels of unequal number")
+    _form(label)
     return fraction, flip, label
 
 
@@ -123,27 +123,6 @@ def _labels(arrays: Arrays, size: list[int]) -> ImageLabels:
     pair = label.reshape(len(label), 2, form.k)
     ids, prob = whole_numbers(pair[:, 0], "class ids"), pair[:, 1].astype(np.float32)
     return ImageLabels(box, flip, ids, prob, moved=moved)
-
-
-def _first(tree: LabelTree) -> Arrays:
-    """The arrays of the first file that can be read.
-
-    Raises:
-        LabelsError: none of a sample can be.
-    """
-    reasons = []
-    for position in tree.sample():
-        try:
-            arrays = parse(tree.read(position))
-            _form(arrays[2])
-        except BrokenFileError as error:
-            reasons.append(f"{os.fsdecode(tree.path(position))}: {error}")
-        else:
-            return arrays
-    raise LabelsError(
-        f"none of {len(reasons)} label files could be read; for example {reasons[0]}.",
-        code="broken-labels",
-    )
 
 
 def write_labels(

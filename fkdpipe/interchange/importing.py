@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from fkdpipe.storage import begin, labels, rounds, schema, writer
 from fkdpipe.storage.claims import Claim
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Json
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import IMAGES, Part, Store
 
 log = logging.getLogger(__name__)
@@ -150,31 +151,23 @@ def _parts(store: Store, source: LabelSource, settings: ImportSettings) -> tuple
     origin = {"format": source.format, "fingerprint": source.fingerprint, **source.origin}
     given = settings.temperature
     fields = [*schema.crop_fields(), *source.fields]
-    distribution = (
-        source.distribution
-        if source.distribution["law"] == crops.DISTRIBUTION_NAME
-        else {**source.distribution, "labels": origin}
+    distribution = source.distribution
+    if distribution.imported:
+        distribution = replace(distribution, others={**distribution.others, "labels": origin})
+    crops_part = writer.add_part(store, "rounds/0/crops", distribution, fields)
+    recorded = LabelSettings(
+        form=source.form,
+        classes=source.classes,
+        crops=source.crops,
+        temperature=source.temperature if given is None else given,
+        teachers=({"name": settings.teacher or None},),
+        imported_from=origin,
     )
-    crops_part = writer.add_part(
-        store, "rounds/0/crops", "crops", distribution, fields, source.crops
-    )
-    facts: Json = {
-        "form": str(source.form),
-        "classes": source.classes,
-        "temperature": source.temperature if given is None else given,
-        "precision": None,
-        "replay": None,
-        "teachers": [{"name": settings.teacher or None}],
-        "crops": source.crops,
-        "imported_from": origin,
-    }
     labels_part = writer.add_part(
         store,
         f"rounds/0/labels/{name}",
-        "labels",
-        facts,
+        recorded,
         schema.label_fields(source.form, source.classes),
-        source.crops,
         provenance={
             "teachers": [settings.teacher or None],
             "packages": writer.package_versions(),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from fkdpipe.common.errors import LabelsError
 from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.pixels import images
 from fkdpipe.pixels.images import ImageFolder
+
+Parsed = TypeVar("Parsed")
 
 MAX_DEPTH = 4  # folders between what the user names and the class folders
 SAMPLE = 32
@@ -34,14 +37,13 @@ class LabelTree:
     Attributes:
         root: folder below which the images' folders lie again. suffix: of the label files.
         keys: of the images. kind_N: uint8, which name serves.
-        missing: images without a label file. extra: label files without an image; examples.
+        extra: label files without an image; examples.
     """
 
     root: Path
     suffix: str
     keys: Sequence[str]
     kind_N: np.ndarray
-    missing: int
     extra: int
     extra_examples: tuple[str, ...]
 
@@ -73,8 +75,24 @@ class LabelTree:
     def sample(self) -> list[int]:
         """Positions of a few images that have a label file, spread over the folder."""
         usable = np.flatnonzero(self.kind_N >= _FIRST)
-        steps = np.linspace(0, len(usable) - 1, min(SAMPLE, len(usable)))
-        return usable[np.unique(steps.astype(np.int64))].tolist()
+        return usable[spread(len(usable))].tolist()
+
+    def first(self, parse: Callable[[bytes], Parsed]) -> Parsed:
+        """What is in the first file of the sample that can be read.
+
+        Raises:
+            LabelsError: none can be.
+        """
+        reasons = []
+        for position in self.sample():
+            try:
+                return parse(self.read(position))
+            except BrokenFileError as error:
+                reasons.append(f"{os.fsdecode(self.path(position))}: {error}")
+        raise LabelsError(
+            f"none of {len(reasons)} label files could be read; for example {reasons[0]}.",
+            code="broken-labels",
+        )
 
     def fingerprint(self) -> str:
         """sha256 (hex) over a few label files: enough to tell two label sets apart."""
@@ -82,6 +100,11 @@ class LabelTree:
         for position in self.sample():
             digest.update(self.keys[position].encode() + b"\0" + self.read(position))
         return digest.hexdigest()
+
+
+def spread(count: int) -> np.ndarray:
+    """int64: up to `SAMPLE` of `count` positions, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
 
 
 def stem(name: str) -> str:
@@ -142,7 +165,7 @@ def match(place: Path, folder: ImageFolder, suffix: str) -> LabelTree:
             "made for?",
             code="wrong-folder",
         )
-    return LabelTree(root, suffix, folder.keys, kind_N, missing, extra, tuple(examples))
+    return LabelTree(root, suffix, folder.keys, kind_N, extra, tuple(examples))
 
 
 def _kinds(names: list[str], labels: set[str]) -> tuple[list[int], set[str]]:
@@ -185,8 +208,7 @@ def _elsewhere(root: Path, known: dict[str, list[int]], suffix: str) -> list[str
 
 def _find_root(place: Path, folder: ImageFolder, suffix: str) -> Path:
     """The folder below `place` under which the images' own folders and names are found."""
-    steps = np.linspace(0, len(folder) - 1, min(SAMPLE, len(folder)))
-    keys = [folder.keys[i] for i in np.unique(steps.astype(np.int64)).tolist()]
+    keys = [folder.keys[i] for i in spread(len(folder)).tolist()]
     level = [place]
     for _ in range(MAX_DEPTH + 1):
         scores = {candidate: _hits(candidate, keys, suffix) for candidate in level}

@@ -21,7 +21,7 @@ import numpy as np
 
 from fkdpipe.common.errors import LabelsError, UsageError
 from fkdpipe.common.progress import Reporter, silent
-from fkdpipe.interchange import exporting, imagefolder, torchfile
+from fkdpipe.interchange import exporting, imagefolder, matching, torchfile
 from fkdpipe.interchange.exporting import Export, Exported, ExportSettings, Labelled
 from fkdpipe.interchange.source import (
     DAMAGE,
@@ -34,9 +34,9 @@ from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.schema import Json
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Store
 
-SAMPLE = 32
 # With recorded parameters, in the order they are applied; the last two mix two images.
 _RECORDED = ("resize", "random_crop", "random_resized_crop", "random_horizontal_flip",
              "rand_augment", "random_erase", "mixup", "cutmix")  # fmt: skip
@@ -64,7 +64,6 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
     k = len(probe[0][1])
     classes = settings.classes or config.get("num_classes")
     crop = config["reinforce"]["image_augmentation"]["random_resized_crop"]
-    distribution = imported_distribution("ml-dr", crops)
 
     def read(position: int) -> ImageLabels:
         index = int(index_N[position])
@@ -80,11 +79,12 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         classes=classes if type(classes) is int else len(folder.class_names),
         classes_known=type(classes) is int,
         crops=crops,
-        distribution={
-            **distribution,
-            "scale": list(crop.get("scale", (0.08, 1.0))),
-            "ratio": list(crop.get("ratio", (3 / 4, 4 / 3))),
-        },
+        distribution=imported_distribution(
+            "ml-dr",
+            crops,
+            scale=tuple(crop.get("scale", (0.08, 1.0))),
+            ratio=tuple(crop.get("ratio", (3 / 4, 4 / 3))),
+        ),
         fingerprint=fingerprint,
         read=read,
         temperature=1.0,  # its generator knows no other
@@ -163,7 +163,7 @@ def _check_count(root: Path, images: int) -> None:
 def _samples(data: bytes, index: int, used: list[str]) -> list[tuple[Sample, tuple]]:
     """Each sample of a file: what was done, and its (probabilities, classes)."""
     found = torchfile.loads(data)
-    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], list):
+    if not isinstance(found, tuple) or [type(part) for part in found] != [int, list]:
         raise BrokenFileError("broken-label", "not a pair of index and samples")
     if found[0] != index:
         raise BrokenFileError("wrong-index", f"it says it belongs to image {found[0]}, not {index}")
@@ -234,8 +234,7 @@ def _probe(
     digest, done, fewest, total = hashlib.sha256(), Counter[str](), None, 0
     first: list[tuple] = []
     reasons: list[str] = []
-    steps = np.linspace(0, len(index_N) - 1, min(SAMPLE, len(index_N))).astype(np.int64)
-    for index in index_N[np.unique(steps)].tolist():
+    for index in index_N[matching.spread(len(index_N))].tolist():
         try:
             data = _read(root, index)
             samples = _samples(data, index, used)
@@ -311,14 +310,13 @@ def _export_samples(unit: Labelled, i: int) -> list[Json]:
 
 def _export_config(export: Export) -> Json:
     """What ml-dr's trainer looks up, and what else is known."""
-    distribution = export.found.crops[0].part.settings
-    crop = {
-        name: distribution[name] for name in ("scale", "ratio") if distribution[name] is not None
-    }
-    flip = 0.5 if distribution["flip"] is None else distribution["flip"]
+    distribution: CropsSettings = export.found.crops[0].part.settings
+    known = {"scale": distribution.scale, "ratio": distribution.ratio}
+    crop = {name: list(pair) for name, pair in known.items() if pair is not None}
+    flip = 0.5 if distribution.flip is None else distribution.flip
     return {
         "num_classes": export.classes,
-        "teacher": {"name": ",".join(str(t.get("name")) for t in export.settings["teachers"])},
+        "teacher": {"name": ",".join(str(t.get("name")) for t in export.settings.teachers)},
         "reinforce": {
             "num_samples": export.crops,
             "topk": export.keep,

@@ -36,8 +36,11 @@ def write_labels(
         raise UsageError("Parquet needs pyarrow: pip install 'fkdpipe[parquet]'.") from error
     export = Export(store, settings)
     place = exporting.empty_folder(out)
-    facts = {"settings": export.settings, "crops": export.found.crops[0].part.settings,
-             "class_names": list(store.images.class_names)}  # fmt: skip
+    facts = {
+        "settings": export.settings.to_json(),
+        "crops": export.found.crops[0].part.settings.to_json(),
+        "class_names": list(store.images.class_names),
+    }
     schema = pa.schema(
         [
             ("key", pa.string()),

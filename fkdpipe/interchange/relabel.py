@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fkdpipe.common.errors import LabelsError, UsageError
+from fkdpipe.common.errors import UsageError
 from fkdpipe.interchange import matching, torchfile
 from fkdpipe.interchange.source import (
     ImageLabels,
@@ -32,8 +32,9 @@ from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.pixels import crops
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.pixels.images import ImageFolder
+from fkdpipe.storage import labels
 from fkdpipe.storage.labels import Form
-from fkdpipe.storage.rounds import crop_settings
+from fkdpipe.storage.settings import CropsSettings
 
 
 def open_relabel(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
@@ -58,7 +59,7 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         raise UsageError("label maps have no crops: say how many to draw per image, --crops M.")
     tree = matching.match(place, folder, ".pt")
     classes = settings.classes or len(folder.class_names)
-    refuse_half_ids(_first_dtype(tree), classes, str(place))
+    refuse_half_ids(tree.first(_map).dtype, classes, str(place))
     if keep > classes:
         raise UsageError(f"--keep {keep}: there are {classes} classes.")
 
@@ -85,9 +86,7 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         classes=classes,
         classes_known=settings.classes is not None,
         crops=M,
-        distribution=crop_settings(
-            distribution, seed=settings.seed, first=0, count=M, derived=False
-        ),
+        distribution=CropsSettings.of(distribution, seed=settings.seed, count=M),
         fingerprint=tree.fingerprint(),
         read=read,
         extra=tree.extra,
@@ -103,12 +102,18 @@ def parse(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         BrokenFileError: something else is in the file.
     """
+    found = _map(data)
+    return found[0].astype(np.float64), whole_numbers(found[1], "class ids")
+
+
+def _map(data: bytes) -> np.ndarray:
+    """(2, K, H, W), as stored."""
     found = torchfile.as_array(torchfile.loads(data))
     if found.ndim != 4 or len(found) != 2 or not found.size:
         raise BrokenFileError("broken-label", f"a map of shape {found.shape}, not (2, K, H, W)")
     if not np.isfinite(found).all():
         raise BrokenFileError("broken-label", "scores that are not finite")
-    return found[0].astype(np.float64), whole_numbers(found[1], "class ids")
+    return found
 
 
 def pool(
@@ -116,40 +121,23 @@ def pool(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids int64, probabilities float32), (M, keep) each, most probable first.
 
+    Bilinear sampling is separable: a cell weighs what its row weighs times what its column weighs.
+
     Args:
         region_M4: (left, top, right, bottom) as fractions of the map.
         classes: C. keep: classes kept of the softmax over all C.
-
-    Only listed classes are pooled: the others' score is 0 everywhere. Bilinear sampling is
-    separable, so a crop's weights are those of its rows times those of its columns.
     """
-    H, W = ids_KHW.shape[1:]
-    listed, place_KHW = np.unique(ids_KHW, return_inverse=True)
-    dense_HWL = np.zeros((H, W, len(listed)))
-    rows, columns = np.mgrid[:H, :W]
-    for k in range(len(ids_KHW)):
-        dense_HWL[rows, columns, place_KHW.reshape(ids_KHW.shape)[k]] = scores_KHW[k]
+    K, H, W = ids_KHW.shape
+    dense_XC = np.zeros((H * W, classes))  # 0 where a class is not listed
+    np.put_along_axis(dense_XC, ids_KHW.reshape(K, -1).T, scores_KHW.reshape(K, -1).T, axis=1)
     left, top, right, bottom = region_M4.T
-    down, across = _weights(top, bottom, H), _weights(left, right, W)
-    weights = (down[:, :, None] * across[:, None, :]).reshape(-1, H * W)
-    pooled_ML = weights @ dense_HWL.reshape(H * W, -1)
-    others = _some_others(listed, classes, keep)
-    ids_L = np.concatenate([listed, others])
-    score_ML = np.concatenate([pooled_ML, np.zeros((len(pooled_ML), len(others)))], axis=1)
-    largest = np.maximum(score_ML.max(axis=1, keepdims=True), 0 if len(listed) < classes else -1e30)
-    total = np.exp(pooled_ML - largest).sum(axis=1, keepdims=True)
-    total += (classes - len(listed)) * np.exp(-largest)
-    best = np.argpartition(-score_ML, keep - 1, axis=1)[:, :keep]
-    rank = np.argsort(-np.take_along_axis(score_ML, best, 1), axis=1, kind="stable")
-    order = np.take_along_axis(best, rank, 1)
-    prob = np.exp(np.take_along_axis(score_ML, order, 1) - largest) / total
-    return ids_L[order], prob.astype(np.float32)
-
-
-def _some_others(listed: np.ndarray, classes: int, count: int) -> np.ndarray:
-    """Up to `count` classes that are not listed, the first there are; their score is 0."""
-    candidates = np.arange(min(classes, len(listed) + count))
-    return np.setdiff1d(candidates, listed)[:count]
+    rows_MH, columns_MW = _weights(top, bottom, H), _weights(left, right, W)
+    weights_MX = (rows_MH[:, :, None] * columns_MW[:, None, :]).reshape(-1, H * W)
+    score_MC = weights_MX @ dense_XC
+    prob_MC = np.exp(score_MC - score_MC.max(axis=1, keepdims=True))
+    prob_MC /= prob_MC.sum(axis=1, keepdims=True)
+    ids, prob = labels.top_k(prob_MC, keep)
+    return ids, prob.astype(np.float32)
 
 
 def _weights(low_M: np.ndarray, high_M: np.ndarray, cells: int) -> np.ndarray:
@@ -176,23 +164,3 @@ def _fractions(box_M4: np.ndarray, size: np.ndarray, *, transposed: bool) -> np.
     rows, columns = (top / H, (top + height) / H), (left / W, (left + width) / W)
     x, y = (rows, columns) if transposed else (columns, rows)
     return np.stack([x[0], y[0], x[1], y[1]], axis=1)
-
-
-def _first_dtype(tree: matching.LabelTree) -> np.dtype:
-    """Number type of the first map that can be read.
-
-    Raises:
-        LabelsError: none of a sample can be.
-    """
-    reasons = []
-    for position in tree.sample():
-        try:
-            data = tree.read(position)
-            parse(data)
-            return torchfile.as_array(torchfile.loads(data)).dtype
-        except BrokenFileError as error:
-            reasons.append(f"{tree.keys[position]}: {error}")
-    raise LabelsError(
-        f"none of {len(reasons)} label maps could be read; for example {reasons[0]}.",
-        code="broken-labels",
-    )

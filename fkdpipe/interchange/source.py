@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic import PositiveFloat, PositiveInt, field_validator
 
-from fkdpipe.common.errors import LabelsError, UsageError
+from fkdpipe.common import config
+from fkdpipe.common.config import Seed
+from fkdpipe.common.errors import LabelsError
 from fkdpipe.interchange.torchfile import BrokenFileError
 from fkdpipe.pixels.crops import boxes_outside
 from fkdpipe.storage import schema
 from fkdpipe.storage.labels import Form
-from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.schema import Field
+from fkdpipe.storage.settings import CropsSettings
 
 SUM_TOLERANCE = 2.0**-9  # float16 probabilities of a confident teacher sum to a little above 1
 # What parsers of label files run into when a file is not what it should be.
@@ -24,52 +28,41 @@ DAMAGE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 SEED_FIELD = Field("seed", "int32", (), "bitshuffle", 0)
 
 
-@dataclass(frozen=True)
+@config.settings
 class ImportSettings:
-    """What the files do not say, and what is to be made of them.
+    """What the files do not say, and what is to be made of them."""
 
-    classes: C of the teacher; None takes the folder's.
-    temperature: of the teacher's softmax; None is recorded as unknown.
-    teacher: its name; "" is recorded as unknown.
-    crops: the first M crops of every image; None takes all. Label maps need it.
-    source: name of the labels within the store; "" takes the teacher's, or the format's.
-    seed: of the order of images in the store, and of crops drawn for label maps.
-    keep: K classes kept of a pooled label map.
-    compat_transposed: pool label maps with rows and columns exchanged, as published.
-    skip_transformed: leave out crops whose pixels were changed further than crop and flip.
-    assume_plain: the user's word that the labels were made with crop and flip alone.
-    sampler_seed: of the sampler that ordered batch files.
-    threads: readers of label files.
-    """
-
-    classes: int | None = None
-    temperature: float | None = None
+    classes: PositiveInt | None = None
+    """C of the teacher; by default the folder's."""
+    temperature: PositiveFloat | None = None
+    """Of the teacher's softmax; by default recorded as unknown."""
     teacher: str = ""
-    crops: int | None = None
+    """Its name; by default recorded as unknown."""
+    crops: PositiveInt | None = None
+    """The first M crops of every image; by default all. Label maps need it."""
     source: str = ""
-    seed: int = 0
-    keep: int = 5
+    """Name of the labels within the store; by default the teacher's, or the format's."""
+    seed: Seed = 0
+    """Of the order of images in the store, and of crops drawn for label maps."""
+    keep: PositiveInt = 5
+    """K classes kept of a pooled label map."""
     compat_transposed: bool = False
+    """Pool label maps with rows and columns exchanged, as published."""
     skip_transformed: bool = False
+    """Leave out crops whose pixels were changed further than crop and flip."""
     assume_plain: bool = False
-    sampler_seed: int = 42
-    threads: int = 4
+    """The user's word that the labels were made with crop and flip alone."""
+    sampler_seed: Seed = 42
+    """Of the sampler that ordered batch files."""
+    threads: PositiveInt = 4
+    """Readers of label files."""
 
-    def __post_init__(self) -> None:
-        for name in ("classes", "crops", "keep", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1; found {value}.")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise UsageError(f"temperature must be positive; found {self.temperature}.")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
-        if not 0 <= self.sampler_seed < 2**63:
-            raise UsageError(
-                f"sampler_seed must be between 0 and 2**63 - 1; found {self.sampler_seed}."
-            )
-        if self.source:
-            schema.check_source_name(self.source)
+    @field_validator("source")
+    @classmethod
+    def _fit_name(cls, source: str) -> str:
+        if source:
+            schema.check_source_name(source)
+        return source
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ class LabelSource:
     classes: int
     classes_known: bool
     crops: int
-    distribution: Json
+    distribution: CropsSettings
     fingerprint: str
     read: Callable[[int], ImageLabels]
     fields: tuple[Field, ...] = ()
@@ -139,19 +132,25 @@ class LabelSource:
         return (*self.notes, f"{self.extra:,} labels belong to no image: {examples}{more}")
 
 
-def imported_distribution(format_: str, crops: int) -> Json:
+def imported_distribution(
+    format_: str,
+    crops: int,
+    *,
+    scale: tuple[float, float] | None = None,
+    ratio: tuple[float, float] | None = None,
+    flip: float | None = None,
+) -> CropsSettings:
     """Settings of a crops part whose boxes came from elsewhere; None is unknown."""
-    return {
-        "law": f"imported:{format_}",
-        "version": 1,
-        "scale": None,
-        "ratio": None,
-        "flip": None,
-        "seed": None,
-        "boxes": "stored",
-        "first": 0,
-        "crops": crops,
-    }
+    return CropsSettings(
+        name=f"imported:{format_}",
+        version=1,
+        scale=scale,
+        ratio=ratio,
+        flip=flip,
+        seed=None,
+        first=0,
+        crops=crops,
+    )
 
 
 def to_pixels(fraction_M4: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, int]:

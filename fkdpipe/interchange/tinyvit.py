@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,15 +131,16 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
             seed_M=found["seed"],
         )
 
-    distribution = imported_distribution("tinyvit", len(epochs))
+    distribution = imported_distribution(
+        "tinyvit", len(epochs), scale=_SCALE, ratio=_RATIO, flip=_FLIP
+    )
     return LabelSource(
         format="tinyvit",
         form=Form("topk", k),
         classes=classes,
         classes_known=settings.classes is not None,
         crops=len(epochs),
-        distribution={**distribution, "scale": list(_SCALE), "ratio": list(_RATIO), "flip": _FLIP,
-             "keys": "names" if named else "index"},
+        distribution=replace(distribution, others={"keys": "names" if named else "index"}),
         fingerprint=_fingerprint(epochs),
         read=read,
         fields=(SEED_FIELD,),
@@ -306,7 +307,7 @@ def write_labels(
     refuse_short_ids(export.classes, "TinyViT's format")
     place = exporting.empty_folder(out)
     listed = [str(key) for key in store.images.keys]
-    if export.found.crops[0].part.settings.get("keys") == "names":
+    if export.found.crops[0].part.settings.others.get("keys") == "names":
         keys = [matching.stem(key.rsplit("/", 1)[-1]) for key in listed]
     else:
         rejected = (row[0] for row in store.images.rejected)

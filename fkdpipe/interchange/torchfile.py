@@ -1,11 +1,22 @@
 """Files of `torch.save`, read without torch and without running anything that is in them.
 
 Such a file is a zip of one pickle and the raw numbers of its tensors. A pickle is a program: its
-opcodes can import and call anything. So the opcodes are looked at first, and only those that
-build plain data may stand there; the few names a label file needs (NumPy's and torch's rebuilding
-functions) lead to functions of this module, which make arrays from checked shapes and bytes. Any
-other name is refused. Sizes are bounded, and compressed members (a bomb's hiding place, which
-torch never writes) are refused.
+opcodes can import and call anything. The unpickler below knows only the opcodes of plain data and
+the few names that label files need, and these lead to functions of this module, which check
+shapes and bytes.
+
+Why not `torch.load(weights_only=True)` with NumPy's names on its allow-list, as of torch 2.15:
+
+- It reads pickle protocol 2 alone, and ml-dr writes protocol 4.
+- `numpy.dtype` on an allow-list takes any state. With one that says a float consists of two
+  objects, NumPy takes bytes of the file for addresses, and the process crashes.
+- `bytearray` is always allowed, and compressed members are unpacked: a file of 200 bytes can fill
+  the memory.
+- Its allow-list belongs to the whole process, and label files are read in threads.
+- Checksums are not compared, so changed numbers go unnoticed.
+
+Nor `torch.load(pickle_module=...)` with this unpickler: it hands TorchScript archives to another
+loader, which runs them.
 """
 
 from __future__ import annotations
@@ -13,46 +24,24 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 MAX_FILE_BYTES = 2**28  # far above any label file
-MAX_ARRAY_BYTES = 2**28  # of all arrays of a file together, views counted at full size
+MAX_ARRAY_BYTES = 2**28  # of all storages and bytes together, and of one view
 
 _NUMBERS = {
-    **{code: np.dtype(f"<{code}") for code in ("f2", "f4", "f8", "i2", "i4", "i8")},
-    **{code: np.dtype(code) for code in ("i1", "u1", "b1")},
+    code: np.dtype(code).newbyteorder("<")
+    for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 }
-_STORAGES = {
-    "DoubleStorage": "f8",
-    "FloatStorage": "f4",
-    "HalfStorage": "f2",
-    "LongStorage": "i8",
-    "IntStorage": "i4",
-    "ShortStorage": "i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "b1",
-}
-
-# Opcodes of a fixed length that build plain data, call a name or use the memo. LONG_BINPUT is
-# bounded, because the memo is allocated up to the largest index.
-_PLAIN = re.compile(
-    rb"(?:[()\]}aesutNRbQ\x85-\x89\x93\x94]|[\x80Kqh].|M..|[Jj].{4}|r..[\x00-\x0f]\x00"
-    rb"|[G\x95].{8})*+",
-    re.DOTALL,
-)
-_COUNTED = {b"X": 4, b"\x8c": 1, b"B": 4, b"C": 1, b"\x8a": 1}  # opcode: bytes of its length
-_GLOBAL = re.compile(rb"c[^\n]{1,100}\n[^\n]{1,100}\n")
 
 Buffer = bytes | np.ndarray
-Member = Callable[[zipfile.ZipFile, zipfile.ZipInfo], Buffer]  # the bytes of a tensor
 
 
 class BrokenFileError(ValueError):
@@ -72,7 +61,7 @@ def loads(data: bytes) -> Any:
     """
     if len(data) > MAX_FILE_BYTES:
         raise BrokenFileError("broken-label", f"{len(data)} bytes is too large for a label file")
-    return _load(io.BytesIO(data), lambda archive, info: archive.read(info))
+    return _load(io.BytesIO(data))
 
 
 def load_mapped(path: Path) -> Any:
@@ -83,27 +72,28 @@ def load_mapped(path: Path) -> Any:
     Raises:
         BrokenFileError: as `loads`; also when the file cannot be opened.
     """
-
-    def mapped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-        header = info.header_offset
-        assert archive.fp is not None
-        archive.fp.seek(header + 26)  # lengths of the name and of what else precedes the bytes
-        begin = header + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
-        if not info.file_size:
-            return np.empty(0, dtype=np.uint8)
-        return np.memmap(path, dtype=np.uint8, mode="r", offset=begin, shape=(info.file_size,))
-
     try:
         with open(path, "rb") as file:
-            return _load(file, mapped)
+            return _load(file, mapped=path)
     except OSError as error:
         raise BrokenFileError("no-label", f"{path}: {error.strerror or error}") from error
 
 
-def _load(file: IO[bytes], member: Member) -> Any:
+def as_array(value: Any) -> np.ndarray:
+    """An array out of what `loads` gave.
+
+    Raises:
+        BrokenFileError: it is something else.
+    """
+    if isinstance(value, _Array) and value.value is not None:
+        return value.value
+    raise BrokenFileError("broken-label", f"a {type(value).__name__} where an array belongs")
+
+
+def _load(file: IO[bytes], mapped: Path | None = None) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
-            return _load_archive(archive, member)
+            return _load_archive(archive, mapped)
     except (BrokenFileError, FileNotFoundError):
         raise
     except zipfile.BadZipFile as error:
@@ -115,18 +105,7 @@ def _load(file: IO[bytes], member: Member) -> Any:
         raise BrokenFileError("broken-label", f"{type(error).__name__}: {error}") from error
 
 
-def as_array(value: Any) -> np.ndarray:
-    """An array out of what `loads` gave.
-
-    Raises:
-        BrokenFileError: there is something else, or an array whose numbers never came.
-    """
-    if isinstance(value, _Array) and value.value is not None:
-        return value.value
-    raise BrokenFileError("broken-label", f"a {type(value).__name__} where an array belongs")
-
-
-def _load_archive(archive: zipfile.ZipFile, member: Member) -> Any:
+def _load_archive(archive: zipfile.ZipFile, mapped: Path | None) -> Any:
     members = {info.filename: info for info in archive.infolist()}
     for info in members.values():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
@@ -134,153 +113,81 @@ def _load_archive(archive: zipfile.ZipFile, member: Member) -> Any:
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise BrokenFileError("broken-label", "no torch file: it has no data.pkl")
-    prefix = pickles[0].removesuffix("data.pkl")
-    if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
         raise BrokenFileError("broken-label", "its numbers are big-endian")
-    text = archive.read(pickles[0])
-    check_opcodes(text)
-    return _Reader(text, lambda key: member(archive, members[f"{prefix}data/{key}"])).load()
+
+    def storage(name: str) -> Buffer:
+        info = members[f"{folder}data/{name}"]
+        return archive.read(info) if mapped is None else _map(archive, info, mapped)
+
+    return _Unpickler(archive.read(pickles[0]), storage).load()
 
 
-def check_opcodes(text: bytes) -> None:
-    """Refuse a pickle with an opcode that plain data do not need.
+def _map(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Buffer:
+    """A member's bytes, on disk until they are used."""
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset + 26)  # lengths of what precedes the bytes
+    begin = info.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
+    if not info.file_size:
+        return b""
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=begin, shape=(info.file_size,))
 
-    Raises:
-        BrokenFileError: naming the opcode and its place.
+
+class _Opcodes(dict[int, Callable[..., None]]):
+    def __missing__(self, opcode: int) -> NoReturn:
+        _refuse(f"opcode {bytes([opcode])!r}")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Runs the opcodes of plain data; names lead to `_NAMES` only.
+
+    Python's own, not the one in C: its opcodes are a table, and its memo is a dict, where the
+    other allocates up to any index that a file names.
     """
-    at = 0
-    while True:
-        found = _PLAIN.match(text, at)
-        assert found is not None  # it matches nothing at all, too
-        at = found.end()
-        opcode = text[at : at + 1]
-        if opcode == b"." and at + 1 == len(text):
-            return
-        if opcode in _COUNTED:
-            begin = at + 1 + _COUNTED[opcode]
-            at = begin + int.from_bytes(text[at + 1 : begin], "little")
-        elif (name := _GLOBAL.match(text, at)) is not None:
-            at = name.end()
-        else:
-            what = f"opcode {opcode!r} at byte {at}" if at < len(text) else "no end"
-            raise BrokenFileError("unsafe-label", f"its pickle has {what}")
 
+    dispatch = _Opcodes({
+        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
+        for opcode in (
+            pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE,
+            pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1,
+            pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES,
+            pickle.SHORT_BINBYTES, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT,
+            pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.TUPLE,
+            pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.BINPUT, pickle.LONG_BINPUT,
+            pickle.BINGET, pickle.LONG_BINGET, pickle.MEMOIZE, pickle.GLOBAL, pickle.STACK_GLOBAL,
+            pickle.REDUCE, pickle.BINPERSID,
+        )
+    })  # fmt: skip
 
-class _Fixed:
-    """Something a pickle can name; its state cannot be set, which BUILD would do otherwise."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        raise BrokenFileError("unsafe-label", "its pickle changes what it may only use")
-
-
-class _Function(_Fixed):
-    """A function of this module that a pickle may call."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-
-class _Storage(_Fixed):
-    """The type of a torch storage, then its numbers."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-
-class _Dtype:
-    """numpy.dtype of a number."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, code: object, *rest: object) -> None:
-        if not isinstance(code, str) or code not in _NUMBERS or rest != (False, True):
-            _refuse(f"numbers of type {code!r}")
-        self.value = _NUMBERS[code]
-
-    def __setstate__(self, state: object) -> None:
-        plain = (None, None, None, -1, -1, 0)
-        order = state[1] if isinstance(state, tuple) and len(state) == 8 else None
-        if order not in ("<", ">", "|", "=") or state[2:] != plain:  # type: ignore[index]
-            _refuse("a structured number type")
-        if order == ">":
-            self.value = self.value.newbyteorder(">")
-
-
-class _Array:
-    """An array in the making: NumPy creates it empty and sends its numbers as state."""
-
-    __slots__ = ("_spend", "value")
-
-    def __init__(self, spend: Callable[[int], None], value: np.ndarray | None = None) -> None:
-        self._spend, self.value = spend, value
-
-    def __setstate__(self, state: object) -> None:
-        if not isinstance(state, tuple) or len(state) != 5:
-            _refuse("an array without numbers")
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            _refuse("an array that is not made of numbers")
-        sizes = _shape(shape)
-        size = math.prod(sizes) * dtype.value.itemsize
-        if size != len(data):
-            raise BrokenFileError("broken-label", f"{len(data)} bytes for an array of {shape}")
-        self._spend(size)
-        values = np.frombuffer(data, dtype=dtype.value)
-        self.value = values.reshape(sizes, order="F" if fortran is True else "C")
-
-
-class _Reader(pickle.Unpickler):
-    """Runs a pickle whose opcodes were checked; names lead to this module only."""
-
-    def __init__(self, text: bytes, member: Callable[[str], Buffer]) -> None:
+    def __init__(self, text: bytes, storage: Callable[[str], Buffer]) -> None:
         super().__init__(io.BytesIO(text))
-        self._member, self._left = member, MAX_ARRAY_BYTES
-        self._names: Mapping[tuple[str, str], object] = {
-            ("numpy", "ndarray"): _ARRAY_TYPE,
-            ("numpy", "dtype"): _Function(_Dtype),
-            ("_codecs", "encode"): _Function(self._encode),
-            ("__builtin__", "bytes"): _Function(_empty_bytes),
-            ("collections", "OrderedDict"): _Function(_empty_dict),
-            ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
-            **{
-                (f"numpy.{core}.multiarray", name): _Function(function)
-                for core in ("core", "_core")  # NumPy 1 and 2
-                for name, function in (("_reconstruct", self._array), ("scalar", _scalar))
-            },
-            **{("torch", name): _STORAGE_TYPES[name] for name in _STORAGES},
-        }
+        self._storage, self._left = storage, MAX_ARRAY_BYTES
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._names:
+        if (module, name) not in _NAMES:
             raise BrokenFileError("unsafe-label", f"it asks for {module}.{name}")
-        return self._names[module, name]
+        found = _NAMES[module, name]
+        return self._encode if found is _ENCODE else found
 
-    def persistent_load(self, key: Any) -> Any:
+    def persistent_load(self, key: Any) -> np.ndarray:
         """The numbers of a tensor: ("storage", type, name, device, how many)."""
-        if not isinstance(key, tuple) or len(key) != 5 or not isinstance(key[1], _Storage):
+        _, dtype, name, _, count = key
+        if not isinstance(dtype, np.dtype) or not isinstance(name, str) or not name.isdigit():
             _refuse("a reference that is no storage")
-        _, kind, name, _, count = key
-        if not isinstance(name, str) or not name.isdigit():
-            _refuse(f"a storage named {name!r}")
-        data = self._member(name)
+        data = self._storage(name)
         self._spend(len(data))
-        if len(data) != count * kind.values.itemsize:
+        if len(data) != count * dtype.itemsize:
             raise BrokenFileError("broken-label", f"storage {name} has {len(data)} bytes")
-        return _Storage(np.frombuffer(data, dtype=kind.values.dtype))
+        return np.frombuffer(data, dtype=dtype)
 
-    def _spend(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise BrokenFileError("unsafe-label", f"its arrays exceed {MAX_ARRAY_BYTES} bytes")
+    def load_build(self) -> None:
+        """BUILD would set attributes of functions, too."""
+        if not isinstance(self.stack[-2], (_Dtype, _Array)):  # type: ignore[attr-defined]
+            _refuse("a state for what it may only use")
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def _encode(self, text: object, encoding: object) -> bytes:
         """Protocol 2 writes bytes as text of their 256 values."""
@@ -289,60 +196,100 @@ class _Reader(pickle.Unpickler):
         self._spend(len(text))
         return text.encode("latin1")
 
-    def _array(self, kind: object, shape: object, code: object) -> _Array:
-        if kind is not _ARRAY_TYPE:
-            _refuse("an array of an unknown class")
-        return _Array(self._spend)
-
-    def _tensor(
-        self, storage: object, offset: object, shape: object, strides: object, *rest: object
-    ) -> _Array:
-        """A view of a storage, once offset, shape and strides are known to lie inside it."""
-        sizes, steps = _shape(shape), _shape(strides)
-        if not isinstance(storage, _Storage) or type(offset) is not int or offset < 0:
-            _refuse("a tensor without a storage")
-        if len(sizes) != len(steps):
-            _refuse("a tensor with strides of another length")
-        last = offset + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
-        values = storage.values
-        if math.prod(sizes) and last >= len(values):
-            raise BrokenFileError("broken-label", "a tensor reaches beyond its storage")
-        self._spend(math.prod(sizes) * values.itemsize)
-        if not math.prod(sizes):
-            return _Array(self._spend, np.empty(sizes, dtype=values.dtype))
-        byte_steps = [step * values.itemsize for step in steps]
-        view = np.lib.stride_tricks.as_strided(values[offset:], sizes, byte_steps, writeable=False)
-        return _Array(self._spend, np.ascontiguousarray(view).reshape(sizes))
+    def _spend(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise BrokenFileError("unsafe-label", f"its arrays exceed {MAX_ARRAY_BYTES} bytes")
 
 
-_ARRAY_TYPE = _Fixed()
-_STORAGE_TYPES = {
-    name: _Storage(np.empty(0, dtype=_NUMBERS[code])) for name, code in _STORAGES.items()
-}
+class _Dtype:
+    """Stands in for numpy.dtype of a number."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, code: object, *rest: object) -> None:
+        if not isinstance(code, str) or code not in _NUMBERS or rest != (False, True):
+            _refuse("an array of something else than numbers")
+        self.value = _NUMBERS[code]
+
+    def __setstate__(self, state: object) -> None:
+        plain = (None, None, None, -1, -1, 0)
+        order = state[1] if isinstance(state, tuple) and len(state) == 8 else None
+        if order not in ("<", ">", "|", "=") or state[2:] != plain:  # type: ignore[index]
+            _refuse("a structured number type")
+        self.value = self.value.newbyteorder(order)
 
 
-def _shape(value: object) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or len(value) > 8:
-        _refuse("a shape that is none")
-    if not all(type(n) is int and 0 <= n < 2**40 for n in value):
-        _refuse("a shape that is none")
+class _Array:
+    """Stands in for numpy.ndarray, which is created empty and gets its numbers as state."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: np.ndarray | None = None) -> None:
+        self.value = value
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            _refuse("an array without numbers")
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
+            _refuse("an array of something else than numbers")
+        sizes = _sizes(shape)
+        if math.prod(sizes) * dtype.value.itemsize != len(data):
+            raise BrokenFileError("broken-label", f"{len(data)} bytes for an array of {sizes}")
+        values = np.frombuffer(data, dtype=dtype.value)
+        self.value = values.reshape(sizes, order="F" if fortran is True else "C")
+
+
+def _tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> _Array:
+    """A view of a storage, once offset, shape and strides are known to lie inside it."""
+    (start,), sizes, steps = _sizes((offset,)), _sizes(shape), _sizes(strides)
+    if not isinstance(storage, np.ndarray) or len(sizes) != len(steps):
+        _refuse("a tensor without a storage")
+    last = start + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+    if math.prod(sizes) and last >= len(storage):
+        raise BrokenFileError("broken-label", "a tensor reaches beyond its storage")
+    if math.prod(sizes) * storage.itemsize > MAX_ARRAY_BYTES:
+        raise BrokenFileError("unsafe-label", f"a tensor exceeds {MAX_ARRAY_BYTES} bytes")
+    byte_steps = [step * storage.itemsize for step in steps]
+    return _Array(as_strided(storage[start:], sizes, byte_steps, writeable=False))
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
+        _refuse("an invalid shape")
     return value
 
 
 def _scalar(dtype: object, data: object) -> int | float | bool:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
         _refuse("a number of an unknown type")
-    if len(data) != dtype.value.itemsize:
-        raise BrokenFileError("broken-label", "a number of the wrong length")
-    return np.frombuffer(data, dtype=dtype.value)[0].item()
+    return np.frombuffer(data, dtype=dtype.value, count=1)[0].item()
 
 
-def _empty_dict() -> dict:
-    return {}
-
-
-def _empty_bytes() -> bytes:
-    return b""
+_ENCODE = object()
+_NAMES: dict[tuple[str, str], object] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    **{
+        (f"numpy.{core}.multiarray", name): function
+        for core in ("core", "_core")  # NumPy 1 and 2
+        for name, function in (("_reconstruct", lambda *_: _Array()), ("scalar", _scalar))
+    },
+    ("_codecs", "encode"): _ENCODE,
+    ("__builtin__", "bytes"): lambda: b"",
+    ("collections", "OrderedDict"): dict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch", "DoubleStorage"): _NUMBERS["f8"],
+    ("torch", "FloatStorage"): _NUMBERS["f4"],
+    ("torch", "HalfStorage"): _NUMBERS["f2"],
+    ("torch", "LongStorage"): _NUMBERS["i8"],
+    ("torch", "IntStorage"): _NUMBERS["i4"],
+    ("torch", "ShortStorage"): _NUMBERS["i2"],
+    ("torch", "CharStorage"): _NUMBERS["i1"],
+    ("torch", "ByteStorage"): _NUMBERS["u1"],
+    ("torch", "BoolStorage"): _NUMBERS["b1"],
+}
 
 
 def _refuse(what: str) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fkdpipe.common.errors import DamagedStoreError, StoreMismatchError
+from fkdpipe.common.errors import DamagedStoreError, ModelError, StoreMismatchError
 from fkdpipe.labelgen import outputs
 from fkdpipe.networks import teachers as teachers_
 from fkdpipe.networks.feature_layers import Outputs
@@ -20,7 +20,6 @@ from fkdpipe.pixels.crops import Crops
 from fkdpipe.pixels.replay import Request
 from fkdpipe.storage import features, labels, rounds, schema
 from fkdpipe.storage.labels import Form, Target
-from fkdpipe.storage.schema import Field
 from fkdpipe.storage.store import Part, Store
 from fkdpipe.storage.verify import Problem
 
@@ -68,7 +67,7 @@ def folder(store: Store, data: Path) -> list[Problem]:
 def other_teachers(part: Part, teachers: Sequence[Teacher]) -> list[str]:
     """Where these teachers differ from those that made a part; empty when they are the same."""
     ours = [t.facts() for t in teachers]
-    return schema.differences({"teachers": part.settings["teachers"]}, {"teachers": ours})
+    return schema.differences({"teachers": list(part.settings.teachers)}, {"teachers": ours})
 
 
 def check_basis(part: Part, basis: Basis | None) -> None:
@@ -77,7 +76,7 @@ def check_basis(part: Part, basis: Basis | None) -> None:
     Raises:
         StoreMismatchError: another one, or none where one is needed.
     """
-    recorded = part.settings.get("basis")
+    recorded = part.settings.basis if part.kind == "features" else None
     if recorded is None or (basis is not None and basis.digest == recorded):
         return
     if basis is None:
@@ -88,6 +87,51 @@ def check_basis(part: Part, basis: Basis | None) -> None:
             f"were made with (digest {recorded[:12]})."
         )
     raise StoreMismatchError(f"{found} Name its file with --basis FILE.", code="other-basis")
+
+
+def parts_of(store: Store, source: str | None, names: Sequence[str]) -> list[Part]:
+    """Labels and features of a source that teachers of these names made; all, where they made none.
+
+    Raises:
+        ModelError: there are no labels or features of this source.
+    """
+    parts = [part for part in store.parts.values() if part.kind in ("labels", "features")]
+    parts = [part for part in parts if source in (None, part.source)]
+    if not parts:
+        raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
+    theirs = [
+        part for part in parts if [t["name"] for t in part.settings["teachers"]] == list(names)
+    ]
+    return theirs or parts
+
+
+def all_parts(
+    store: Store,
+    parts: Sequence[Part],
+    data: Path,
+    teachers: Sequence[Teacher],
+    *,
+    device: torch.device,
+    basis: Basis | None = None,
+    sample: int = 32,
+) -> list[Checked]:
+    """`teacher` of every part that these teachers made; a problem of each, where they made none.
+
+    Raises:
+        StoreMismatchError: as `teacher`.
+    """
+    differences = {part.path: other_teachers(part, teachers) for part in parts}
+    theirs = [part for part in parts if not differences[part.path]]
+    if not theirs:
+        problems = [
+            Problem("teacher-differs", path, -1, f"made by other teachers: {'; '.join(found)}")
+            for path, found in differences.items()
+        ]
+        return [Checked(each.part, 0, 0.0, 0.0, (each,)) for each in problems]
+    return [
+        teacher(store, part, data, teachers, device=device, basis=basis, sample=sample)
+        for part in theirs
+    ]
 
 
 def teacher(
@@ -115,21 +159,18 @@ def teacher(
         raise StoreMismatchError(
             f"{part.path} was made by other teachers: {'; '.join(changed)}.", code="settings"
         )
-    allowed = _allowed(part) + TOLERANCE[part.settings["precision"]]
+    allowed = _allowed(part) + TOLERANCE[part.settings.precision]
     worst, seen = 0.0, 0
     problems = []
     root = images.split_root(data, "train")
     views = outputs.views_of(teachers)
     with replay.open_replay(
-        part.settings["replay"], views, threads=threads, device=device
+        part.settings.replay, views, threads=threads, device=device
     ) as replayer:
         for unit, row_B, crop_B in _places(store, part, sample):
             try:
                 request, drawn = _request(store, part, root, unit, row_B, crop_B)
-                stored = {
-                    field.name: _stored(store, part, field, unit, row_B, crop_B)
-                    for field in part.fields
-                }
+                stored = _stored(store, part, unit, row_B, crop_B)
             except DamagedStoreError as error:
                 problems.append(Problem("checksum", part.path, unit, str(error)))
                 continue
@@ -150,9 +191,8 @@ def teacher(
 
 def _allowed(part: Part) -> float:
     if part.kind == "features":
-        return features.error_bound(part.settings["code"])
-    form = labels.parse_form(part.settings["form"])
-    return labels.error_bound(form, int(part.settings["classes"]))
+        return features.error_bound(part.settings.code)
+    return labels.error_bound(part.settings.form, part.settings.classes)
 
 
 def _places(store: Store, part: Part, sample: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -162,7 +202,7 @@ def _places(store: Store, part: Part, sample: int) -> Iterator[tuple[int, np.nda
         if marker is not None:
             labelled[store.unit_rows(unit)] = True
             labelled[list(marker.failed)] = False
-    good, crops_M = np.flatnonzero(labelled), int(part.settings["crops"])
+    good, crops_M = np.flatnonzero(labelled), part.settings.crops
     everything = len(good) * crops_M
     drawn = np.random.default_rng(0).choice(everything, min(sample, everything), replace=False)
     row_B, crop_B = np.divmod(np.sort(drawn), crops_M)
@@ -179,32 +219,19 @@ def _request(
     crops_part = next(p for p in store.rounds() if p.round == part.round)
     drawn = rounds.crops_of(store, crops_part, unit)
     local_B = row_B - store.unit_rows(unit).start
-    request = Request(
-        paths=[images.path_of(root, key) for key in store.images.keys[row_B]],
-        size_I2=store.images.size_N2[row_B],
-        box_Im4=drawn.box_NM4[local_B, crop_B][:, None],
-        flip_Im=drawn.flip_NM[local_B, crop_B][:, None],
-    )
-    return request, drawn
+    one_each = drawn[local_B[:, None], crop_B[:, None]]
+    listed = store.images
+    return Request.of(root, listed.keys[row_B], listed.size_N2[row_B], one_each), drawn
 
 
 def _stored(
-    store: Store, part: Part, field: Field, unit: int, row_B: np.ndarray, crop_B: np.ndarray
-) -> np.ndarray:
-    """(B, ...) values of a field, from the crop groups they lie in."""
-    marker = store.marker(part, unit)
-    assert marker is not None  # the places are of committed units
-    rows, crops_M = store.unit_rows(unit), int(part.settings["crops"])
-    span = min(store.group_size, crops_M) if field.wide else crops_M
-    values = np.empty((len(row_B), *field.shape), dtype=field.dtype)
-    for group in np.unique(crop_B // span).tolist():
-        key = schema.shard_key(part.path, field, unit, group)
-        shards = {key: store.read_checked(key, marker.files, unit)}
-        crops = slice(group * span, min((group + 1) * span, crops_M))
-        block = store.arrays.decode(f"{part.path}/{field.name}", (rows, crops), shards)
-        here = crop_B // span == group
-        values[here] = block[row_B[here] - rows.start, crop_B[here] - crops.start]
-    return values
+    store: Store, part: Part, unit: int, row_B: np.ndarray, crop_B: np.ndarray
+) -> dict[str, np.ndarray]:
+    """(B, ...) values of each field, from the crop groups they lie in."""
+    local_B = row_B - store.unit_rows(unit).start
+    crops_m, place_B = np.unique(crop_B, return_inverse=True)
+    names = [field.name for field in part.fields]
+    return {name: store.read(part, name, unit, crops_m)[local_B, place_B] for name in names}
 
 
 def _difference(
@@ -215,14 +242,13 @@ def _difference(
     basis: Basis | None,
 ) -> np.ndarray:
     if part.kind == "labels":
-        form = labels.parse_form(part.settings["form"])
-        temperature = 1.0 if form.kind == "logits" else float(part.settings["temperature"])
+        form = part.settings.form
+        temperature = 1.0 if form.kind == "logits" else part.settings.temperature
         shares = [t.weight for t in teachers]
         log_prob_BC = teachers_.average([each.logits for each in made], shares, temperature)
         return label_difference(form, stored, log_prob_BC.exp().cpu().numpy())
     fresh = outputs.encode_part(part, made, teachers, basis)
-    code = part.settings["code"]
-    a, b = (features.decode(code, values) for values in (stored, fresh))
+    a, b = (features.decode(part.settings.code, values) for values in (stored, fresh))
     scale = np.abs(b).max(axis=1)
     return np.abs(a - b).max(axis=1) / np.maximum(scale, 1e-12)
 
@@ -234,7 +260,7 @@ def label_difference(form: Form, stored: dict[str, np.ndarray], prob_BC: np.ndar
     have been kept: where two are nearly as probable, either will do.
     """
     if not form.sparse:
-        kept_BC = labels.softmax(stored["log_prob" if form.kind == "full" else "logit"])
+        kept_BC = labels.softmax(stored[form.value_field])
         return 0.5 * np.abs(kept_BC - prob_BC).sum(axis=1)
     classes = prob_BC.shape[1]
     known_B = (stored["ids"] < classes).all(axis=1)
@@ -245,7 +271,7 @@ def label_difference(form: Form, stored: dict[str, np.ndarray], prob_BC: np.ndar
         best_BC[:, 0] - exact_BK[:, 0], best_BC[:, form.k - 1] - exact_BK.min(axis=1)
     )
     if form.kind == "topk":
-        prob_BK = labels.decode_probabilities(form, stored["stick" if form.compact else "prob"])
+        prob_BK = labels.decode_probabilities(form, stored[form.value_field])
         target = Target("marginal-smoothing", form.k)
         a, b = (
             labels.to_dense(labels.sparse_target(target, ids_BK, each, classes), classes)

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fkdpipe.common.errors import StoreMismatchError, UsageError
+from fkdpipe.common.errors import StoreError, StoreMismatchError, UsageError
 from fkdpipe.labelgen.settings import GenerateSettings
-from fkdpipe.pixels.crops import DISTRIBUTION_NAME, CropDistribution
-from fkdpipe.storage import rounds, schema
+from fkdpipe.pixels.crops import CropDistribution
+from fkdpipe.storage import schema
+from fkdpipe.storage.labels import Form
+from fkdpipe.storage.location import Location
 from fkdpipe.storage.schema import Json
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Part, Store
 
-_OF_LAW = ("scale", "ratio", "flip", "jitter")
+_OF_DISTRIBUTION = ("scale", "ratio", "flip", "jitter")
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,26 @@ class Drawing:
     seed: int
     derived: bool
 
-    def settings(self) -> Json:
+    def settings(self) -> CropsSettings:
         """As a round records it, whichever crops of the sequence it holds."""
-        return _comparable(
-            rounds.crop_settings(
-                self.distribution, seed=self.seed, first=0, count=0, derived=self.derived
-            )
-        )
+        return CropsSettings.of(self.distribution, seed=self.seed, count=0, derived=self.derived)
 
 
 def drawing(store: Store | None, settings: GenerateSettings) -> Drawing:
     """What the user named of the crops; else what the store's crops were drawn by; else defaults.
 
-    Boxes of an import were drawn by nobody here: they have no law to take.
+    Boxes of an import were drawn by nobody here: they have no distribution to take.
     """
-    drawn = [p.settings for p in store.rounds()] if store is not None else []
-    old = drawn[0] if drawn and drawn[0]["law"] == DISTRIBUTION_NAME else None
-    distribution = settings.crop or (rounds.distribution_of(old) if old else CropDistribution())
-    seed = settings.seed if settings.seed is not None else (int(old["seed"]) if old else 0)
-    boxes = settings.boxes or (old["boxes"] if old else "stored")
-    return Drawing(distribution, seed, boxes == "derived")
+    drawn = [part.settings for part in store.rounds()] if store is not None else []
+    old = (
+        drawn[0]
+        if drawn and not drawn[0].imported
+        else CropsSettings.of(CropDistribution(), seed=0, count=0)
+    )
+    seed = old.seed if settings.seed is None else settings.seed
+    assert seed is not None  # crops drawn here have one
+    derived = settings.boxes == "derived" if settings.boxes else old.derived
+    return Drawing(settings.crop or old.distribution, seed, derived)
 
 
 def crops_per_image(store: Store | None, settings: GenerateSettings) -> int:
@@ -54,7 +57,7 @@ def crops_per_image(store: Store | None, settings: GenerateSettings) -> int:
     """
     if settings.crops is not None:
         return settings.crops
-    have = sum(int(part.settings["crops"]) for part in store.rounds()) if store is not None else 0
+    have = sum(part.settings.crops for part in store.rounds()) if store is not None else 0
     if not have:
         raise UsageError("say how many crops per image to record: --crops M.")
     return have
@@ -68,10 +71,10 @@ def as_store(store: Store | None, settings: GenerateSettings, source: str) -> Ge
     """
     if store is None:
         return settings
-    drawn = drawing(store, settings)
+    drawn, recorded = drawing(store, settings), form_of(store, source)
     return replace(
         settings,
-        form=settings.form or form_of(store, source),
+        form=settings.form or (str(recorded) if recorded else None),
         crops=crops_per_image(store, settings),
         crop=drawn.distribution,
         seed=drawn.seed,
@@ -79,29 +82,52 @@ def as_store(store: Store | None, settings: GenerateSettings, source: str) -> Ge
     )
 
 
-def form_of(store: Store, source: str) -> str | None:
+def form_of(store: Store, source: str) -> Form | None:
     """Of the labels of a source, None where there are none."""
     ours = (p for p in store.parts.values() if p.kind == "labels" and p.source == source)
-    return next((p.settings["form"] for p in ours), None)
+    return next((part.settings.form for part in ours), None)
 
 
 def recorded_options(store: Store) -> dict[str, dict[str, Any]]:
     """By source, the settings its labels and features were made with; imported ones left out."""
     found: dict[str, dict[str, Any]] = {}
     for part in store.parts.values():
-        if part.kind not in ("labels", "features") or "imported_from" in part.settings:
-            continue
         old = part.settings
-        names = [_spec(teacher) for teacher in old["teachers"]]
+        imported = part.kind == "labels" and old.imported_from is not None
+        if part.kind not in ("labels", "features") or imported:
+            continue
+        names = [_spec(teacher) for teacher in old.teachers]
         options = found.setdefault(part.source, {"teacher": names, "form": "none"})
-        options |= {"source": part.source, "precision": old["precision"]}
+        options |= {"source": part.source, "precision": old.precision}
         if part.kind == "labels":
-            options |= {"form": old["form"], "temperature": old["temperature"]}
+            options |= {"form": str(old.form), "temperature": old.temperature}
         else:
-            dims = "" if old["basis"] is None else f":{old['dims']}"
+            dims = "" if old.basis is None else f":{old.dims}"
             kept = {*options.get("features", ()), f"{part.layer}{dims}"}
-            options |= {"features": sorted(kept), "features_code": old["code"]}
+            options |= {"features": sorted(kept), "features_code": old.code}
     return found
+
+
+def repair_options(location: Location, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a repair takes from the store: the recorded settings of its source that are not given.
+
+    Raises:
+        UsageError: no teacher is given; says with which options the store was made. Its name in the
+            store is never taken: it would be loaded, and a store may come from others.
+    """
+    try:
+        recorded = recorded_options(Store(location))
+    except StoreError:
+        recorded = {}  # damaged records: the repair restores them first
+    if not given.get("teacher"):
+        lines = "".join(f"\n  {as_words(each)}" for each in recorded.values())
+        raise UsageError(
+            "--repair needs the teacher that made the store: --teacher NAME or NAME=FILE."
+            + (f" The store was made with:{lines}" if lines else "")
+        )
+    source = given.get("source") or (next(iter(recorded)) if len(recorded) == 1 else "")
+    old = recorded.get(source, {})
+    return {key: value for key, value in old.items() if key != "teacher" and key not in given}
 
 
 def _spec(teacher: Mapping[str, Any]) -> str:
@@ -121,21 +147,20 @@ def as_words(options: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def check_drawing(store: Store, part: Part, wanted: Drawing) -> None:
+def check_drawing(store: Store, part: Part[CropsSettings], wanted: Drawing) -> None:
     """Refuse to draw other crops beside those of a round.
 
     Raises:
         StoreMismatchError: naming what differs by the keys a user types.
     """
-    if part.settings["law"] != DISTRIBUTION_NAME:
+    if part.settings.imported:
         raise StoreMismatchError(
-            f"{store.url} has {part.settings['crops']} crops per image that were imported with "
+            f"{store.url} has {part.settings.crops} crops per image that were imported with "
             "their labels; no others can be drawn beside them. Leave --crops out to keep them, or "
             "name another store.",
             code="settings",
         )
-    old, new = ({_key(k): v for k, v in s.items()} for s in (part.settings, wanted.settings()))
-    changed = schema.differences(_comparable(old), new)
+    changed = schema.differences(_comparable(part.settings), _comparable(wanted.settings()))
     if changed:
         raise StoreMismatchError(
             f"{store.url} was made with other settings: {'; '.join(changed)}. Leave them out to "
@@ -146,10 +171,10 @@ def check_drawing(store: Store, part: Part, wanted: Drawing) -> None:
 
 def _key(name: str) -> str:
     """As --set and a recipe have it."""
-    return f"crop.{name}" if name in _OF_LAW else name
+    return f"crop.{name}" if name in _OF_DISTRIBUTION else name
 
 
-def _comparable(settings: dict[str, Any]) -> Json:
-    """Without what differs from round to round; pairs as one value."""
-    kept = {k: v for k, v in settings.items() if k not in ("first", "crops")}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
+def _comparable(settings: CropsSettings) -> Json:
+    """By the keys a user types, without what differs from round to round; pairs as one value."""
+    kept = {k: v for k, v in settings.to_json().items() if k not in ("first", "crops")}
+    return {_key(k): tuple(v) if isinstance(v, list) else v for k, v in kept.items()}

@@ -15,10 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import distributed as dist
 
+from fkdpipe.common import config
+from fkdpipe.common.config import Seed, Share
 from fkdpipe.common.distributed import Rank
-from fkdpipe.common.errors import ImagesError, StoreMismatchError, UsageError
+from fkdpipe.common.errors import ImagesError, StoreMismatchError
 from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.generate import Resources
@@ -30,60 +33,40 @@ from fkdpipe.pixels import crops, images, replay
 from fkdpipe.pixels.crops import CropDistribution, Crops
 from fkdpipe.pixels.replay import Backend, Request
 from fkdpipe.storage import rounds, writer
+from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Store
 
 MAX_FAILED_SHARE = 0.5  # of the images: more looks like the wrong folder
 
 
-@dataclass(frozen=True)
+@config.settings
 class FitSettings:
-    """What a basis is fitted on.
-
-    teacher: NAME or NAME=FILE. layer: features before or after the last activation.
-    images: share of the images of every class, in percent.
-    crops: M, crops of each image. crop: the law they are drawn by, without a store.
-    seed: of the choice of images and of the crops.
-    batch: crops per teacher batch. threads: of the replay, None takes the machine's cores.
-    """
+    """What a basis is fitted on."""
 
     teacher: str
-    images: str = "10%"
+    """NAME or NAME=FILE."""
+    fraction: Share = 0.1
+    """Share of the images of every class, chosen by the seed."""
     layer: FeatureLayer = "pre"
-    crops: int = 1
+    """Features before or after the last activation."""
+    crops: PositiveInt = 1
+    """M, crops of each image."""
     crop: CropDistribution = field(default_factory=CropDistribution)
-    seed: int = 0
+    """The distribution they are drawn from, without a store."""
+    seed: Seed = 0
+    """Of the choice of images and of the crops."""
     precision: Precision = "float32"
-    batch: int = 64
+    """Of the teacher's forward pass."""
+    batch_size: PositiveInt = 64
+    """Crops per teacher batch."""
     replay: Literal["auto", "cpu", "dali"] = "auto"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        parse_share(self.images)
-        for name in ("crops", "batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1; found {value}.")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
+    """Backend that turns recorded crops into pixels."""
+    threads: PositiveInt | None = None
+    """Of the replay; by default the machine's cores."""
 
     @property
     def needs(self) -> Needs:
         return Needs(pre=self.layer == "pre", penultimate=self.layer == "post")
-
-
-def parse_share(text: str) -> float:
-    """`10%` as 0.1.
-
-    Raises:
-        UsageError: no percentage above 0 and up to 100.
-    """
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError:
-        share = 0.0
-    if not text.endswith("%") or not 0 < share <= 1:
-        raise UsageError(f"images takes a percentage of the images, such as 10%; found {text!r}.")
-    return share
 
 
 @dataclass(frozen=True)
@@ -127,12 +110,10 @@ def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) 
         size_N2=folder.size_N2[rows],
         crops_M=np.arange(settings.crops),
     )
-    distribution = rounds.crop_settings(
-        settings.crop, seed=settings.seed, first=0, count=settings.crops, derived=False
-    )
+    distribution = CropsSettings.of(settings.crop, seed=settings.seed, count=settings.crops)
     return _sample(
         folder.root, np.array(folder.keys, dtype=object)[rows], folder.size_N2[rows], drawn,
-        settings, distribution, folder.fingerprint,
+        settings, distribution.to_json(), folder.fingerprint,
     )  # fmt: skip
 
 
@@ -143,9 +124,9 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
         StoreMismatchError: it has fewer crops.
     """
     (first, *_) = store.rounds()
-    if settings.crops > int(first.settings["crops"]):
+    if settings.crops > first.settings.crops:
         raise StoreMismatchError(
-            f"the first round of {store.url} has {first.settings['crops']} crops per image, "
+            f"the first round of {store.url} has {first.settings.crops} crops per image, "
             f"{settings.crops} are asked for.",
             code="settings",
         )
@@ -161,16 +142,16 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
         here = np.flatnonzero(rows // store.unit_size == unit)
         for name, array in values.items():
             array[here] = of_unit[name][rows[here] % store.unit_size, : settings.crops]
-    drawn = Crops(values["box"], values["flip"], values.get("jitter"))
+    drawn = rounds.of_values(values)
     return _sample(
         images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows], drawn,
-        settings, dict(first.settings), str(store.facts["fingerprint"]),
+        settings, first.settings.to_json(), str(store.facts["fingerprint"]),
     )  # fmt: skip
 
 
 def _choose(ids: np.ndarray, class_N: np.ndarray, settings: FitSettings) -> np.ndarray:
     order = crops.random_order(settings.seed, ids)
-    return crops.per_class(class_N, order, parse_share(settings.images))
+    return crops.per_class(class_N, order, settings.fraction)
 
 
 def _sample(
@@ -182,7 +163,11 @@ def _sample(
     distribution: dict[str, Any],
     fingerprint: str,
 ) -> Sample:
-    facts = {"images": settings.images, "crops": distribution, "fingerprint": fingerprint}
+    facts = {
+        "images": f"{100 * settings.fraction:g}%",
+        "crops": distribution,
+        "fingerprint": fingerprint,
+    }
     return Sample(root, keys, size_N2, drawn, facts)
 
 
@@ -287,12 +272,8 @@ def _vectors(
 
 def _request(sample: Sample, first: int, count: int) -> Request:
     rows = np.arange(first, min(first + count, len(sample.keys)))
-    return Request(
-        paths=[images.path_of(sample.root, key) for key in sample.keys[rows]],
-        size_I2=sample.size_N2[rows],
-        box_Im4=sample.drawn.box_NM4[rows],
-        flip_Im=sample.drawn.flip_NM[rows],
-        tag=rows,
+    return Request.of(
+        sample.root, sample.keys[rows], sample.size_N2[rows], sample.drawn[rows], tag=rows
     )
 
 

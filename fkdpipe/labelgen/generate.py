@@ -13,6 +13,7 @@ from fkdpipe.common.errors import FkdpipeError
 from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.plan import Plan, RoundPlan
+from fkdpipe.labelgen.repair import Repaired
 from fkdpipe.labelgen.unit import Unit
 from fkdpipe.networks.teachers import Teacher
 from fkdpipe.pixels import replay
@@ -42,21 +43,28 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Result:
+class Generated:
     """What a run did.
 
     Attributes:
-        made: units committed now. kept: units of ours that were committed before.
+        url: of the store. crops_per_image: M, in all.
+        new_units: committed now. kept_units: ours that were committed before.
         failed: images without labels, by key, with the reason.
-        sealed: True when every part is complete, all processes taken together.
-        batch: crops per teacher batch at the end, smaller than asked for after an out-of-memory.
+        complete: True when every part is sealed, all processes taken together.
+        batch_size: crops per teacher batch at the end, smaller than asked for after an
+            out-of-memory.
+        repaired: what a repair put right.
     """
 
-    made: int
-    kept: int
+    url: str
+    images: int
+    crops_per_image: int
+    new_units: int
+    kept_units: int
     failed: dict[str, str]
-    sealed: bool
-    batch: int
+    complete: bool
+    batch_size: int
+    repaired: Repaired | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def generate(
     resources: Resources,
     *,
     reporter: Reporter = silent,
-) -> Result:
+) -> Generated:
     """Make every unit of ours that is missing, and seal what is complete.
 
     Raises:
@@ -93,7 +101,16 @@ def generate(
         parts = [store.part(IMAGES), *plan.parts]
         sealed = [writer.seal(store, part) for part in parts]  # each as far as it is complete
     kept = len(ours) * len(plan.rounds) - len(todo)
-    return Result(len(todo), kept, failed, all(sealed), batch)
+    return Generated(
+        url=store.url,
+        images=store.num_images,
+        crops_per_image=sum(round_plan.crops_M for round_plan in plan.rounds),
+        new_units=len(todo),
+        kept_units=kept,
+        failed=failed,
+        complete=all(sealed),
+        batch_size=batch,
+    )
 
 
 def _todo(store: Store, plan: Plan, units: range) -> Iterator[_Todo]:

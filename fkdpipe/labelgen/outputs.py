@@ -22,8 +22,7 @@ from fkdpipe.storage.store import Part
 
 def views_of(teachers: Sequence[Teacher]) -> list[View]:
     """The distinct views the teachers need, in order of first use."""
-    views = [View(t.preprocessing.size, t.preprocessing.interpolation) for t in teachers]
-    return list(dict.fromkeys(views))
+    return list(dict.fromkeys(View.of(teacher.preprocessing) for teacher in teachers))
 
 
 def factors(drawn: Crops, places_B: np.ndarray) -> torch.Tensor | None:
@@ -50,9 +49,7 @@ def teach(
     made = []
     for teacher in teachers:
         p = teacher.preprocessing
-        made.append(
-            teacher.outputs(normalise(pixels[View(p.size, p.interpolation)], p.mean, p.std))
-        )
+        made.append(teacher.outputs(normalise(pixels[View.of(p)], p.mean, p.std)))
     _refuse_infinite(teachers, made)
     return made
 
@@ -77,21 +74,20 @@ def encode_part(
 ) -> dict[str, np.ndarray]:
     """The stored fields of a part for B crops."""
     if part.kind == "labels":
-        form = labels.parse_form(part.settings["form"])
         return encode_labels(
-            form,
+            part.settings.form,
             [made.logits for made in outputs],
             [teacher.weight for teacher in teachers],
-            float(part.settings["temperature"]),
+            part.settings.temperature,
         )
     (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
     kept = {"pre": made.pre, "post": made.penultimate, "map": made.final}[part.layer]
     assert kept is not None
     vectors_BD = kept.flatten(1)  # a map lies in the order C, H, W
-    if part.settings["basis"] is not None:  # raw vectors may stand beside projected ones
+    if part.settings.basis is not None:  # raw vectors may stand beside projected ones
         assert basis is not None
-        vectors_BD = basis.project(vectors_BD, int(part.settings["dims"]))
-    return features.encode(part.settings["code"], vectors_BD.float().cpu().numpy())
+        vectors_BD = basis.project(vectors_BD, part.settings.dims)
+    return features.encode(part.settings.code, vectors_BD.float().cpu().numpy())
 
 
 def encode_labels(
@@ -107,15 +103,15 @@ def encode_labels(
         (z_BC,) = logits  # an ensemble is an average of probabilities; the plan refuses others
         top_B = z_BC.max(dim=1).values
         scores = labels.encode_scores((z_BC - top_B[:, None]).cpu().numpy())
-        return {"logit": scores, "logit_max": top_B.cpu().numpy()}
+        return {form.value_field: scores, "logit_max": top_B.cpu().numpy()}
     log_prob_BC = teachers_.average(logits, shares, temperature)
     if form.kind == "full":
-        return {"log_prob": labels.encode_scores(log_prob_BC.cpu().numpy())}
+        return {form.value_field: labels.encode_scores(log_prob_BC.cpu().numpy())}
     top = log_prob_BC.topk(form.k, dim=1)
     ids_BK = top.indices.cpu().numpy()
     dtype = labels.id_dtype(log_prob_BC.shape[1])
     if form.kind == "hard":
         return {"ids": ids_BK.astype(dtype)}
     ids_BK, prob_BK = labels.hybrid_order(ids_BK, top.values.exp().cpu().numpy())
-    name = "stick" if form.compact else "prob"
-    return {"ids": ids_BK.astype(dtype), name: labels.encode_probabilities(form, prob_BK)}
+    stored_BK = labels.encode_probabilities(form, prob_BK)
+    return {"ids": ids_BK.astype(dtype), form.value_field: stored_BK}

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,16 @@ from fkdpipe.labelgen.settings import GenerateSettings
 from fkdpipe.networks import feature_layers, features
 from fkdpipe.networks.features import Basis
 from fkdpipe.networks.models import SELF_SUPERVISED
-from fkdpipe.networks.teachers import Teacher
+from fkdpipe.networks.teachers import Teacher, check_classifier
 from fkdpipe.pixels import images, replay
-from fkdpipe.pixels.crops import DISTRIBUTION_NAME
+from fkdpipe.pixels.crops import Crops
 from fkdpipe.pixels.replay import Backend, BackendChoice, Request
 from fkdpipe.storage import begin, labels, schema, writer
 from fkdpipe.storage import features as stored_features
 from fkdpipe.storage.labels import Form
 from fkdpipe.storage.location import Location
-from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.schema import Field
+from fkdpipe.storage.settings import CropsSettings, FeatureSettings, LabelSettings
 from fkdpipe.storage.store import Part, Store
 
 log = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ log = logging.getLogger(__name__)
 class RoundPlan:
     """One round: its crops, and what is made of them."""
 
-    crops: Part
+    crops: Part[CropsSettings]
     made: tuple[Part, ...]
 
     @property
     def crops_M(self) -> int:
-        return int(self.crops.settings["crops"])
+        return self.crops.settings.crops
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -118,15 +119,12 @@ def prepare(
     }
     plans = []
     for crops in _rounds(store, settings, drawn):
-        count = int(crops.settings["crops"])
         made = [
             writer.add_part(
                 store,
                 f"rounds/{crops.round}/{part.place}",
-                part.kind,
-                {**part.settings, "replay": backend, "crops": count},
+                replace(part.settings, replay=backend, crops=crops.settings.crops),
                 part.fields,
-                count,
                 provenance=provenance,
             )
             for part in wanted
@@ -137,11 +135,10 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A part that every round is to have."""
+    """A part that every round is to have; the round's crops and the replay are yet to be known."""
 
     place: str
-    kind: str
-    settings: Json
+    settings: LabelSettings | FeatureSettings
     fields: list[Field]
 
 
@@ -151,12 +148,14 @@ def _form(
     """The form asked for; else what the store holds of this source; else topk:10."""
     if settings.form == "none":
         return None
+    for teacher in teachers:
+        check_classifier(teacher)
     if settings.form is not None:
         return labels.parse_form(settings.form)
     store = begin.find_store(location)
     recorded = existing.form_of(store, source) if store is not None else None
     if recorded is not None:
-        return labels.parse_form(recorded)
+        return recorded
     return (
         Form("logits") if _self_supervised(teachers) else Form("topk", min(10, _classes(teachers)))
     )
@@ -173,10 +172,6 @@ def _wanted_parts(
     basis: Basis | None,
     source: str,
 ) -> list[_Wanted]:
-    shared = {
-        "precision": teachers[0].precision,
-        "teachers": [teacher.facts() for teacher in teachers],
-    }
     wanted = []
     if form is not None:
         classes = _classes(teachers)
@@ -191,13 +186,19 @@ def _wanted_parts(
                 f"{teachers[0].spec} gives scores, not probabilities of classes: take --form "
                 "logits and choose the temperature when a student trains."
             )
-        facts = {"form": str(form), "classes": classes, "temperature": settings.temperature}
-        fields = schema.label_fields(form, classes)
-        wanted.append(_Wanted(f"labels/{source}", "labels", {**shared, **facts}, fields))
-    taps_ = (
-        _wanted_features(t, settings, teachers, basis, source, shared) for t in settings.features
-    )
-    return [*wanted, *taps_]
+        recorded = LabelSettings(
+            form,
+            classes,
+            crops=0,
+            temperature=settings.temperature,
+            precision=teachers[0].precision,
+            teachers=tuple(teacher.facts() for teacher in teachers),
+        )
+        wanted.append(_Wanted(f"labels/{source}", recorded, schema.label_fields(form, classes)))
+    return [
+        *wanted,
+        *(_wanted_features(text, settings, teachers, basis, source) for text in settings.features),
+    ]
 
 
 def _wanted_features(
@@ -206,41 +207,43 @@ def _wanted_features(
     teachers: Sequence[Teacher],
     basis: Basis | None,
     source: str,
-    shared: Json,
 ) -> _Wanted:
     layer, dims = features.parse_features(text)
     if len(teachers) > 1:
         raise UsageError("features are those of one teacher; generate one source per teacher.")
-    width = feature_layers.width(teachers[0].module.network)
+    (teacher,) = teachers
     if dims is not None:
         assert basis is not None  # the settings refuse components without a basis
-        basis.check_teacher(teachers[0].facts())
+        basis.check_teacher(teacher.facts())
         if basis.facts["tap"] != layer:
             raise UsageError(
                 f"features {text}: the basis was fitted on {basis.facts['tap']} features."
             )
         basis.check_components(dims)
-    facts: Json = {
-        "tap": layer,
-        "dims": dims or width,
-        "width": width,
-        "code": settings.features_code,
-        "basis": basis.digest if dims is not None and basis is not None else None,
-        "pre_is_post": not feature_layers.has_activation(teachers[0].module.network),
-    }
-    if layer == "map":
-        facts |= _map_facts(teachers[0])
-    fields = stored_features.fields(int(facts["dims"]), settings.features_code)
-    return _Wanted(f"features/{source}/{layer}", "features", {**shared, **facts}, fields)
+    shape = _map_shape(teacher) if layer == "map" else None
+    width = shape[0] if shape else feature_layers.width(teacher.module.network)
+    recorded = FeatureSettings(
+        layer,
+        dims=math.prod(shape) if shape else dims or width,
+        width=width,
+        code=settings.features_code,
+        crops=0,
+        basis=basis.digest if dims is not None and basis is not None else None,
+        pre_is_post=not shape and not feature_layers.has_activation(teacher.module.network),
+        shape=shape,
+        precision=teacher.precision,
+        teachers=(teacher.facts(),),
+    )
+    fields = stored_features.fields(recorded.dims, recorded.code)
+    return _Wanted(f"features/{source}/{layer}", recorded, fields)
 
 
-def _map_facts(teacher: Teacher) -> Json:
-    """shape: (C, H, W) of the teacher's last map at its own input size."""
+def _map_shape(teacher: Teacher) -> tuple[int, ...]:
+    """(C, H, W) of the teacher's last map at its own input size."""
     device = next(teacher.module.parameters()).device
     final = feature_layers.example(teacher.module, teacher.preprocessing.size, device).final
     assert final is not None  # the settings ask for it
-    shape = [int(n) for n in final.shape[1:]]
-    return {"shape": shape, "dims": math.prod(shape), "width": shape[0], "pre_is_post": False}
+    return tuple(int(n) for n in final.shape[1:])
 
 
 def _classes(teachers: Sequence[Teacher]) -> int:
@@ -302,10 +305,10 @@ def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:
     )
 
 
-def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Part]:
+def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Part[CropsSettings]]:
     """The rounds there are, and a further one for the crops that are still wanted."""
     known = store.rounds()
-    have = sum(int(part.settings["crops"]) for part in known)
+    have = sum(part.settings.crops for part in known)
     wanted = have if settings.crops is None else settings.crops
     if wanted < have:
         raise StoreMismatchError(
@@ -314,7 +317,7 @@ def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Pa
             code="settings",
         )
     for part in known:
-        if wanted == have and part.settings["law"] != DISTRIBUTION_NAME:
+        if wanted == have and part.settings.imported:
             continue  # imported boxes: they are stored, and nothing is drawn
         existing.check_drawing(store, part, drawn)
     if wanted > have:
@@ -334,9 +337,10 @@ def _backend(
     store: Store, source: str, choice: BackendChoice, device: torch.device, root: Path
 ) -> Backend:
     """The backend a source was begun with, or the one chosen for a new source."""
-    begun = [p for p in store.parts.values() if p.source == source and "replay" in p.settings]
+    ours = (part.settings for part in store.parts.values() if part.source == source)
+    begun = [settings.replay for settings in ours if settings.replay]  # unknown of imported labels
     if begun and choice == "auto":
-        return begun[0].settings["replay"]
+        return begun[0]
     return replay.choose_backend(choice, device, _sample(store, root))
 
 
@@ -345,9 +349,5 @@ def _sample(store: Store, root: Path) -> Request:
     listed = store.images
     count = min(8, len(listed))
     boxes = [[[0, 0, h, w], [0, 0, max(1, h // 2), w]] for h, w in listed.size_N2[:count].tolist()]
-    return Request(
-        paths=[images.path_of(root, key) for key in listed.keys[:count]],
-        size_I2=listed.size_N2[:count],
-        box_Im4=np.array(boxes, dtype=np.uint16),
-        flip_Im=np.zeros((count, 2), dtype=bool),
-    )
+    some = Crops(np.array(boxes, dtype=np.uint16), np.zeros((count, 2), dtype=bool))
+    return Request.of(root, listed.keys[:count], listed.size_N2[:count], some)

@@ -46,6 +46,15 @@ class Withdrawn:
     batch_of: dict[tuple[str, int], int]
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did: records restored, (part path, unit) made again, and still broken."""
+
+    records: tuple[str, ...]
+    units: tuple[tuple[str, int], ...]
+    left: tuple[tuple[str, int], ...]
+
+
 def restore(location: Location, data: Path) -> Restored:
     """Put records and the list of images right, and find the units that are broken.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt, ValidationInfo, field_validator
+
+from fkdpipe.common import config
+from fkdpipe.common.config import Seed
 from fkdpipe.common.errors import UsageError
 from fkdpipe.networks import feature_layers
 from fkdpipe.networks.feature_layers import Needs
@@ -16,70 +19,88 @@ from fkdpipe.storage import schema
 from fkdpipe.storage.labels import parse_form
 
 
-@dataclass(frozen=True)
+@config.settings
 class GenerateSettings:
-    """A generation.
+    """A generation."""
 
-    teacher: NAME or NAME=FILE, one or several. teacher_weight: their relative shares.
-    class_map: files that say which output is which class, none, one for all or one per teacher.
-    form: what is stored of the outputs, "none" for features only; None takes what the store
-    holds of this source, or topk:10.
-    temperature: logits are divided by it before softmax.
-    features: "pre" or "post" (before or after the last activation), ":D" for the leading D
-    components of `basis`, or "map" (the last map after the final norm).
-    features_code: float16, or int8 after a cube root.
-    crops: M, crops per image in all; None keeps what the store has.
-    crop: the law they are drawn by, colour jitter included (crop.jitter). boxes: stored, or derived
-    from the seed with a checksum. None takes the store's, or RandomResizedCrop and stored.
-    source: name of the labels within the store; "" takes the teachers' names.
-    seed: of the crops and of the order of images; None takes the store's, or 0.
-    batch: crops per teacher batch. threads: of the replay, None takes the machine's cores.
-    """
-
-    teacher: tuple[str, ...] = ()
+    teacher: tuple[str, ...]
+    """NAME or NAME=FILE, one or several."""
     teacher_weight: tuple[float, ...] = ()
+    """Relative shares of the teachers; by default all the same."""
     class_map: tuple[Path, ...] = ()
+    """Files that say which output is which class: none, one for all or one per teacher."""
     form: str | None = None
-    temperature: float = 1.0
+    """What is stored of the outputs, none for features only; by default what the store holds of
+    this source, or topk:10."""
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by it before softmax."""
     features: tuple[str, ...] = ()
+    """pre or post (before or after the last activation), :D for the leading D components of basis,
+    or map (the last map after the final norm)."""
     features_code: Literal["float16", "int8"] = "float16"
+    """float16, or int8 after a cube root."""
     basis: Path | None = None
-    crops: int | None = None
+    """File of fit-basis, for leading components."""
+    crops: PositiveInt | None = None
+    """M, crops per image in all; by default what the store has."""
     crop: CropDistribution | None = None
+    """The distribution they are drawn from, colour jitter included; by default the store's, or
+    RandomResizedCrop."""
     boxes: Literal["stored", "derived"] | None = None
+    """Stored, or derived from the seed with a checksum; by default as the store's, or stored."""
     source: str = ""
-    seed: int | None = None
+    """Name of the labels within the store; by default the teachers' names."""
+    seed: Seed | None = None
+    """Of the crops and of the order of images; by default the store's, or 0."""
     precision: Precision = "float32"
-    batch: int = 64
+    """Of the teachers' forward passes."""
+    batch_size: PositiveInt = 64
+    """Crops per teacher batch."""
     replay: Literal["auto", "cpu", "dali"] = "auto"
-    threads: int | None = None
+    """Backend that turns recorded crops into pixels."""
+    threads: PositiveInt | None = None
+    """Of the replay; by default the machine's cores."""
 
-    def __post_init__(self) -> None:
-        if self.form not in (None, "none"):
-            parse_form(self.form)
-        if self.form == "none" and not self.features:
-            raise UsageError("form none without features leaves nothing to generate.")
-        for text in self.features:
-            _, dims = parse_features(text)
-            if dims is not None and self.basis is None:
+    @field_validator("teacher")
+    @classmethod
+    def _one_teacher(cls, teacher: tuple[str, ...]) -> tuple[str, ...]:
+        if not teacher:
+            raise UsageError("name at least one")
+        return teacher
+
+    @field_validator("form")
+    @classmethod
+    def _known_form(cls, form: str | None) -> str | None:
+        if form not in (None, "none"):
+            parse_form(form)
+        return form
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, texts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for text in texts:
+            parse_features(text)
+        if not texts and info.data.get("form") == "none":
+            raise UsageError("form none without features leaves nothing to generate")
+        return texts
+
+    @field_validator("basis")
+    @classmethod
+    def _basis_of_components(cls, basis: Path | None, info: ValidationInfo) -> Path | None:
+        for text in info.data.get("features", ()):
+            if basis is None and parse_features(text)[1] is not None:
                 raise UsageError(
                     f"features {text}: leading components need a basis. Fit one with fkdpipe "
-                    "fit-basis and name it with --basis FILE."
+                    "fit-basis and name it with --basis FILE"
                 )
-        if not self.teacher:
-            raise UsageError("name at least one teacher: --teacher NAME or NAME=FILE.")
-        if self.crops is not None and self.crops < 1:
-            raise UsageError(f"crops must be at least 1; found {self.crops}.")
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError(f"temperature must be positive; found {self.temperature}.")
-        for name in ("batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1; found {value}.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed must be between 0 and 2**63 - 1; found {self.seed}.")
-        if self.source:
-            schema.check_source_name(self.source)
+        return basis
+
+    @field_validator("source")
+    @classmethod
+    def _fit_name(cls, source: str) -> str:
+        if source:
+            schema.check_source_name(source)
+        return source
 
     @property
     def needs(self) -> Needs:

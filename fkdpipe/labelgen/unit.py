@@ -20,7 +20,6 @@ from fkdpipe.labelgen import outputs, spool
 from fkdpipe.labelgen.plan import RoundPlan
 from fkdpipe.networks.features import Basis
 from fkdpipe.networks.teachers import Teacher
-from fkdpipe.pixels import images
 from fkdpipe.pixels.crops import Crops
 from fkdpipe.pixels.replay import Replay, Request, View, refuse_passing
 from fkdpipe.storage import rounds, writer
@@ -182,10 +181,4 @@ class _Batches:
         step = max(1, self.unit.batch // self.drawn.flip_NM.shape[1])
         for first in range(0, len(usable), step):
             some = usable[first : first + step]
-            yield Request(
-                paths=[images.path_of(self.unit.root, key) for key in keys[some]],
-                size_I2=sizes[some],
-                box_Im4=self.drawn.box_NM4[some],
-                flip_Im=self.drawn.flip_NM[some],
-                tag=some,
-            )
+            yield Request.of(self.unit.root, keys[some], sizes[some], self.drawn[some], tag=some)

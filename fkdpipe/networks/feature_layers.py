@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fkdpipe.common.errors import ModelError
+from fkdpipe.networks import classifiers
 
 # Networks whose features end in a LayerNorm or plain residual sum: before and after are the same.
 _WITHOUT_ACTIVATION = (
@@ -98,19 +99,12 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.needs = needs
+        _check_interface(network, needs)
         self._after_pooling = type(network).__name__ == "MobileNetV3"
         self._activation: nn.Module | None = None
         self._ends_stage = False  # or does the activation come after the last stage's map
         if needs.pre:
             self._activation, self._ends_stage = _take_activation(network)
-        asked = needs.penultimate or needs.pre or needs.stages or needs.final
-        if asked and not hasattr(network, "forward_intermediates"):
-            raise ModelError(
-                f"{type(network).__name__} is no timm network; its maps and features cannot be "
-                "taken. timm has the same networks under most of torchvision's names: take one "
-                "without the prefix torchvision:.",
-                code="no-layer",
-            )
         self._indices = [_stage_index(network, k) for k in sorted(needs.stages, reverse=True)]
 
     def forward(self, pixels_B3HW: torch.Tensor) -> Outputs:
@@ -140,6 +134,8 @@ class FeatureNetwork(nn.Module):
     @property
     def classifier(self) -> nn.ModuleList:
         """The layers after the penultimate vector: one, or two of a network that was distilled."""
+        if not hasattr(self.network, "get_classifier"):
+            return nn.ModuleList([classifiers.last_linear(self.network)])
         found = self.network.get_classifier()
         return nn.ModuleList(found if isinstance(found, tuple) else [found])
 
@@ -173,6 +169,21 @@ class FeatureNetwork(nn.Module):
         if isinstance(classifier, nn.Linear):
             return pre, penultimate, classifier(penultimate)
         return pre, penultimate, network.forward_head(self._activated(final))
+
+
+def _check_interface(network: Any, needs: Needs) -> None:
+    """Refuse feature layers of a network that lacks the methods they are read through."""
+    asked = needs.penultimate or needs.pre or needs.stages or needs.final
+    wanted = ["forward_features", "forward_head", "get_classifier", "num_features"] if asked else []
+    wanted += ["forward_intermediates", "feature_info"] if needs.stages else []
+    missing = [name for name in wanted if not hasattr(network, name)]
+    if missing:
+        raise ModelError(
+            f"{type(network).__name__} has no {', '.join(missing)}; maps and features are taken "
+            "through these, as timm's networks have them, and only labels without. timm has most "
+            "of torchvision's networks: take one without the prefix torchvision:.",
+            code="no-layer",
+        )
 
 
 def _stage_index(network: Any, k: int) -> int:

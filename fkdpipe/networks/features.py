@@ -31,7 +31,6 @@ FeatureLayer = Literal["pre", "post"]
 StoredLayer = Literal[
     "pre", "post", "map"
 ]  # what a store keeps: penultimate vectors, or the last map
-Transformation = Literal["pts", "sn", "sm", "none"]
 
 _RESOLUTION = 1e-6  # deviations smaller than this share of the largest are float32 noise
 _METADATA = "fkdpipe-basis"
@@ -246,13 +245,6 @@ def pts(features: torch.Tensor, temperature: float = 0.1, power: float = 3.0) ->
     with torch.autocast(features.device.type, enabled=False):
         f = features.float()
         return f.sign() * (f.abs() / temperature).pow(1 / power)
-
-
-def pts_inverse(scaled: torch.Tensor, temperature: float = 0.1, power: float = 3.0) -> torch.Tensor:
-    """float32: T sign(y) |y|^n."""
-    with torch.autocast(scaled.device.type, enabled=False):
-        y = scaled.float()
-        return temperature * y.sign() * y.abs().pow(power)
 
 
 def scale_normalise(features_BK: torch.Tensor, std_K: torch.Tensor) -> torch.Tensor:

@@ -2,24 +2,25 @@
 
 Both teachers and students start here. A model is written NAME (pretrained weights from the
 library's hub) or NAME=FILE (a local checkpoint); `torchvision:NAME` takes torchvision's model of
-that name, a run folder of `fkdpipe train` names the student in it.
+that name, a run folder of `fkdpipe train` names the student in it. Any other network is a module
+handed over in Python, or `python:PACKAGE.MODULE:FUNCTION`, which returns one.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import timm
-import torch
 import torchvision
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from fkdpipe.common.errors import ModelError, UsageError
-from fkdpipe.networks import selfsupervised
+from fkdpipe.networks import classifiers, foreign, selfsupervised
 from fkdpipe.networks.weight_files import (
     EXPORT_NAME,
     first_line,
@@ -28,7 +29,7 @@ from fkdpipe.networks.weight_files import (
     read_weights,
 )
 
-Library = Literal["timm", "torchvision", "moco", "swav"]
+Library = Literal["timm", "torchvision", "moco", "swav", "python"]
 SELF_SUPERVISED = ("moco", "swav")  # whose outputs are no classes
 
 
@@ -37,6 +38,8 @@ class ModelSpec:
     """A model as a user writes it.
 
     Attributes:
+        name: of a network in Python PACKAGE.MODULE:FUNCTION, or what a module was called when it
+            was handed over.
         weights: a local checkpoint; None for the library's pretrained weights.
     """
 
@@ -71,11 +74,12 @@ class Loaded:
     """A built model.
 
     Attributes:
-        classes: width of its output.
+        classes: width of its output, 0 without a classifier.
         class_names: of its outputs where the checkpoint tells, else empty.
         classifier: False where the checkpoint says that nothing trained its classifier.
     """
 
+    spec: ModelSpec
     module: nn.Module
     preprocessing: Preprocessing
     classes: int
@@ -83,19 +87,21 @@ class Loaded:
     classifier: bool = True
 
 
-def parse_spec(text: str) -> ModelSpec:
-    """`NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]`, `moco:NAME=FILE` or a run folder.
+def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
+    """`NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]`, `moco:NAME=FILE`, a run folder, or
+    `python:PACKAGE.MODULE:FUNCTION[=FILE]`.
+
+    Args:
+        allow_python: whether `text` may name a function, which would be run. Only for what the user
+            typed as an argument of the command, never for what a recipe, a store or a run folder
+            says: these may come from others.
 
     Raises:
-        UsageError: empty name.
+        UsageError: empty name, or a function where none is allowed.
         ModelError: unknown name (with near matches), or no such file.
     """
     if Path(text, EXPORT_NAME).is_file():
-        file = Path(text, EXPORT_NAME)
-        name = read_export(file).get("student")
-        if not name:
-            raise ModelError(f"{file} does not say which model it is; write NAME={file}.")
-        return ModelSpec(name, "timm", file)
+        return _of_run(Path(text, EXPORT_NAME))
     if Path(text).is_dir() and not timm.is_model(text):
         raise ModelError(
             f"{text} is a folder without {EXPORT_NAME}, which a run writes at its end. Name the "
@@ -109,6 +115,12 @@ def parse_spec(text: str) -> ModelSpec:
     for other in get_args(Library):
         if name.startswith(f"{other}:"):
             library, name = other, name.removeprefix(f"{other}:")
+    if library == "python" and not allow_python:
+        raise UsageError(
+            f"{text} names code to run, so it is taken from the command line's own argument alone "
+            "(--teacher, --student or MODEL), never from a recipe, --set, a store or a run folder. "
+            "In Python, hand over the module itself."
+        )
     _check_name(name, library)
     if not file_text:
         if library in SELF_SUPERVISED:
@@ -119,7 +131,26 @@ def parse_spec(text: str) -> ModelSpec:
     return ModelSpec(name, library, Path(file_text))
 
 
+def _of_run(file: Path) -> ModelSpec:
+    """The student that a run exported."""
+    name = read_export(file).get("student")
+    if not name:
+        raise ModelError(f"{file} does not say which model it is; write NAME={file}.")
+    if name.startswith("python:"):
+        raise ModelError(
+            f"{file} holds the weights of {name}. That is code, and a run folder may come from "
+            f"others, so it runs only when you name it: {name}={file}.",
+            code="names-code",
+        )
+    return ModelSpec(name, "timm", file)
+
+
 def _check_name(name: str, library: str) -> None:
+    if library == "python":
+        package, colon, function = name.partition(":")
+        if not (package and colon and function):
+            raise UsageError(f"python:{name}: write python:PACKAGE.MODULE:FUNCTION[=FILE].")
+        return
     if library != "torchvision":
         if name.startswith(("hf-hub:", "hf_hub:")):
             return
@@ -166,6 +197,8 @@ def build(
     """
     if spec.library in SELF_SUPERVISED:
         return _self_supervised(spec, size)
+    if spec.library == "python":
+        return _python(spec, classes=classes, size=size, new_head=new_head, options=options or {})
     state = read_weights(spec.weights) if spec.weights else None
     facts = read_export(spec.weights) if spec.weights else {}
     options = {**facts.get("options", {}), **(options or {})}
@@ -174,11 +207,11 @@ def build(
     fetch = pretrained and state is None
     module = _create(spec, classes=classes, size=size, pretrained=fetch, options=options)
     if state is not None:
-        width = _width_of(state, module)
-        if classes is None and width is not None and width != _classes(module):
+        width = classifiers.classes_in(state, module, spec.library)
+        if classes is None and width is not None and width != classifiers.count_classes(module):
             module = _create(spec, classes=width, size=size, pretrained=False, options=options)
         if new_head:
-            state = _without_head(state, module)
+            state = classifiers.keep_own(state, module)
         load_state(module, state, where=str(spec))
     preprocessing = _preprocessing(spec, module)
     if facts:
@@ -188,9 +221,10 @@ def build(
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     return Loaded(
+        spec,
         module,
         preprocessing,
-        _classes(module),
+        classifiers.count_classes(module),
         tuple(facts.get("class_names", ())),
         bool(facts.get("classifier", True)),
     )
@@ -205,7 +239,80 @@ def _self_supervised(spec: ModelSpec, size: tuple[int, int] | None) -> Loaded:
     preprocessing = _preprocessing(spec, module.backbone)
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
-    return Loaded(module, preprocessing, module.num_classes)
+    return Loaded(spec, module, preprocessing, module.num_classes)
+
+
+def _python(
+    spec: ModelSpec,
+    *,
+    classes: int | None,
+    size: tuple[int, int] | None,
+    new_head: bool,
+    options: dict[str, Any],
+) -> Loaded:
+    """The module that a function returns, filled; a file that a run exported says of what size."""
+    facts = read_export(spec.weights) if spec.weights else {}
+    arguments = {**facts.get("options", {}), **options}
+    if (classes or facts.get("num_classes")) is not None:
+        arguments["num_classes"] = classes or facts["num_classes"]
+    module = foreign.call(spec.name, **arguments)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"{spec} returned {type(module).__name__}, not a torch.nn.Module.")
+    if spec.weights is not None:
+        state = read_weights(spec.weights)
+        state = classifiers.keep_own(state, module) if new_head else state
+        load_state(module, state, where=str(spec))
+    known = {name: facts.get(name) for name in ("mean", "std", "interpolation")}
+    loaded = adopt(module, spec, size=size or facts.get("size"), **known)
+    if classes is not None and loaded.classes != classes:
+        raise ModelError(
+            f"{spec} gives {loaded.classes} outputs, and {classes} classes are to be learnt. Let "
+            "the function take num_classes, and build the network for it.",
+            code="classes-differ",
+        )
+    names, classifier = facts.get("class_names", ()), facts.get("classifier", True)
+    return replace(loaded, class_names=tuple(names), classifier=classifier)
+
+
+def adopt(
+    module: nn.Module,
+    spec: ModelSpec,
+    *,
+    size: int | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+) -> Loaded:
+    """A module as it is, with what is said here of its input, or else by its `pretrained_cfg`.
+
+    Nothing is guessed but the interpolation (bilinear): wrong means would spoil every label, and
+    nobody would see it.
+
+    Raises:
+        ModelError: size, mean or std are known from nowhere, or it does not run.
+    """
+    size = (size, size) if isinstance(size, int) else size
+    given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
+    known = {"interpolation": "bilinear", **foreign.data_config(module)}
+    known |= {key: value for key, value in given.items() if value is not None}
+    missing = [key for key in ("size", "mean", "std") if key not in known]
+    if missing:
+        raise ModelError(
+            f"{spec} does not say what its input is: give {', '.join(missing)}. For one trained on "
+            "ImageNet with torchvision's usual transforms, that is load_teacher(..., size=224, "
+            "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)); or let the module have them "
+            "in a dict pretrained_cfg, with keys input_size (3, height, width), mean and std.",
+            code="no-preprocessing",
+        )
+    preprocessing = Preprocessing(
+        size=(int(known["size"][0]), int(known["size"][1])),
+        interpolation=_interpolation(known["interpolation"]),
+        mean=tuple(known["mean"]),
+        std=tuple(known["std"]),
+        crop_pct=float(known.get("crop_pct", Preprocessing.crop_pct)),
+    )
+    count = foreign.count_outputs(module, preprocessing.size, name=str(spec))
+    return Loaded(spec, module, preprocessing, count)
 
 
 def _create(
@@ -246,43 +353,6 @@ def _needs_size(name: str) -> bool:
     """Is the network built for one input size (position embeddings, relative windows)?"""
     config = timm.get_pretrained_cfg(name.removeprefix("hf-hub:").removeprefix("hf_hub:"))
     return bool(config is not None and config.fixed_input_size)
-
-
-def classifier_name(module: nn.Module) -> str:
-    """State-dict prefix of the last linear layer."""
-    config = getattr(module, "pretrained_cfg", None)
-    name = config.get("classifier") if config else None
-    if isinstance(name, (tuple, list)):
-        name = name[0]
-    if name:
-        return str(name)
-    linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears else ""
-
-
-def _classes(module: nn.Module) -> int:
-    width = getattr(module, "num_classes", None)
-    if width is not None:
-        return int(width)
-    linear = module.get_submodule(classifier_name(module))
-    return int(linear.out_features)  # type: ignore[arg-type]
-
-
-def _width_of(state: dict[str, torch.Tensor], module: nn.Module) -> int | None:
-    name = classifier_name(module)
-    for key in (f"{name}.weight", f"{name}.fc.weight"):
-        if key in state:
-            return int(state[key].shape[0])
-    return None
-
-
-def _without_head(state: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict whose classifiers are the module's own."""
-    config = getattr(module, "pretrained_cfg", None) or {}
-    names = config.get("classifier") or classifier_name(module)
-    heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    kept = {key: value for key, value in state.items() if not key.startswith(heads)}
-    return kept | {k: v for k, v in module.state_dict().items() if k.startswith(heads)}
 
 
 def _preprocessing(spec: ModelSpec, module: nn.Module) -> Preprocessing:

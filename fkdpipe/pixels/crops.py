@@ -15,9 +15,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, ValidationInfo, field_validator
 
+from fkdpipe.common import config
+from fkdpipe.common.config import Probability
 from fkdpipe.common.errors import UsageError
 
 DISTRIBUTION_NAME = "random-resized-crop"
@@ -28,53 +32,43 @@ _BOX, _FLIP, _JITTER = 0, 1, 2  # one stream of random numbers per recorded fiel
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True)
+Range = tuple[float, float]
+
+
+@config.settings
 class Jitter:
-    """Strengths of recorded colour jitter, as torchvision's ColorJitter has them.
+    """Strengths of recorded colour jitter, as torchvision's ColorJitter has them."""
 
-    Attributes:
-        brightness, contrast, saturation: factors are drawn from 1 - strength to 1 + strength.
-        hue: turns of the colour circle are drawn from -hue to hue.
-    """
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            if not 0 <= getattr(self, name) <= most:
-                raise UsageError(
-                    f"jitter {name} must be between 0 and {most}; found {getattr(self, name)}."
-                )
+    brightness: Probability = 0.0
+    """Factors are drawn from 1 - strength to 1 + strength."""
+    contrast: Probability = 0.0
+    """Factors are drawn from 1 - strength to 1 + strength."""
+    saturation: Probability = 0.0
+    """Factors are drawn from 1 - strength to 1 + strength."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Turns of the colour circle are drawn from -hue to hue."""
 
 
-@dataclass(frozen=True)
+@config.settings
 class CropDistribution:
-    """RandomResizedCrop, a horizontal flip, and colour jitter where asked for.
+    """RandomResizedCrop, a horizontal flip, and colour jitter where asked for."""
 
-    Attributes:
-        scale: range of the crop's area as a share of the image.
-        ratio: range of width / height, drawn log-uniformly.
-        flip: probability of a horizontal flip.
-        jitter: strengths of colour jitter; None records none.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    scale: Range = (0.08, 1.0)
+    """Smallest and largest area of the crop as a share of the image, above 0 and up to 1."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Smallest and largest width / height, drawn log-uniformly."""
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
     jitter: Jitter | None = None
+    """Strengths of colour jitter; by default none is recorded."""
 
-    def __post_init__(self) -> None:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise UsageError(f"crop scale must satisfy 0 < low <= high <= 1; found {low}, {high}.")
-        low, high = self.ratio
-        if not 0 < low <= high <= 100:
-            raise UsageError(f"crop ratio must satisfy 0 < low <= high; found {low}, {high}.")
-        if not 0 <= self.flip <= 1:
-            raise UsageError(f"flip is a probability between 0 and 1; found {self.flip}.")
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _in_order(cls, between: Range, info: ValidationInfo) -> Range:
+        (low, high), most = between, 1 if info.field_name == "scale" else 100
+        if not 0 < low <= high <= most:
+            raise UsageError(f"must satisfy 0 < low <= high <= {most}; found {low}, {high}")
+        return between
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,23 @@ class Crops:
     box_NM4: np.ndarray
     flip_NM: np.ndarray
     jitter_NM4: np.ndarray | None = None
+
+    def __getitem__(self, index: Any) -> Crops:
+        """Some of them; indexed as an (N, M) array, what is left has both axes."""
+        jitter = None if self.jitter_NM4 is None else self.jitter_NM4[index]
+        return Crops(self.box_NM4[index], self.flip_NM[index], jitter)
+
+
+def join(parts: Sequence[Crops], axis: int = 0) -> Crops:
+    """Crops of more images (axis 0), or more crops of the same images (axis 1)."""
+    if len(parts) == 1:
+        return parts[0]
+    jitters = [part.jitter_NM4 for part in parts if part.jitter_NM4 is not None]
+    return Crops(
+        np.concatenate([part.box_NM4 for part in parts], axis),
+        np.concatenate([part.flip_NM for part in parts], axis),
+        np.concatenate(jitters, axis) if jitters else None,
+    )
 
 
 def image_ids(keys: Sequence[str]) -> np.ndarray:

@@ -24,9 +24,9 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import StoreError
-from fkdpipe.storage import commits, rounds, schema, words
-from fkdpipe.storage.arrays import Arrays
+from fkdpipe.storage import commits, rounds, schema
 from fkdpipe.storage.commits import BrokenRecordError, Manifest
 from fkdpipe.storage.schema import Field
 from fkdpipe.storage.store import Part, Store
@@ -50,7 +50,7 @@ def folder_of(cache_dir: Path, part: Part, manifest: Manifest) -> Path:
     return cache_dir / name.hexdigest()[:32]
 
 
-def hydrate(
+def fill(
     store: Store,
     part: Part,
     manifest: Manifest,
@@ -58,7 +58,7 @@ def hydrate(
     *,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> dict[str, np.ndarray]:
-    """Narrow fields of a part as read-only memory maps (N, M, ...), filled on first use.
+    """Narrow fields of a part as read-only memory maps (N, M, ...), copied on first use.
 
     Rows of units that the manifest does not hold are zero.
 
@@ -77,7 +77,7 @@ def hydrate(
             if folder.is_dir():
                 log.warning("cache %s: %s; filling it again", folder, "; ".join(problems))
                 shutil.rmtree(folder)
-            _fill(store, part, manifest, fields, folder, on_images)
+            _copy(store, part, manifest, fields, folder, on_images)
         else:
             on_images(store.num_images)
     return {
@@ -88,7 +88,7 @@ def hydrate(
 
 def narrow_fields(part: Part) -> list[Field]:
     """Fields that are cached; of a round with derived boxes, what is derived."""
-    if part.kind == "crops" and not part.fields:
+    if part.kind == "crops" and part.settings.derived:
         return rounds.fields_of(part.settings)
     return [field for field in part.fields if field.per_crop and not field.wide]
 
@@ -110,7 +110,7 @@ def check(folder: Path) -> list[str]:
     return problems
 
 
-def _fill(
+def _copy(
     store: Store,
     part: Part,
     manifest: Manifest,
@@ -118,7 +118,7 @@ def _fill(
     folder: Path,
     on_images: Callable[[int], None],
 ) -> None:
-    count = int(part.settings["crops"])
+    count = part.settings.crops
     _require_space(store, fields, count, folder.parent)
     for left in folder.parent.glob(f"{folder.name}.*.partial"):
         shutil.rmtree(left)  # of a process that was killed: we hold the lock
@@ -163,46 +163,21 @@ def _units(
     store: Store, part: Part, manifest: Manifest, fields: list[Field]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Values of every unit the manifest holds, a few units read ahead."""
-    if part.kind == "crops" and not part.fields:
-        for unit, made in manifest.made.items():
-            drawn = rounds.draw(store, part, unit)
-            if rounds.checksum(drawn) != made["crops_crc32c"]:
-                raise store.damaged(part.path, "its boxes cannot be derived again", unit)
-            yield unit, rounds.values_of(drawn)
-        return
+
+    def read(unit: int) -> tuple[int, dict[str, np.ndarray]]:
+        if part.kind == "crops" and part.settings.derived:
+            return unit, rounds.values_of(rounds.derive(store, part, unit, manifest.made[unit]))
+        values = {f.name: store.read(part, f.name, unit, files=manifest.files) for f in fields}
+        return unit, values
+
     with ThreadPoolExecutor(THREADS) as pool:
-        idle = [_arrays_for(store, part) for _ in range(THREADS)]
         waiting: deque = deque()
         for unit in manifest.made:
             if len(waiting) == THREADS:
-                arrays, future = waiting.popleft()
-                yield future.result()
-                idle.append(arrays)
-            arrays = idle.pop()
-            job = (store, part, manifest, fields, unit, arrays)
-            waiting.append((arrays, pool.submit(_read_unit, *job)))
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(read, unit))
         while waiting:
-            yield waiting.popleft()[1].result()
-
-
-def _arrays_for(store: Store, part: Part) -> Arrays:
-    """A set of arrays of one's own, so that threads decode side by side."""
-    arrays = Arrays()
-    for key, text in part.metadata.items():
-        arrays.load_metadata(key, text)
-    return arrays
-
-
-def _read_unit(
-    store: Store, part: Part, manifest: Manifest, fields: list[Field], unit: int, arrays: Arrays
-) -> tuple[int, dict[str, np.ndarray]]:
-    values = {}
-    for field in fields:
-        key = schema.shard_key(part.path, field, unit, 0)
-        shards = {key: store.read_checked(key, manifest.files, unit)}
-        region = (store.unit_rows(unit),)
-        values[field.name] = arrays.decode(f"{part.path}/{field.name}", region, shards)
-    return unit, values
+            yield waiting.popleft().result()
 
 
 def _require_space(store: Store, fields: list[Field], crops_M: int, folder: Path) -> None:

@@ -57,6 +57,12 @@ class Form:
     def sparse(self) -> bool:
         return self.kind in ("topk", "hard")
 
+    @property
+    def value_field(self) -> str:
+        """Name of the array of probabilities or scores; `hard` has none."""
+        names = {"full": "log_prob", "logits": "logit"}
+        return names.get(self.kind, "stick" if self.compact else "prob")
+
 
 @dataclass(frozen=True)
 class Target:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fkdpipe.common import disk
 from fkdpipe.common.errors import StoreError
@@ -47,9 +47,6 @@ class Location(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove if present."""
-
-    def zarr_store(self) -> Any:
-        """The same place as a read-only Zarr store."""
 
 
 def open_location(place: str | os.PathLike[str]) -> Location:
@@ -144,11 +141,6 @@ class LocalLocation:
                 break
         for folder in made:
             _sync_folder(folder)
-
-    def zarr_store(self) -> Any:
-        from zarr.storage import LocalStore
-
-        return LocalStore(self.root, read_only=True)
 
 
 def _take_name(partial: Path, path: Path) -> bool:

@@ -172,16 +172,15 @@ def _store(wanted: Wanted, form: Form | None) -> PlannedStore:
 
 def label_bytes(form: Form, classes: int) -> dict[str, float]:
     """Bytes per crop of each array of a form."""
-    if form.kind == "full":
-        return {"log_prob": 2.0 * classes}
-    if form.kind == "logits":
-        return {"logit": 2.0 * classes, "logit_max": SCALE_BYTES}
+    if not form.sparse:
+        scores = {form.value_field: 2.0 * classes}
+        return scores if form.kind == "full" else {**scores, "logit_max": SCALE_BYTES}
     ids, prob, stick = (_at(form.k, column) for column in range(3))
     places = np.log(list(BY_CLASSES))
     ids *= float(np.interp(np.log(classes), places, list(BY_CLASSES.values())))
     if form.kind == "hard":
         return {"ids": ids}
-    return {"ids": ids, "stick": stick} if form.compact else {"ids": ids, "prob": prob}
+    return {"ids": ids, form.value_field: stick if form.compact else prob}
 
 
 def _at(k: int, column: int) -> float:

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from fkdpipe.common.errors import StoreError, StoreMismatchError, UnsealedStoreError
-from fkdpipe.storage import cache, commits, labels, schema
-from fkdpipe.storage.arrays import Arrays
+from fkdpipe.pixels.crops import Crops, join
+from fkdpipe.storage import cache, commits, labels, rounds
 from fkdpipe.storage.commits import Manifest
 from fkdpipe.storage.labels import Form, SparseLabels, Target
+from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Part, Store
 
 Progress = Callable[[int], None]
@@ -36,7 +37,10 @@ class Segment:
     part: Part
     manifest: Manifest
     first: int
-    count: int
+
+    @property
+    def count(self) -> int:
+        return self.part.settings.crops
 
 
 @dataclass(frozen=True)
@@ -78,54 +82,66 @@ def finished(
         UnsealedStoreError: something of the first round is missing, unless `allow_partial`.
         StoreError: no such source.
     """
-    rounds = store.rounds()
-    if not rounds:
+    columns = zip(*_readable_rounds(store, parts, crops), strict=True)
+    boxes, *labels_ = (_segments(store, column, allow_partial=allow_partial) for column in columns)
+    everything = [*boxes, *itertools.chain(*labels_)]
+    failed = {row: why for segment in everything for row, why in segment.manifest.failed.items()}
+    usable = np.zeros(store.num_images, dtype=bool)
+    for unit in set.intersection(*(set(segment.manifest.made) for segment in everything)):
+        usable[store.unit_rows(unit)] = True
+    usable[list(failed)] = False
+    crops_M = sum(segment.count for segment in boxes)
+    return Finished(boxes, tuple(labels_), np.flatnonzero(usable), failed, crops_M)
+
+
+def _readable_rounds(
+    store: Store, wanted: Sequence[tuple[str, str, str]], crops: int | None
+) -> list[list[Part]]:
+    """Of each round that can be read: its crops, then the part of each source wanted.
+
+    Later rounds end where a source has no part in one, where one is still being made, or where
+    the crops are as many as are asked for.
+    """
+    if not store.rounds():
         raise UnsealedStoreError(f"{store.url} has no crops yet; run `fkdpipe generate`.")
-    for kind, source, layer in parts:
+    for kind, source, layer in wanted:
         known = store.sources(kind, layer)
         if source not in known:
             raise StoreError(
                 f"{store.url} has no {kind} of {source!r}; it has {', '.join(known) or 'none'}.",
                 code="no-source",
             )
-    crop_segments: list[Segment] = []
-    label_segments: list[list[Segment]] = [[] for _ in parts]
-    first = 0
-    for box_part in rounds:
-        paths = [_path(box_part.round, *wanted) for wanted in parts]
-        if not all(path in store.parts for path in paths) or first == crops:
-            break  # a later round that only other sources have, or that nobody asked for
-        count = int(box_part.settings["crops"])
-        wanted_parts = [box_part, *(store.part(path) for path in paths)]
-        if first and any(store.manifest(part) is None for part in wanted_parts):
+    readable: list[list[Part]] = []
+    count = 0
+    for boxes in store.rounds():
+        paths = [boxes.path, *(_path(boxes.round, *each) for each in wanted)]
+        if count == crops or not all(path in store.parts for path in paths):
+            break
+        parts = [store.part(path) for path in paths]
+        if readable and any(store.manifest(part) is None for part in parts):
             log.warning(
-                "%s is still growing; its first %d crops of each image are read", store.url, first
+                "%s is still growing; its first %d crops of each image are read", store.url, count
             )
             break
-        for segments, part in zip([crop_segments, *label_segments], wanted_parts, strict=True):
-            manifest = _manifest(store, part, allow_partial=allow_partial)
-            segments.append(Segment(part, manifest, first, count))
-        first += count
-    if not crop_segments:
-        raise StoreError(f"{store.url}: no round has all of {parts}.", code="no-source")
-    everything = [*crop_segments, *(s for segments in label_segments for s in segments)]
-    failed = {row: why for s in everything for row, why in s.manifest.failed.items()}
-    units = set.intersection(*(set(segment.manifest.made) for segment in everything))
-    usable = np.zeros(store.num_images, dtype=bool)
-    for unit in units:
-        usable[store.unit_rows(unit)] = True
-    usable[list(failed)] = False
-    return Finished(
-        crops=tuple(crop_segments),
-        labels=tuple(tuple(segments) for segments in label_segments),
-        rows=np.flatnonzero(usable),
-        failed=failed,
-        crops_per_image=first,
-    )
+        readable.append(parts)
+        count += boxes.settings.crops
+    if not readable:
+        raise StoreError(f"{store.url}: no round has all of {wanted}.", code="no-source")
+    return readable
 
 
 def _path(round_: int, kind: str, source: str, layer: str) -> str:
     return "/".join(filter(None, ["rounds", str(round_), kind, source, layer]))
+
+
+def _segments(store: Store, parts: Sequence[Part], *, allow_partial: bool) -> tuple[Segment, ...]:
+    """The parts of one source, round after round."""
+    segments: list[Segment] = []
+    first = 0
+    for part in parts:
+        segments.append(Segment(part, _manifest(store, part, allow_partial=allow_partial), first))
+        first += part.settings.crops
+    return tuple(segments)
 
 
 def _manifest(store: Store, part: Part, *, allow_partial: bool) -> Manifest:
@@ -158,8 +174,45 @@ def choose_source(store: Store, asked: str | None, kind: str = "labels", layer: 
     )
 
 
-class Hydrated:
-    """Narrow fields of some segments, joined along the crops."""
+def joined(
+    segments: Sequence[Segment],
+    crops_m: np.ndarray,
+    read: Callable[[Segment, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """(rows, m, ...) values of some crops, read segment by segment and joined along the crops.
+
+    Args:
+        read: (segment, crops within it) to their values.
+    """
+    which = np.searchsorted([s.first for s in segments], crops_m, side="right") - 1
+    cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(crops_m)]
+    parts = []
+    for begin, end in itertools.pairwise(cuts):
+        segment = segments[which[begin]]
+        parts.append(read(segment, crops_m[begin:end] - segment.first))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def read_unit(
+    store: Store, segments: Sequence[Segment], name: str, unit: int, crops_m: np.ndarray
+) -> np.ndarray:
+    """(images of the unit, m, ...) values of a field; see `Store.read`."""
+
+    def read(segment: Segment, local_m: np.ndarray) -> np.ndarray:
+        return store.read(segment.part, name, unit, local_m, files=segment.manifest.files)
+
+    return joined(segments, crops_m, read)
+
+
+def read_crops(store: Store, segments: Sequence[Segment], unit: int, count: int) -> Crops:
+    """The first crops of each of a unit's images, stored or derived (`rounds.crops_of`)."""
+    needed = (segment for segment in segments if segment.first < count)
+    drawn = [rounds.crops_of(store, segment.part, unit) for segment in needed]
+    return join(drawn, axis=1)[:, :count]
+
+
+class CachedFields:
+    """Narrow fields of some segments, from the local cache."""
 
     def __init__(
         self,
@@ -169,26 +222,18 @@ class Hydrated:
         on_images: Progress = lambda count: None,
     ) -> None:
         self.segments = segments
-        self._maps = [
-            cache.hydrate(store, s.part, s.manifest, cache_dir, on_images=on_images)
+        self._maps = {
+            s.part.path: cache.fill(store, s.part, s.manifest, cache_dir, on_images=on_images)
             for s in segments
-        ]
+        }
 
     def take(self, field: str, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
         """(I, m, ...) values of a field."""
-        parts = []
-        for (begin, end), segment, maps in _runs(crops_m, self.segments, self._maps):
-            local = crops_m[begin:end] - segment.first
-            parts.append(maps[field][rows_I[:, None], local[None, :]])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+        def read(segment: Segment, local_m: np.ndarray) -> np.ndarray:
+            return self._maps[segment.part.path][field][rows_I[:, None], local_m[None, :]]
 
-def _runs(crops_m: np.ndarray, segments: Sequence[Segment], maps: list) -> list:
-    """Consecutive crops of one segment: ((begin, end) within crops_m, segment, its maps)."""
-    bounds = np.array([segment.first for segment in segments])
-    which = np.searchsorted(bounds, crops_m, side="right") - 1
-    cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(crops_m)]
-    return [((a, b), segments[which[a]], maps[which[a]]) for a, b in itertools.pairwise(cuts)]
+        return joined(self.segments, crops_m, read)
 
 
 class CropReader:
@@ -201,21 +246,15 @@ class CropReader:
         cache_dir: Path,
         on_images: Progress = lambda count: None,
     ) -> None:
-        self._hydrated = Hydrated(store, segments, cache_dir, on_images)
+        self._fields = CachedFields(store, segments, cache_dir, on_images)
 
-    def take(self, rows_I: np.ndarray, crops_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(box_Im4 uint16, flip_Im bool)."""
-        box = self._hydrated.take("box", rows_I, crops_m)
-        return box, self._hydrated.take("flip", rows_I, crops_m)
-
-    @property
-    def jittered(self) -> bool:
-        """All rounds of a store follow one distribution."""
-        return "jitter" in self._hydrated.segments[0].part.settings
-
-    def jitter(self, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
-        """float32 (I, m, 4): brightness, contrast, saturation, hue."""
-        return self._hydrated.take("jitter", rows_I, crops_m)
+    def take(self, rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
+        """The record of some crops of some images, (I, m)."""
+        # All rounds of a store follow one distribution.
+        fields = rounds.fields_of(self._fields.segments[0].part.settings)
+        return rounds.of_values(
+            {field.name: self._fields.take(field.name, rows_I, crops_m) for field in fields}
+        )
 
 
 class SparseReader:
@@ -228,28 +267,25 @@ class SparseReader:
         cache_dir: Path,
         on_images: Progress = lambda count: None,
     ) -> None:
-        settings = segments[0].part.settings
-        self.form = labels.parse_form(settings["form"])
-        self.classes = int(settings["classes"])
-        self._hydrated = Hydrated(store, segments, cache_dir, on_images)
+        settings: LabelSettings = segments[0].part.settings
+        self.form, self.classes = settings.form, settings.classes
+        self._fields = CachedFields(store, segments, cache_dir, on_images)
 
     def take(self, rows_I: np.ndarray, crops_m: np.ndarray, target: Target) -> SparseLabels:
         """B = I * m rows, image-major."""
-        ids = self._hydrated.take("ids", rows_I, crops_m).reshape(-1, self.form.k)
+        ids = self._fields.take("ids", rows_I, crops_m).reshape(-1, self.form.k)
         prob = np.ones((len(ids), 1), dtype=np.float32)
         if self.form.kind == "topk":
-            name = "stick" if self.form.compact else "prob"
-            stored = self._hydrated.take(name, rows_I, crops_m).reshape(-1, self.form.k)
-            prob = labels.decode_probabilities(self.form, stored)
+            stored = self._fields.take(self.form.value_field, rows_I, crops_m)
+            prob = labels.decode_probabilities(self.form, stored.reshape(-1, self.form.k))
         return labels.sparse_target(target, ids, prob, self.classes)
 
 
 class WideReader:
-    """Wide fields, streamed: the crop groups that a few crops of a unit's images lie in."""
+    """A wide field, streamed: the crop groups that a few crops of a unit's images lie in."""
 
     def __init__(self, store: Store, segments: Sequence[Segment], field: str) -> None:
         self.store, self.segments, self.field_name = store, segments, field
-        self._arrays = [cache._arrays_for(store, segment.part) for segment in segments]
 
     def unit(self, unit: int, crops_m: np.ndarray) -> np.ndarray:
         """(images of the unit, m, ...) values.
@@ -257,37 +293,18 @@ class WideReader:
         Raises:
             DamagedStoreError: a shard differs from what was committed.
         """
-        parts = []
-        for (begin, end), segment, arrays in _runs(crops_m, self.segments, self._arrays):
-            local = crops_m[begin:end] - segment.first
-            parts.append(self._take(segment, arrays, unit, local))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return read_unit(self.store, self.segments, self.field_name, unit, crops_m)
 
     def units(self, units: Sequence[int], crops_m: np.ndarray) -> dict[int, np.ndarray]:
         """`unit` of several units; the next one is read while one is decoded."""
         with ThreadPoolExecutor(2, thread_name_prefix="wide") as pool:
-            made = pool.map(lambda unit: self.unit(unit, crops_m), units)
-            return dict(zip(units, made, strict=True))
-
-    def _take(self, segment: Segment, arrays: Arrays, unit: int, local_m: np.ndarray) -> np.ndarray:
-        field = segment.part.field(self.field_name)
-        span = min(self.store.group_size, segment.count)
-        blocks = {}
-        for group in np.unique(local_m // span).tolist():
-            key = schema.shard_key(segment.part.path, field, unit, group)
-            shards = {key: self.store.read_checked(key, segment.manifest.files, unit)}
-            crops = slice(group * span, min((group + 1) * span, segment.count))
-            region = (self.store.unit_rows(unit), crops)
-            blocks[group] = arrays.decode(f"{segment.part.path}/{field.name}", region, shards)
-        if len(blocks) == 1:
-            ((group, block),) = blocks.items()
-            return block[:, local_m - group * span]
-        return np.stack([blocks[c // span][:, c % span] for c in local_m.tolist()], axis=1)
+            values = pool.map(lambda unit: self.unit(unit, crops_m), units)
+            return dict(zip(units, values, strict=True))
 
 
 def label_form(segments: Sequence[Segment]) -> Form:
     """The form the segments of a source share (a source has one form)."""
-    return labels.parse_form(segments[0].part.settings["form"])
+    return segments[0].part.settings.form
 
 
 def check_temperature(segments: Sequence[Segment], asked: float | None) -> float:
@@ -296,20 +313,19 @@ def check_temperature(segments: Sequence[Segment], asked: float | None) -> float
     Raises:
         StoreMismatchError: the stored form fixes the temperature.
     """
-    settings = segments[0].part.settings
-    form = labels.parse_form(settings["form"])
+    settings: LabelSettings = segments[0].part.settings
+    form, stored = settings.form, settings.temperature
     if form.kind == "logits":
         return 1.0 if asked is None else asked
-    if asked is None or asked == settings["temperature"]:
+    if asked is None or asked == stored:
         return 1.0
-    if settings["temperature"] is None:
+    if stored is None:
         raise StoreMismatchError(
             f"these labels were imported and their temperature is unknown, so they cannot be "
             f"turned to {asked:g}. Leave it out to take them as they are.",
             code="temperature",
         )
-    stored = float(settings["temperature"])
-    if form.kind == "full" and len(settings["teachers"]) == 1:
+    if form.kind == "full" and len(settings.teachers) == 1:
         return asked / stored
     raise StoreMismatchError(
         f"these labels were made at temperature {stored:g} and form {form}"

@@ -91,11 +91,6 @@ class RemoteLocation:
         except Exception as error:
             raise self._failed("delete", key, error) from error
 
-    def zarr_store(self) -> Any:
-        from zarr.storage import ObjectStore
-
-        return ObjectStore(self._store, read_only=True)
-
     def _head(self, key: str) -> Any:
         import obstore
 

@@ -101,20 +101,17 @@ def crop_fields(*, jitter: bool = False) -> list[Field]:
 
 def label_fields(form: Form, classes: int) -> list[Field]:
     """Arrays of `rounds/<r>/labels/<source>`; classes is the width of what is stored."""
-    if form.kind == "full":
-        return [Field("log_prob", "float16", (classes,), "raw", math.nan, wide=True)]
-    if form.kind == "logits":
-        return [
-            Field("logit", "float16", (classes,), "raw", math.nan, wide=True),
-            Field("logit_max", "float32", (), "bitshuffle", math.nan),
-        ]
+    if not form.sparse:
+        scores = Field(form.value_field, "float16", (classes,), "raw", math.nan, wide=True)
+        largest = Field("logit_max", "float32", (), "bitshuffle", math.nan)
+        return [scores, largest] if form.kind == "logits" else [scores]
     dtype = id_dtype(classes)
     ids = Field("ids", dtype.name, (form.k,), "zstd", int(np.iinfo(dtype).max))
     if form.kind == "hard":
         return [ids]
     if form.compact:
-        return [ids, Field("stick", "uint8", (form.k,), "planar-bytes", 0)]
-    return [ids, Field("prob", "float16", (form.k,), "planar", 0)]
+        return [ids, Field(form.value_field, "uint8", (form.k,), "planar-bytes", 0)]
+    return [ids, Field(form.value_field, "float16", (form.k,), "planar", 0)]
 
 
 def array_settings(field: Field, *, rows: int, crops: int, unit: int, group: int) -> Json:

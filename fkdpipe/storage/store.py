@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import DamagedStoreError, StoreError, UnsealedStoreError
-from fkdpipe.storage import commits, schema, words
+from fkdpipe.storage import commits, schema, settings
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import Location, open_location
 from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.settings import CropsSettings, Kind, Settings
 
 IMAGES = "images"
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Generic[S]):
     """One thing that is made, committed and sealed together.
 
     Attributes:
@@ -33,28 +37,29 @@ class Part:
         round: number of the round, -1 for `images`.
         source: name of the source, "" for images and crops.
         layer: "pre", "post" or "map" for features, else "".
-        settings: what two units of this part must have in common.
+        settings: what two starts of this part must agree on; a class for each kind.
         provenance: what else is known of its making.
         fields: its arrays.
         metadata: its zarr.json files, as its record keeps them.
     """
 
     path: str
-    kind: str
+    kind: Kind
     round: int
     source: str
     layer: str
-    settings: Json
+    settings: S
     provenance: Json
     fields: tuple[Field, ...]
     metadata: dict[str, bytes]
 
-    @property
+    @cached_property
     def settings_digest(self) -> str:
-        return schema.digest(self.settings)
+        return schema.digest(self.settings.to_json())
 
     def field(self, name: str) -> Field:
-        return next(field for field in self.fields if field.name == name)
+        """Raises KeyError when the part has no such array."""
+        return {field.name: field for field in self.fields}[name]
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class Store:
             )
         return self.parts[path]
 
-    def rounds(self) -> list[Part]:
+    def rounds(self) -> list[Part[CropsSettings]]:
         """The crops parts in order of round."""
         return sorted((p for p in self.parts.values() if p.kind == "crops"), key=lambda p: p.round)
 
@@ -172,7 +177,7 @@ class Store:
             )
         values = {}
         for field in part.fields:
-            rows = int(part.settings["rows"][field.name])
+            rows = part.settings.rows[field.name]
             key = schema.shard_key(IMAGES, field, 0, 0)
             shards = {key: self.read_checked(key, marker.files, 0)} if rows else {}
             region = (slice(0, rows),)
@@ -243,6 +248,51 @@ class Store:
             )
         return manifest
 
+    def read(
+        self,
+        part: Part,
+        name: str,
+        unit: int,
+        crops: Sequence[int] | np.ndarray | None = None,
+        *,
+        files: commits.FileTable | None = None,
+    ) -> np.ndarray:
+        """A field of a unit: (images of the unit, crops, ...) in the dtype it is stored in.
+
+        Rows of images that failed hold fill values. Threads may read side by side.
+
+        Args:
+            part: of crops, labels or features.
+            crops: of the part's M crops, in the order wanted; None reads all. Of a wide field only
+                the crop groups that they lie in are read.
+            files: of the part's manifest, where it is at hand; else the unit's marker is read.
+
+        Raises:
+            UnsealedStoreError: the unit is not committed.
+            DamagedStoreError: its bytes differ from what was committed.
+        """
+        if files is None:
+            marker = self.marker(part, unit)
+            if marker is None:
+                raise UnsealedStoreError(
+                    f"{self.url}: unit {unit} of {part.path} is not finished.", code="unsealed"
+                )
+            files = marker.files
+        field, count = part.field(name), part.settings.crops
+        span = min(self.group_size, count) if field.wide else count
+        wanted = np.arange(count) if crops is None else np.asarray(crops)
+        groups = np.unique(wanted // span)
+        blocks = []
+        for group in groups.tolist():
+            key = schema.shard_key(part.path, field, unit, group)
+            shards = {key: self.read_checked(key, files, unit)}
+            region = (self.unit_rows(unit), slice(group * span, min((group + 1) * span, count)))
+            blocks.append(self.arrays.decode(f"{part.path}/{name}", region, shards))
+        joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+        if crops is None:
+            return joined
+        return joined[:, np.searchsorted(groups, wanted // span) * span + wanted % span]
+
     def read_checked(self, key: str, files: commits.FileTable, unit: int | None = None) -> bytes:
         """An object whose length and checksum are those of the file table.
 
@@ -250,7 +300,7 @@ class Store:
             DamagedStoreError: naming the unit and the command that mends it.
         """
         if key not in files:
-            raise self.damaged(key, "no marker knows it", unit)
+            raise self.damaged(key, "is not in any commit record", unit)
         try:
             data = self.location.read(key)
         except FileNotFoundError:
@@ -274,19 +324,22 @@ class Store:
         for name, text in metadata.items():
             self.read_checked(name, {name: commits.entry(text)})
             self.arrays.load_metadata(name, text)
-        group = json.loads(metadata[f"{path}/zarr.json"])
-        facts = group["attributes"][schema.ATTRIBUTE]
-        return Part(
-            path=path,
-            kind=facts["kind"],
-            round=facts["round"],
-            source=facts["source"],
-            layer=facts["tap"],
-            settings=facts["settings"],
-            provenance=facts["provenance"],
-            fields=tuple(Field.from_json(field) for field in facts["fields"]),
-            metadata=metadata,
-        )
+        try:
+            group = json.loads(metadata[f"{path}/zarr.json"])
+            facts = group["attributes"][schema.ATTRIBUTE]
+            return Part(
+                path=path,
+                kind=facts["kind"],
+                round=facts["round"],
+                source=facts["source"],
+                layer=facts["tap"],
+                settings=settings.parse(facts["kind"], facts["settings"]),
+                provenance=facts["provenance"],
+                fields=tuple(Field.from_json(field) for field in facts["fields"]),
+                metadata=metadata,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.damaged(key, f"cannot be understood ({error!r})") from None
 
     def damaged(self, key: str, what: str, unit: int | None = None) -> DamagedStoreError:
         """The error for an object that is not what was committed."""

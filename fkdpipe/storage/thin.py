@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fkdpipe.common.errors import StoreMismatchError, UsageError
-from fkdpipe.pixels.crops import Crops
 from fkdpipe.storage import begin, labels, reader, rounds, schema, writer
-from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.location import Location
 from fkdpipe.storage.reader import Segment
-from fkdpipe.storage.schema import Json
-from fkdpipe.storage.store import IMAGES, Store
+from fkdpipe.storage.settings import CropsSettings, LabelSettings, Settings
+from fkdpipe.storage.store import IMAGES, Part, Store
 
 Failed = dict[int, tuple[str, str]]
 
@@ -57,44 +55,38 @@ def thin(
     """
     source = reader.choose_source(store, wanted.source)
     found = reader.finished(store, [("labels", source, "")])
-    old = found.labels[0][0].part
-    form = labels.parse_form(old.settings["form"])
+    old: Part[LabelSettings] = found.labels[0][0].part
+    form, classes = old.settings.form, old.settings.classes
     new_form = wanted.form or form
-    _check(form, new_form, int(old.settings["classes"]))
+    _check(form, new_form, classes)
     count = wanted.crops or found.crops_per_image
     if not 1 <= count <= found.crops_per_image:
         raise UsageError(f"the store has {found.crops_per_image} crops per image; found {count}.")
-    crops_settings = {
-        **found.crops[0].part.settings,
-        "crops": count,
-        "boxes": "derived" if wanted.derived_boxes else "stored",
-    }
-    labels_settings = {**old.settings, "form": str(new_form), "crops": count}
+    crops_settings: CropsSettings = replace(
+        found.crops[0].part.settings, crops=count, derived=wanted.derived_boxes
+    )
+    labels_settings = replace(old.settings, form=new_form, crops=count)
     if wanted.derived_boxes:
-        rounds.distribution_of(crops_settings)  # boxes of an import cannot be drawn again
+        _ = crops_settings.distribution  # boxes of an import cannot be drawn again
     path = f"rounds/0/labels/{source}"
     _check_place(store, location, {"rounds/0/crops": crops_settings, path: labels_settings})
     made = _create(store, location)
     crop_fields = [] if wanted.derived_boxes else rounds.fields_of(crops_settings)
-    crops_part = writer.add_part(
-        made, "rounds/0/crops", "crops", crops_settings, crop_fields, count
-    )
+    crops_part = writer.add_part(made, "rounds/0/crops", crops_settings, crop_fields)
     labels_part = writer.add_part(
         made,
         path,
-        "labels",
         labels_settings,
-        schema.label_fields(new_form, int(old.settings["classes"])),
-        count,
+        schema.label_fields(new_form, classes),
         provenance={**old.provenance, "thinned_from": str(form)},
     )
     done = writer.committed_units(made, labels_part, range(store.num_units))
-    source_labels = _Labels(store, found.labels[0], form, new_form)
+    source_labels = _Labels(store, found.labels[0], new_form)
     for unit in range(store.num_units):
         rows = store.unit_rows(unit)
         if unit not in done:
             failed = {r: w for r, w in found.failed.items() if rows.start <= r < rows.stop}
-            drawn = _crops(store, found.crops, unit, count)
+            drawn = reader.read_crops(store, found.crops, unit, count)
             values = {} if wanted.derived_boxes else rounds.values_of(drawn)
             facts = {"crops_crc32c": rounds.checksum(drawn)}
             without = _crops_failed(found.crops, failed)
@@ -108,7 +100,7 @@ def thin(
     return made
 
 
-def _check_place(store: Store, location: Location, wanted: dict[str, Json]) -> None:
+def _check_place(store: Store, location: Location, wanted: dict[str, Settings]) -> None:
     """Refuse to write where another store is, or a store that is no smaller.
 
     Args:
@@ -172,14 +164,6 @@ def _columns(store: Store) -> writer.ImageColumns:
     )
 
 
-def _crops(store: Store, segments: Sequence[Segment], unit: int, count: int) -> Crops:
-    """The first crops of a unit's images, rounds joined."""
-    parts = [rounds.crops_of(store, s.part, unit) for s in segments if s.first < count]
-    values = [rounds.values_of(part) for part in parts]
-    joined = {k: np.concatenate([v[k] for v in values], axis=1)[:, :count] for k in values[0]}
-    return Crops(joined["box"], joined["flip"], joined.get("jitter"))
-
-
 def _crops_failed(segments: Sequence[Segment], failed: Failed) -> Failed:
     """Of the failed images of a unit, those that an import brought no crops for."""
     return {
@@ -190,15 +174,19 @@ def _crops_failed(segments: Sequence[Segment], failed: Failed) -> Failed:
 class _Labels:
     """Labels of a source, unit by unit, turned into another form."""
 
-    def __init__(self, store: Store, segments: Sequence[Segment], old: Form, new: Form) -> None:
-        self.store, self.segments, self.old, self.new = store, segments, old, new
-        self.classes = int(segments[0].part.settings["classes"])
+    def __init__(self, store: Store, segments: Sequence[Segment], new: Form) -> None:
+        self.store, self.segments, self.new = store, segments, new
+        self.part: Part[LabelSettings] = segments[0].part
+        self.old, self.classes = self.part.settings.form, self.part.settings.classes
 
     def unit(self, unit: int, count: int, failed: dict) -> dict[str, np.ndarray]:
         """Stored fields of the new form, rows of failed images with fill values."""
-        parts = [self._read(s, unit) for s in self.segments if s.first < count]
-        old = {name: np.concatenate([p[name] for p in parts], axis=1) for name in parts[0]}
-        old = {name: values[:, :count] for name, values in old.items()}
+        old = {
+            field.name: reader.read_unit(
+                self.store, self.segments, field.name, unit, np.arange(count)
+            )
+            for field in self.part.fields
+        }
         rows = self.store.unit_rows(unit)
         good = np.ones(rows.stop - rows.start, dtype=bool)
         good[[row - rows.start for row in failed]] = False
@@ -210,18 +198,6 @@ class _Labels:
                 made[name][good] = values.reshape(int(good.sum()), count, *values.shape[1:])
         return made
 
-    def _read(self, segment: Segment, unit: int) -> dict[str, np.ndarray]:
-        values = {}
-        for field in segment.part.fields:
-            prefix = f"{segment.part.path}/{field.name}/c/{unit}/"
-            files = segment.manifest.files
-            keys = [key for key in files if key.startswith(prefix)]
-            shards = {key: self.store.read_checked(key, files, unit) for key in keys}
-            region = (self.store.unit_rows(unit),)
-            arrays: Arrays = self.store.arrays
-            values[field.name] = arrays.decode(f"{segment.part.path}/{field.name}", region, shards)
-        return values
-
     def _convert(self, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.new == self.old:
             return old
@@ -229,7 +205,7 @@ class _Labels:
             return self._from_scores(old)
         if self.new.kind == "hard":
             return {"ids": old["ids"][:, :1]}
-        prob = labels.decode_probabilities(self.old, old["stick" if self.old.compact else "prob"])
+        prob = labels.decode_probabilities(self.old, old[self.old.value_field])
         kept = labels.sparse_target(
             Target("marginal-smoothing", self.new.k), old["ids"], prob, self.classes
         )
@@ -238,10 +214,11 @@ class _Labels:
         return self._sparse(kept.ids_BK, kept.prob_BK)
 
     def _from_scores(self, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        scores = old["log_prob" if self.old.kind == "full" else "logit"]
+        scores = old[self.old.value_field]
         if self.new.kind == "full":
             with np.errstate(divide="ignore"):
-                return {"log_prob": labels.encode_scores(np.log(labels.softmax(scores)))}
+                kept = labels.encode_scores(np.log(labels.softmax(scores)))
+                return {self.new.value_field: kept}
         prob = labels.softmax(scores)
         ids, kept = labels.top_k(prob, self.new.k)
         return self._sparse(ids, kept)
@@ -252,5 +229,5 @@ class _Labels:
         dtype = labels.id_dtype(self.classes)
         if self.new.kind == "hard":
             return {"ids": ids[:, :1].astype(dtype)}
-        name = "stick" if self.new.compact else "prob"
-        return {"ids": ids.astype(dtype), name: labels.encode_probabilities(self.new, prob)}
+        kept = labels.encode_probabilities(self.new, prob)
+        return {"ids": ids.astype(dtype), self.new.value_field: kept}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fkdpipe.common.errors import DamagedStoreError, StoreError
-from fkdpipe.pixels.crops import Crops, boxes_outside
+from fkdpipe.pixels.crops import boxes_outside
 from fkdpipe.storage import cache, commits, labels, rounds
 from fkdpipe.storage.commits import BrokenRecordError, Manifest, Marker
 from fkdpipe.storage.location import PARTIAL
@@ -23,14 +23,14 @@ CODES = {
     "length": "an object has another length",
     "unreadable": "an object is there and cannot be read",
     "checksum": "an object's checksum differs, or boxes are not those committed",
-    "unknown-file": "an object that no marker knows",
+    "unknown-file": "an object that is not in any commit record",
     "not-sealed": "the part is not finished",
     "box-outside": "a crop is empty or leaves its image",
     "id-range": "a class id beyond the classes",
     "probability": "NaN, negative, or a sum above 1",
     "unfilled": "a row without a value that no failure explains",
     "duplicate": "a key listed twice, or a class kept twice in one label",
-    "cache": "the local cache differs from what was hydrated",
+    "cache": "the local cache differs from what it was filled with",
     "teacher-differs": "the teacher, run again, gives other labels or features",
     "image-missing": "an image of the list is not in the folder",
     "image-extra": "an image of the folder is not in the list",
@@ -107,7 +107,10 @@ def _verify_part(
                 sound = False
                 yield Problem(found, part.path, unit, key)
         if full and sound and marker is not None:
-            yield from _values(store, part, marker)
+            try:
+                yield from _values(store, part, marker)
+            except StoreError as error:
+                yield Problem("no-record", part.path, unit, str(error))
         on_unit(1)
 
 
@@ -159,16 +162,13 @@ def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
     """Look at a unit's numbers; its checksums hold."""
     unit = marker.unit
     if part.kind == "crops":
-        try:
-            yield from _crop_values(store, part, marker)
-        except StoreError as error:
-            yield Problem("no-record", part.path, unit, str(error))
+        yield from _crop_values(store, part, marker)
     elif part.kind == "labels":
         yield from _label_values(store, part, marker)
     elif part.kind == "features":
         good = _good_rows(store, marker)
         for field in part.fields:
-            values = _decode(store, part, marker, field.name)[good]
+            values = store.read(part, field.name, unit, files=marker.files)[good]
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 yield Problem("unfilled", part.path, unit, f"{field.name} that is not finite")
 
@@ -183,32 +183,29 @@ def _good_rows(store: Store, marker: Marker) -> np.ndarray:
 
 def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
     unit = marker.unit
-    if part.fields:
-        values = {field.name: _decode(store, part, marker, field.name) for field in part.fields}
-        box, jitter = values["box"], values.get("jitter")
-        stored = Crops(box, values["flip"], jitter)
-        if rounds.checksum(stored) != marker.made.get("crops_crc32c"):
-            yield Problem("checksum", part.path, unit, "boxes are not those that were committed")
+    if part.settings.derived:
+        drawn, wrong = rounds.draw(store, part, unit), "boxes cannot be derived again"
     else:
-        drawn = rounds.draw(store, part, unit)
-        box, jitter = drawn.box_NM4, drawn.jitter_NM4
-        if rounds.checksum(drawn) != marker.made.get("crops_crc32c"):
-            yield Problem("checksum", part.path, unit, "boxes cannot be derived again")
-    outside = boxes_outside(box, store.images.size_N2[store.unit_rows(unit)])
+        drawn, wrong = rounds.crops_of(store, part, unit), "boxes are not those that were committed"
+    if rounds.checksum(drawn) != marker.made.get("crops_crc32c"):
+        yield Problem("checksum", part.path, unit, wrong)
+    outside = boxes_outside(drawn.box_NM4, store.images.size_N2[store.unit_rows(unit)])
     outside[[row - store.unit_rows(unit).start for row in marker.failed]] = False
     if outside.any():
         yield Problem("box-outside", part.path, unit, f"{int(outside.sum())} crops")
-    if jitter is not None and not np.isfinite(jitter).all():
+    if drawn.jitter_NM4 is not None and not np.isfinite(drawn.jitter_NM4).all():
         yield Problem("unfilled", part.path, unit, "colour factors that are not finite")
 
 
 def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
-    unit, classes = marker.unit, int(part.settings["classes"])
-    form = labels.parse_form(part.settings["form"])
+    unit, form, classes = marker.unit, part.settings.form, part.settings.classes
     good = _good_rows(store, marker)
+
+    def read(name: str) -> np.ndarray:
+        return store.read(part, name, unit, files=marker.files)[good]
+
     if not form.sparse:
-        name = "log_prob" if form.kind == "full" else "logit"
-        scores = _decode(store, part, marker, name)[good].astype(np.float32)
+        scores = read(form.value_field).astype(np.float32)
         if not np.isfinite(scores).all():
             yield Problem("unfilled", part.path, unit, "scores that are not finite")
         elif form.kind == "full":
@@ -217,7 +214,7 @@ def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]
             if (np.abs(total - 1) > bound).any():
                 yield Problem("probability", part.path, unit, "rows that do not sum to 1")
         return
-    ids = _decode(store, part, marker, "ids")[good]
+    ids = read("ids")
     fill = int(np.iinfo(ids.dtype).max)
     if (ids == fill).any():
         yield Problem("unfilled", part.path, unit, f"{int((ids == fill).any(-1).sum())} crops")
@@ -226,21 +223,10 @@ def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]
     elif form.k > 1 and (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
         yield Problem("duplicate", part.path, unit, "a class kept twice in one label")
     if form.kind == "topk" and not form.compact:
-        prob = _decode(store, part, marker, "prob")[good].astype(np.float32)
+        prob = read("prob").astype(np.float32)
         ceiling = 1 + form.k * 2.0**-11
         if not (np.isfinite(prob).all() and (prob >= 0).all() and (prob.sum(-1) <= ceiling).all()):
             yield Problem("probability", part.path, unit, "NaN, negative, or a sum above 1")
-
-
-def _decode(store: Store, part: Part, marker: Marker, name: str) -> np.ndarray:
-    field = part.field(name)
-    prefix = f"{part.path}/{name}/c/"
-    shards = {
-        key: store.read_checked(key, marker.files, marker.unit)
-        for key in marker.files
-        if key.startswith(prefix)
-    }
-    return store.arrays.decode(f"{part.path}/{field.name}", (store.unit_rows(marker.unit),), shards)
 
 
 def _verify_cache(store: Store, part: Part, cache_dir: Path) -> Iterator[Problem]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,9 +23,18 @@ from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.claims import STALE_SECONDS
 from fkdpipe.storage.commits import Marker
 from fkdpipe.storage.location import PARTIAL, Location
-from fkdpipe.storage.rounds import crop_settings, fields_of
+from fkdpipe.storage.rounds import fields_of
 from fkdpipe.storage.schema import Field, Json
+from fkdpipe.storage.settings import (
+    CropsSettings,
+    FeatureSettings,
+    ImagesSettings,
+    LabelSettings,
+    Settings,
+)
 from fkdpipe.storage.store import IMAGES, Part, Store
+
+P = TypeVar("P", bound=CropsSettings | LabelSettings | FeatureSettings)
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,8 @@ def create_store(
     store = begin.find_store(location)
     if store is not None:
         return store
-    settings = {"fingerprint": columns.fingerprint, "order_seed": seed, "rows": rows}
-    facts = _part_facts("images", -1, "", "", settings, {}, fields)
+    settings = ImagesSettings(columns.fingerprint, seed, rows)
+    facts = _part_facts(-1, "", "", settings, {}, fields)
     arrays.add_group(IMAGES, {schema.ATTRIBUTE: facts})
     for field in fields:
         shape = schema.array_settings(field, rows=rows[field.name], crops=0, unit=unit, group=group)
@@ -94,7 +104,7 @@ def create_store(
     begin.write_metadata(location, IMAGES, arrays)
     shards = image_shards(arrays, columns, seed)
     files = {key: _write_and_read_back(location, key, data) for key, data in shards.items()}
-    marker = Marker(IMAGES, 0, schema.digest(settings), files, {}, {})
+    marker = Marker(IMAGES, 0, schema.digest(settings.to_json()), files, {}, {})
     location.write(commits.marker_key(IMAGES, 0), marker.to_bytes())
     store = Store(location)
     seal(store, store.part(IMAGES))
@@ -126,19 +136,18 @@ def _image_values(columns: ImageColumns, seed: int) -> dict[str, np.ndarray]:
 
 def add_crops(
     store: Store, distribution: CropDistribution, *, seed: int, count: int, derived: bool = False
-) -> Part:
+) -> Part[CropsSettings]:
     """Start a round of `count` more crops of every image.
 
     Raises:
-        StoreMismatchError: earlier rounds were drawn by another law or seed.
+        StoreMismatchError: earlier rounds were drawn from another distribution or seed.
     """
     rounds = store.rounds()
-    first = sum(int(part.settings["crops"]) for part in rounds)
-    settings = crop_settings(distribution, seed=seed, first=first, count=count, derived=derived)
+    first = sum(part.settings.crops for part in rounds)
+    settings = CropsSettings.of(distribution, seed=seed, first=first, count=count, derived=derived)
     for part in rounds:
-        same = ("law", "version", "scale", "ratio", "flip", "jitter", "seed", "boxes")
         changed = schema.differences(
-            {k: part.settings.get(k) for k in same}, {k: settings.get(k) for k in same}
+            replace(part.settings, first=first, crops=count).to_json(), settings.to_json()
         )
         if changed:
             raise StoreMismatchError(
@@ -146,31 +155,28 @@ def add_crops(
                 code="settings",
             )
     fields = [] if derived else fields_of(settings)
-    return add_part(store, f"rounds/{len(rounds)}/crops", "crops", settings, fields, count)
+    return add_part(store, f"rounds/{len(rounds)}/crops", settings, fields)
 
 
 def add_part(
     store: Store,
     path: str,
-    kind: str,
-    settings: Json,
+    settings: P,
     fields: Sequence[Field],
-    count: int,
     *,
     provenance: Json | None = None,
-) -> Part:
+) -> Part[P]:
     """Start a part, or find it started with the same settings.
 
     Args:
-        path: where it lies. kind: "crops", "labels" or "features".
-        settings: two starts must agree on them. provenance: kept from the first start.
-        count: M, crops of its round.
+        path: where it lies. settings: two starts must agree on them.
+        provenance: kept from the first start.
 
     Raises:
         StoreMismatchError: started before with other settings; says which.
     """
     if path in store.parts:
-        changed = schema.differences(store.part(path).settings, settings)
+        changed = schema.differences(store.part(path).settings.to_json(), settings.to_json())
         if changed:
             raise StoreMismatchError(
                 f"{store.url}: {path} was made with other settings: {'; '.join(changed)}. Take "
@@ -182,7 +188,7 @@ def add_part(
     words = path.split("/")
     source = words[3] if len(words) > 3 else ""
     layer = words[4] if len(words) > 4 else ""
-    facts = _part_facts(kind, int(words[1]), source, layer, settings, provenance or {}, fields)
+    facts = _part_facts(int(words[1]), source, layer, settings, provenance or {}, fields)
     arrays = Arrays()
     arrays.add_group(path, {schema.ATTRIBUTE: facts})
     for field in fields:
@@ -191,9 +197,9 @@ def add_part(
             schema.array_settings(
                 field,
                 rows=store.num_images,
-                crops=count,
+                crops=settings.crops,
                 unit=store.unit_size,
-                group=min(store.group_size, count),
+                group=min(store.group_size, settings.crops),
             ),
         )
     begin.write_metadata(store.location, path, arrays)
@@ -321,20 +327,19 @@ def package_versions() -> Json:
 
 
 def _part_facts(
-    kind: str,
     round_: int,
     source: str,
     layer: str,
-    settings: Json,
+    settings: Settings,
     provenance: Json,
     fields: Sequence[Field],
 ) -> Json:
     return {
-        "kind": kind,
+        "kind": settings.kind,
         "round": round_,
         "source": source,
         "tap": layer,
-        "settings": settings,
+        "settings": settings.to_json(),
         "provenance": provenance,
         "fields": [field.to_json() for field in fields],
     }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from fkdpipe.train.schedule import Pass
 from fkdpipe.train.stored import Values
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,3 +118,12 @@ def one_crop_each(whole: HostBatch) -> Iterator[HostBatch]:
             ),
             values={name: array[every] for name, array in whole.values.items()},
         )
+
+
+def with_next(items: Iterator[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item with the one after it, which is begun meanwhile; None after the last."""
+    current = next(items, None)
+    while current is not None:
+        following = next(items, None)
+        yield current, following
+        current = following

@@ -9,9 +9,8 @@ import torch
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
-from fkdpipe.networks import models
 from fkdpipe.pixels.crops import CropDistribution
-from fkdpipe.storage.labels import parse_form, served_targets
+from fkdpipe.storage.labels import served_targets
 from fkdpipe.storage.store import Store
 from fkdpipe.train import parallel
 from fkdpipe.train.feed import check_batch
@@ -48,8 +47,8 @@ def target(settings: TrainSettings, needs: MethodNeeds, store: Store | None) -> 
         return settings.target
     taught = needs.teacher is not None or needs.soft is not None
     if store is not None and not taught:
-        forms = {p.settings["form"] for p in store.parts.values() if p.kind == "labels"}
-        served = sorted({t for form in forms for t in served_targets(parse_form(form))})
+        forms = {p.settings.form for p in store.parts.values() if p.kind == "labels"}
+        served = sorted({t for form in forms for t in served_targets(form)})
         raise UsageError(
             f"name what the student learns: --target with one of {', '.join(served)}, which "
             f"{store.url} serves, or ground-truth, which leaves its labels out."
@@ -69,7 +68,20 @@ def check(
     Raises:
         UsageError: settings that do not go together, or with the machine.
     """
-    target, name = settings.parsed_target, settings.method.get("name", "fkd")
+    parallel.check(settings, device)
+    _check_store(settings, store)
+    _check_batch(settings, needs, rank)
+    _check_teacher(settings, needs)
+    _check_knowledge(settings, needs, store)
+    if settings.train_only == "classifier" and not needs.classifier:
+        raise UsageError(
+            f"method {_name(settings)} does not train the classifier, and train_only classifier "
+            "trains nothing else."
+        )
+
+
+def _check_store(settings: TrainSettings, store: Store | None) -> None:
+    target = settings.parsed_target
     if store is None and target.kind != "ground-truth":
         raise UsageError(
             f"target {target} needs a store of labels: fkdpipe train DATA STORE --target {target}. "
@@ -77,46 +89,56 @@ def check(
         )
     if store is not None and settings.crop != CropDistribution():
         log.warning("crop.* is for training without a store; this store's crops are recorded")
-    models.parse_spec(settings.student)
-    parallel.check(settings, device)
-    if settings.train_only == "classifier" and not needs.classifier:
-        raise UsageError(
-            f"method {name} does not train the classifier, and train_only classifier trains "
-            "nothing else."
-        )
+
+
+def _check_batch(settings: TrainSettings, needs: MethodNeeds, rank: Rank) -> None:
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
     at_once = settings.batch_size // (rank.world * settings.accumulate)
     if at_once < needs.least:
         raise UsageError(
-            f"method {name} takes statistics over the crops that a process sees at once, at least "
-            f"{needs.least}: batch size {settings.batch_size} over {rank.world} processes and "
-            f"{settings.accumulate} accumulated parts leaves {at_once}. Raise --batch-size."
+            f"method {_name(settings)} takes statistics over the crops that a process sees at "
+            f"once, at least {needs.least}: batch size {settings.batch_size} over {rank.world} "
+            f"processes and {settings.accumulate} accumulated parts leaves {at_once}. Raise "
+            "--batch-size."
         )
+
+
+def _check_teacher(settings: TrainSettings, needs: MethodNeeds) -> None:
+    """A live teacher where the method asks for one, and none where nothing would ask it."""
+    if settings.teacher is None:
+        if needs.live:
+            raise UsageError(f"method {_name(settings)} needs a live teacher: --teacher NAME=FILE.")
+        return
+    asked = needs.live if needs.stored else needs.teacher is not None or needs.soft is not None
+    if not asked:
+        raise UsageError(f"method {_name(settings)} has no use for --teacher {settings.teacher}.")
+
+
+def _check_knowledge(settings: TrainSettings, needs: MethodNeeds, store: Store | None) -> None:
+    """What the method learns from must come from somewhere: a live teacher, or the store."""
+    live = settings.teacher is not None and not needs.stored
     if settings.mixing.on and not needs.mixing:
         raise UsageError(
-            f"method {name} cannot mix images: what the teacher says "
-            "of a mixed image is no mix of what it says of each."
+            f"method {_name(settings)} cannot mix images: what the teacher says of a mixed image "
+            "is no mix of what it says of each."
         )
-    runs = settings.teacher is not None and not needs.stored
-    if settings.mixing.on and needs.teacher is not None and not runs:
+    if settings.mixing.on and needs.teacher is not None and not live:
         raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")
-    if settings.teacher is not None:
-        models.parse_spec(settings.teacher)
-        unused = not needs.live if needs.stored else needs.teacher is None and needs.soft is None
-        if unused:
-            raise UsageError(f"method {name} has no use for --teacher {settings.teacher}.")
-    elif needs.live:
-        raise UsageError(f"method {name} needs a live teacher: --teacher NAME=FILE.")
-    if runs:
+    if live:
         return
+    instead = "." if needs.stored else ", or --teacher NAME=FILE."
     if needs.teacher is not None and store is None:
         raise UsageError(
-            f"method {name} needs the teacher's features: a STORE made with --features"
-            f"{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
+            f"method {_name(settings)} needs the teacher's features: a STORE made with "
+            f"--features{instead}"
         )
-    if needs.soft is not None and target.kind == "ground-truth":
+    if needs.soft is not None and settings.parsed_target.kind == "ground-truth":
         raise UsageError(
-            f"method {name} needs the teacher's probabilities: a STORE and a --target other than "
-            f"ground-truth{'.' if needs.stored else ', or --teacher NAME=FILE.'}"
+            f"method {_name(settings)} needs the teacher's probabilities: a STORE and a --target "
+            f"other than ground-truth{instead}"
         )
+
+
+def _name(settings: TrainSettings) -> str:
+    return str(settings.method.get("name", "fkd"))

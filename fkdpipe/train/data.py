@@ -192,12 +192,7 @@ def _open_readers(
             labels = stored.open_labels(
                 store, found.labels[0], target, temperature, cache_dir, advance
             )
-
-    def recorded(rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
-        jitter = boxes.jitter(rows_I, crops_m) if boxes.jittered else None
-        return Crops(*boxes.take(rows_I, crops_m), jitter)
-
-    return recorded, labels
+    return boxes.take, labels
 
 
 def _check_sizes(training: TrainingSet) -> None:
@@ -250,7 +245,7 @@ def _feature_source(
     same = [
         part.source
         for part in store.parts.values()
-        if part.kind == "features" and part.layer == other and part.settings["pre_is_post"]
+        if part.kind == "features" and part.layer == other and part.settings.pre_is_post
     ]
     if not store.sources("features", layer) and same:
         return reader.choose_source(store, source, "features", other), other

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,19 +16,32 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
+from fkdpipe.common.distributed import choose_device, default_threads
 from fkdpipe.common.errors import ImagesError
 from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.networks.models import Preprocessing
-from fkdpipe.networks.teachers import Precision, autocast
+from fkdpipe.networks.teachers import (
+    ClassMap,
+    Network,
+    Precision,
+    autocast,
+    load_teachers,
+    numbered_classes,
+)
 from fkdpipe.pixels import images
 from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.pixels.replay import DECODE_ERRORS, normalise
+from fkdpipe.train.batch import with_next
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent of images whose class is the first, or among the first five, of the scores."""
+    """Percent of images whose class is the first, or among the first five, of the scores.
+
+    Attributes:
+        images: that were looked at. skipped: that could not be read.
+    """
 
     top1: float
     top5: float
@@ -37,6 +50,68 @@ class Accuracy:
 
 
 def evaluate(
+    model: Network,
+    data: str | os.PathLike[str],
+    *,
+    split: Literal["train", "val"] | None = None,
+    class_map: ClassMap | Path | None = None,
+    numbered: bool = False,
+    real: Path | None = None,
+    precision: Precision = "float32",
+    batch_size: int = 128,
+    threads: int | None = None,
+    device: torch.device | str | None = None,
+    reporter: Reporter = silent,
+) -> Accuracy:
+    """Top-1 and top-5 accuracy of a classifier on an image folder: `fkdpipe evaluate`.
+
+    Images are resized and cut at the centre as timm does, with the model's own size, crop_pct,
+    interpolation, mean and std.
+
+    Args:
+        model: a run folder, NAME or NAME=FILE as for `--teacher`, a module, or what
+            `load_teacher` returns, which can say what a module's input is.
+        data: class/image, or the same below train/ and val/.
+        split: by default val; the folder itself where it holds the classes.
+        class_map: which output is which class; see `load_teacher`.
+        numbered: folders are named by class index, as ImageNet-V2's are.
+        real: ImageNet-ReaL's `real.json`: several classes may be right.
+        precision: float32, bfloat16 or float16. batch_size: in images. threads: of decoding.
+        device: None takes a GPU when there is one.
+
+    Raises:
+        UsageError: arguments that cannot be right.
+        ModelError: a model that cannot be built, or whose outputs are not the folder's classes.
+        ImagesError: no usable images.
+    """
+    root, where = Path(data), choose_device(device)
+    with reporter.task("scan", 0, "files") as advance:
+        chosen = split or ("val" if images.splits_of(root) else "train")
+        folder = images.scan(root, split=chosen, on_image=advance)
+    if numbered and class_map is None:
+        class_map = numbered_classes(folder.class_names)
+    (loaded,) = load_teachers(
+        [model],
+        class_names=folder.class_names,
+        class_maps=[] if class_map is None else [class_map],
+        precision=precision,
+        device=where,
+    )
+    return accuracy(
+        loaded.module,
+        loaded.preprocessing,
+        folder,
+        device=where,
+        columns=loaded.columns,
+        precision=loaded.precision,
+        batch_size=batch_size,
+        threads=threads or default_threads(),
+        accepted=read_accepted(real, folder) if real else None,
+        reporter=reporter,
+    )
+
+
+def accuracy(
     module: nn.Module,
     preprocessing: Preprocessing,
     folder: ImageFolder,
@@ -44,7 +119,7 @@ def evaluate(
     device: torch.device,
     columns: np.ndarray | None = None,
     precision: Precision = "float32",
-    batch: int = 128,
+    batch_size: int = 128,
     threads: int = 2,
     allow_none: bool = False,
     accepted: Sequence[frozenset[int]] | None = None,
@@ -71,7 +146,7 @@ def evaluate(
     pick = None if columns is None else torch.from_numpy(columns).to(device)
     top1 = top5 = seen = 0
     with reporter.task("evaluate", len(folder), "images") as advance, torch.no_grad():
-        for pixels, row_B in batches(preprocessing, folder, batch=batch, threads=threads):
+        for pixels, row_B in batches(preprocessing, folder, batch=batch_size, threads=threads):
             x = normalise(pixels.to(device), preprocessing.mean, preprocessing.std)
             with autocast(precision, device):
                 out = module(x.contiguous(memory_format=torch.channels_last))
@@ -149,18 +224,17 @@ def batches(
     )
     paths = [images.path_of(folder.root, key) for key in folder.keys]
     with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[tuple[int, list[Future]]] = deque()
-        for first in [*range(0, len(paths), batch), None, None]:
-            if first is not None:
-                some = paths[first : first + batch]
-                ahead.append((first, [pool.submit(_load, path, transform) for path in some]))
-            if len(ahead) > 1 or (first is None and ahead):
-                begin, futures = ahead.popleft()
-                loaded = [future.result() for future in futures]
-                good = [k for k, pixels in enumerate(loaded) if pixels is not None]
-                if good:
-                    pixels = torch.from_numpy(np.stack([loaded[k] for k in good]))
-                    yield pixels, torch.tensor(good) + begin
+
+        def begin(first: int) -> list[Future[np.ndarray | None]]:
+            return [pool.submit(_load, path, transform) for path in paths[first : first + batch]]
+
+        starts = range(0, len(paths), batch)
+        begun = zip(starts, map(begin, starts), strict=True)
+        for (first, futures), _ in with_next(begun):  # the next batch is loaded meanwhile
+            loaded = {first + k: future.result() for k, future in enumerate(futures)}
+            good = {row: pixels for row, pixels in loaded.items() if pixels is not None}
+            if good:
+                yield torch.from_numpy(np.stack(list(good.values()))), torch.tensor(list(good))
 
 
 def _load(path: bytes, transform: Any) -> np.ndarray | None:

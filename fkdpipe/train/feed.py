@@ -18,8 +18,8 @@ import torch
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import TrainingError, UsageError
-from fkdpipe.pixels import images, replay
-from fkdpipe.pixels.crops import Crops
+from fkdpipe.pixels import replay
+from fkdpipe.pixels.crops import join
 from fkdpipe.pixels.replay import Backend, Pixels, Request, View
 from fkdpipe.train.batch import HostBatch, one_crop_each, select
 from fkdpipe.train.data import TrainingSet
@@ -86,14 +86,11 @@ class Feed:
             if idle:
                 pieces = (Piece(step.pieces[0].window, step.pieces[0].rows[:1]),)
             rows = np.concatenate([piece.rows for piece in pieces])
-            drawn = [self.data.crops(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
-            yield Request(
-                paths=[images.path_of(self.data.root, key) for key in self.data.keys[rows]],
-                size_I2=self.data.size_N2[rows],
-                box_Im4=np.concatenate([crops.box_NM4 for crops in drawn]),
-                flip_Im=np.concatenate([crops.flip_NM for crops in drawn]),
-                tag=_Share(step, pieces, first, _factors(drawn), idle),
+            recorded = join(
+                [self.data.crops(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
             )
+            data, tag = self.data, _Share(step, pieces, first, recorded.jitter_NM4, idle)
+            yield Request.of(data.root, data.keys[rows], data.size_N2[rows], recorded, tag)
 
     def _batch(self, pixels: Pixels, windows: _Windows) -> HostBatch:
         share_: _Share = pixels.request.tag  # type: ignore[assignment]
@@ -106,8 +103,8 @@ class Feed:
             "crop": np.concatenate(crops_Im).ravel(),
             **windows.take(pieces),
         }
-        if share_.jitter_B4 is not None:
-            values["jitter"] = share_.jitter_B4
+        if share_.jitter_Im4 is not None:
+            values["jitter"] = share_.jitter_Im4.reshape(-1, 4)
         bad = self._report(pixels, rows_I)
         lost = len(bad) == len(rows_I)  # nothing to replace them by: zero pixels, zero weight
         batch = HostBatch(
@@ -148,7 +145,7 @@ class _Share:
     step: Step
     pieces: tuple[Piece, ...]
     first_image: int
-    jitter_B4: np.ndarray | None
+    jitter_Im4: np.ndarray | None
     idle: bool
 
 
@@ -199,12 +196,6 @@ class _Windows:
     def _read(self, window: Window) -> list[OpenWindow]:
         crops_m = self._data.crops_of(window.passed)
         return [source.open(window.units, crops_m) for source in self._sources]
-
-
-def _factors(drawn: Sequence[Crops]) -> np.ndarray | None:
-    """float32 (B, 4) colour factors, None where none are recorded."""
-    factors = [crops.jitter_NM4 for crops in drawn if crops.jitter_NM4 is not None]
-    return np.concatenate(factors).reshape(-1, 4) if factors else None
 
 
 def _replacements(bad: set[int], images: int) -> np.ndarray:

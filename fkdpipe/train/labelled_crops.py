@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fkdpipe.common.distributed import Rank, choose_device, current, default_threads
 from fkdpipe.common.errors import StoreMismatchError, UsageError
 from fkdpipe.networks.models import Preprocessing
-from fkdpipe.pixels import colour, images, replay
+from fkdpipe.pixels import colour, replay
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.pixels.replay import Backend, BackendChoice, Request, View, normalise
 from fkdpipe.storage import cache, schema
@@ -121,17 +121,18 @@ class LabelledCrops(IterableDataset[Batch]):
             seed=seed,
             independent=independent,
         )
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = (size, size) if isinstance(size, int) else size
+        preprocessing = Preprocessing(sides, interpolation, mean, std)
         feed = Feed(
             training,
             order,
-            [View((height, width), interpolation)],
+            [View.of(preprocessing)],
             backend=choose_backend(replay, training, opened, where),
             threads=threads or default_threads(),
             device=where,
             rank=here,
         )
-        self._wire(feed, [Preprocessing((height, width), interpolation, mean, std)], normalize)
+        self._wire(feed, [preprocessing], normalize)
         self._facts: dict[str, Any] = {
             "fingerprint": training.facts["fingerprint"],
             "images": len(training.rows),
@@ -158,7 +159,7 @@ class LabelledCrops(IterableDataset[Batch]):
 
     def _wire(self, feed: Feed, preprocessing: Sequence[Preprocessing], normalize: bool) -> None:
         self.feed = feed
-        self._inputs = [(feed.views.index(View(p.size, p.interpolation)), p) for p in preprocessing]
+        self._inputs = [(feed.views.index(View.of(p)), p) for p in preprocessing]
         self._normalize = normalize
         self._position = 0  # the step that comes next
         self._resumed = False
@@ -366,17 +367,12 @@ def choose_backend(
     """The replay for some training data; says so when the labels were made with another."""
     rows = training.rows[: min(8, len(training.rows))]
     drawn = training.crops(rows, np.arange(min(2, training.crops_per_image or 2)))
-    sample = Request(
-        paths=[images.path_of(training.root, key) for key in training.keys[rows]],
-        size_I2=training.size_N2[rows],
-        box_Im4=drawn.box_NM4,
-        flip_Im=drawn.flip_NM,
-    )
+    sample = Request.of(training.root, training.keys[rows], training.size_N2[rows], drawn)
     backend = replay.choose_backend(choice, device, sample)
     recorded = {
-        part.settings["replay"]
+        part.settings.replay
         for part in (store.parts.values() if store else [])
-        if part.kind == "labels" and part.settings["replay"]  # unknown of imported labels
+        if part.kind == "labels" and part.settings.replay  # unknown of imported labels
     }
     if recorded and backend not in recorded:
         log.warning(

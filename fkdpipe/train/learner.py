@@ -98,4 +98,4 @@ def parameters(learner: Learner) -> dict[str, int]:
 def _teacher_facts(teacher: Teacher | None, training: TrainingSet) -> dict[str, Any] | None:
     if teacher is not None:
         return teacher.facts()
-    return training.features.settings["teachers"][0] if training.features else None
+    return training.features.settings.teachers[0] if training.features else None

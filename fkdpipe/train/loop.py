@@ -22,8 +22,8 @@ from fkdpipe.common.errors import TrainingError
 from fkdpipe.common.progress import Advance
 from fkdpipe.networks import weight_files
 from fkdpipe.train import parallel
-from fkdpipe.train.batch import Batch
-from fkdpipe.train.evaluate import Accuracy, evaluate
+from fkdpipe.train.batch import Batch, with_next
+from fkdpipe.train.evaluate import Accuracy, accuracy
 from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
 from fkdpipe.train.state import CHECKPOINTS, Run, export, resume, save
 from fkdpipe.train.step import step
@@ -64,7 +64,7 @@ def train(run: Run) -> Result:
         if run.owed is not None:
             _judge(run, metrics, stop)
             save(run)
-        for batch, following in _with_next(_timed(run.crops.stream(run.step), meter)):
+        for batch, following in with_next(_timed(run.crops.stream(run.step), meter)):
             _one(run, batch, meter)
             _log_step(run, batch, meter, metrics, advance)
             if following is None or following.passed.index != batch.passed.index:
@@ -161,7 +161,7 @@ def _evaluate(run: Run, stop: _Stop) -> Accuracy | None:
     ours = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
     counts = [0.0, 0.0, 0.0, 0.0]
     if len(ours):
-        made = evaluate(
+        made = accuracy(
             run.judged,
             run.student.preprocessing,
             ours,
@@ -248,12 +248,3 @@ def _timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
         if batch is None:
             return
         yield batch
-
-
-def _with_next(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
-    """Each batch with the one after it, None at the end."""
-    current = next(batches, None)
-    while current is not None:
-        following = next(batches, None)
-        yield current, following
-        current = following

@@ -19,7 +19,7 @@ from fkdpipe.common.progress import Reporter, silent
 from fkdpipe.networks import models
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.networks.features import StoredLayer
-from fkdpipe.networks.models import Loaded, Preprocessing
+from fkdpipe.networks.models import Loaded, ModelSpec, Preprocessing
 from fkdpipe.networks.teachers import Precision, Teacher, load_teachers, read_class_map
 from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import View
@@ -46,6 +46,8 @@ def prepare(
     data: Path,
     out: Path,
     *,
+    student_spec: ModelSpec | None = None,
+    teacher_spec: ModelSpec | None = None,
     store: Store | None = None,
     cache_dir: Path,
     allow_partial: bool = False,
@@ -56,6 +58,8 @@ def prepare(
     """Open the data, build the student and the method, and compare with an earlier start.
 
     Args:
+        student_spec, teacher_spec: of the networks in the settings, where the caller knows them; a
+            command line may name Python code, which settings may not.
         store: labels and crops; None for `ground-truth` on fresh crops.
 
     Raises:
@@ -64,15 +68,17 @@ def prepare(
         StoreError, ImagesError, ModelError: what they say.
     """
     needs = methods.needs(settings.method)
+    student_spec = student_spec or models.parse_spec(settings.student)
+    teacher_spec = teacher_spec or _parse(settings.teacher)
     checks.check_place(out, data)
     settings = dataclasses.replace(settings, target=checks.target(settings, needs, store))
     checks.check(settings, needs, store, rank, device)
     begun = _begun_crops(out)
     with parallel.local_first(rank, device) if store else contextlib.nullcontext():
         training = _open(settings, needs, data, store, cache_dir, allow_partial, begun, reporter)
-    loaded = students.build(settings, _classes(settings, needs, training))
+    loaded = students.build(settings, student_spec, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
-    teacher = _teacher(settings, needs, training, device)
+    teacher = _teacher(settings, teacher_spec, needs, training, device)
     running = None if needs.stored else teacher
     learner = build_learner(settings, needs, loaded, teacher, training, device)
     # A classifier that is not trained has nothing to be judged by.
@@ -80,21 +86,10 @@ def prepare(
     counted = parameters(learner)
     log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counted)
     digest = _record(settings, training, teacher, counted, out, write=rank.main)
-    preprocessing = _preprocessing(settings, loaded, running)
-    feed = Feed(
-        training,
-        _order(settings, needs, training),
-        list(dict.fromkeys(View(p.size, p.interpolation) for p in preprocessing)),
-        backend=labelled_crops.choose_backend(settings.replay, training, store, device),
-        threads=settings.threads or default_threads(),
-        device=device,
-        rank=rank,
-        block=settings.mixing.block if settings.mixing.on else 1,
-    )
     return Run(
         settings=settings,
         out=out,
-        crops=LabelledCrops.of(feed, preprocessing),
+        crops=_crops(settings, needs, training, store, loaded, running, device, rank),
         student=loaded,
         learner=learner,
         wrapped=learner,
@@ -110,6 +105,34 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+
+
+def _parse(teacher: str | None) -> ModelSpec | None:
+    return None if teacher is None else models.parse_spec(teacher)
+
+
+def _crops(
+    settings: TrainSettings,
+    needs: MethodNeeds,
+    training: TrainingSet,
+    store: Store | None,
+    loaded: Loaded,
+    teacher: Teacher | None,
+    device: torch.device,
+    rank: Rank,
+) -> LabelledCrops:
+    preprocessing = _preprocessing(settings, loaded, teacher)
+    feed = Feed(
+        training,
+        _order(settings, needs, training),
+        list(dict.fromkeys(View.of(p) for p in preprocessing)),
+        backend=labelled_crops.choose_backend(settings.replay, training, store, device),
+        threads=settings.threads or default_threads(),
+        device=device,
+        rank=rank,
+        block=settings.mixing.block if settings.mixing.on else 1,
+    )
+    return LabelledCrops.of(feed, preprocessing)
 
 
 def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> Order:
@@ -130,14 +153,18 @@ def _order(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -
 
 
 def _teacher(
-    settings: TrainSettings, needs: MethodNeeds, training: TrainingSet, device: torch.device
+    settings: TrainSettings,
+    spec: ModelSpec | None,
+    needs: MethodNeeds,
+    training: TrainingSet,
+    device: torch.device,
 ) -> Teacher | None:
-    if settings.teacher is None:
+    if spec is None:
         return None
     class_map = settings.teacher_class_map
     asked = needs.soft is not None and settings.parsed_target.kind == "ground-truth"
     (teacher,) = load_teachers(
-        [models.parse_spec(settings.teacher)],
+        [spec],
         class_names=training.class_names if asked else (),
         class_maps=[read_class_map(class_map)] if class_map else [],
         precision=_precision(settings, device),

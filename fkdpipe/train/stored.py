@@ -25,6 +25,7 @@ from fkdpipe.storage import features as codes
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage import reader
 from fkdpipe.storage.labels import Target
+from fkdpipe.storage.settings import FeatureSettings, LabelSettings
 from fkdpipe.storage.store import Store
 
 Values = dict[str, np.ndarray]
@@ -45,15 +46,14 @@ def open_labels(
         StoreMismatchError: the stored form does not serve the target, or this temperature.
     """
     form = reader.label_form(segments)
-    settings = segments[0].part.settings
-    classes = int(settings["classes"])
+    settings: LabelSettings = segments[0].part.settings
+    classes = settings.classes
     forms.check_target(form, target, classes)
     divisor = reader.check_temperature(segments, temperature)
     if form.sparse:
         return SparseLabels(reader.SparseReader(store, segments, cache_dir, advance), target)
-    name = "log_prob" if form.kind == "full" else "logit"
-    scores = any(teacher["library"] in SELF_SUPERVISED for teacher in settings["teachers"])
-    wide = reader.WideReader(store, segments, name)
+    scores = any(teacher.get("library") in SELF_SUPERVISED for teacher in settings.teachers)
+    wide = reader.WideReader(store, segments, form.value_field)
     return DenseLabels(wide, target, classes, divisor, scores)
 
 
@@ -155,7 +155,7 @@ class Features:
 
     def __init__(self, store: Store, segments: Sequence[reader.Segment]) -> None:
         part = segments[0].part
-        self.settings = dict(part.settings)
+        self.settings: FeatureSettings = part.settings
         self._fields = {
             field.name: reader.WideReader(store, segments, field.name) for field in part.fields
         }
@@ -163,14 +163,14 @@ class Features:
 
     def example(self, device: torch.device) -> torch.Tensor:
         """float32 (1, D) zeros of the shape of one crop's features."""
-        return torch.zeros(1, int(self.settings["dims"]), device=device)
+        return torch.zeros(1, self.settings.dims, device=device)
 
     def open(self, units: Sequence[int], crops_m: np.ndarray) -> Window:
         blocks = {
             unit: {name: wide.unit(unit, crops_m) for name, wide in self._fields.items()}
             for unit in units
         }
-        size, code = self._unit_size, self.settings["code"]
+        size, code = self._unit_size, self.settings.code
 
         def take(rows_I: np.ndarray) -> Values:
             stored = {
@@ -189,10 +189,10 @@ class Features:
         Args:
             features: float32 (B, D); of a map D = C * H * W.
         """
-        both, layer = self.settings["pre_is_post"], self.settings["tap"]
+        both, layer = self.settings.pre_is_post, self.settings.layer
         nothing = features.new_empty((len(features), 0))
         if layer == "map":
-            return Outputs(logits=nothing, final=features.unflatten(1, self.settings["shape"]))
+            return Outputs(logits=nothing, final=features.unflatten(1, self.settings.shape))
         return Outputs(
             logits=nothing,
             pre=features if both or layer == "pre" else None,
@@ -200,7 +200,7 @@ class Features:
         )
 
 
-def check_teacher(settings: dict[str, Any], facts: dict[str, Any]) -> None:
+def check_teacher(settings: FeatureSettings, facts: dict[str, Any]) -> None:
     """Refuse a live teacher that has not made the stored features.
 
     Args:
@@ -209,11 +209,11 @@ def check_teacher(settings: dict[str, Any], facts: dict[str, Any]) -> None:
     Raises:
         StoreMismatchError: naming what differs.
     """
-    (made_by,) = settings["teachers"]
+    (made_by,) = settings.teachers
     differs = teachers_differ(made_by, facts)
     if differs:
         raise StoreMismatchError(
-            f"the stored {settings['tap']} features are of {made_by['name']} with other "
+            f"the stored {settings.layer} features are of {made_by['name']} with other "
             f"{', '.join(differs)} than the live teacher. Name the teacher that made them, or "
             "generate from this one."
         )

@@ -1,28 +1,34 @@
-"""Students: any timm model, from scratch or from a checkpoint."""
+"""Students: any timm model, or a network of the user's, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fkdpipe.common.errors import UsageError
 from fkdpipe.networks import models
-from fkdpipe.networks.models import Loaded
+from fkdpipe.networks.models import Loaded, ModelSpec
 from fkdpipe.train import methods
 from fkdpipe.train.settings import TrainSettings
 
 
-def build(settings: TrainSettings, classes: int) -> Loaded:
+def build(settings: TrainSettings, spec: ModelSpec, classes: int) -> Loaded:
     """The student of a run, at random weights unless NAME=FILE says otherwise.
+
+    A function that returns one (`python:`) is called with num_classes, where it takes that, and
+    with `student_options`.
 
     Raises:
         UsageError: a torchvision model, or a size the network cannot take.
         ModelError: unknown name, or a checkpoint that does not fit.
     """
-    spec = models.parse_spec(settings.student)
-    if spec.library != "timm":
-        raise UsageError("students are timm models; torchvision ones can be teachers.")
+    if spec.library not in ("timm", "python"):
+        raise UsageError(
+            "students are timm models, or python:PACKAGE.MODULE:FUNCTION; torchvision ones can be "
+            "teachers."
+        )
     size = (settings.size, settings.size) if settings.size else None
     torch.manual_seed(settings.seed)
     return models.build(
@@ -41,7 +47,7 @@ def export_facts(
     """What the exported file says of itself; `fkdpipe.networks.models` reads it."""
     p = loaded.preprocessing
     return {
-        "student": models.parse_spec(settings.student).name,
+        "student": str(replace(loaded.spec, weights=None)),
         "num_classes": loaded.classes,
         "options": settings.student_options,
         "size": list(p.size),

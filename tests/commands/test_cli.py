@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -165,7 +166,7 @@ def test_every_problem_of_a_recipe_is_listed_at_once(tmp_path, folder):
     assert made.exit_code == 2
     assert "3 problems" in made.stderr
     assert "epoch is not a setting; did you mean epochs?" in made.stderr
-    assert "batch_size must be a whole number, found 'many'" in made.stderr
+    assert "batch_size must be a whole number above 0; found 'many'" in made.stderr
     assert "optimizer.learning_rate is not a setting" in made.stderr
 
 
@@ -186,10 +187,10 @@ def mistakes(pipeline, folder, checkpoint, tmp_path):
     return {
         "no folder": (1, "no such folder", ["generate", tmp_path / "x", tmp_path / "s", *teacher, "--crops", "2"]),
         "no crops": (2, "--crops M", [*generate, "--form", "hard"]),
-        "no teacher": (2, "name at least one teacher", ["generate", folder, tmp_path / "s"]),
+        "no teacher": (2, "teacher is required: NAME or NAME=FILE", ["generate", folder, tmp_path / "s"]),
         "unknown form": (2, "is not a form", [*generate, "--form", "soft", "--crops", "2"]),
         "K above C": (2, "has 5 classes", [*generate, "--form", "topk:9", "--crops", "2"]),
-        "no crops at all": (2, "at least 1", [*generate, "--crops", "0"]),
+        "no crops at all": (2, "crops must be a whole number above 0; found 0", [*generate, "--crops", "0"]),
         "part": (2, "I/N", [*generate, "--crops", "2", "--part", "3/2"]),
         "unknown teacher": (1, "Did you mean", ["generate", folder, tmp_path / "s", "--teacher", "resnet_18", "--crops", "2"]),
         "offline": (1, "resnet18=weights", ["generate", folder, tmp_path / "s", "--teacher", "resnet18", "--crops", "2"]),
@@ -287,3 +288,43 @@ def test_python_dash_m_works():
     made = run("--help", env={**os.environ})
     assert made.returncode == 0
     assert "Commands:" in made.stdout
+
+
+def test_everything_wrong_with_a_command_is_said_at_once(tmp_path, folder):
+    words = "epochs=0 window=0 seed=-1 fraction=2.0 ema=3.0 optimizer.lr=-1.0 method.weight=1"
+    given = [part for word in words.split() for part in ("--set", word)]
+    made = invoke("train", folder, "--student", "test_resnet", *given, "--out", tmp_path / "run")
+    assert made.exit_code == 2
+    assert "7 problems" in made.stderr
+    for word in words.split():
+        assert f"\n  {word.partition('=')[0]} " in made.stderr
+    assert "method.weight is not a setting; did you mean method.soft_weight?" in made.stderr
+
+
+def test_a_commands_settings_are_shown_without_its_arguments(tmp_path):
+    (tmp_path / "r.toml").write_text("epochs = 7\n[method]\nname = 'srd'\n")
+    given = ["--recipe", tmp_path / "r.toml", "--batch-size", "64", "--set", "crop.scale=[0.5,1]"]
+    made = invoke("train", "--show-settings", *given)
+    assert made.exit_code == 0, made.output
+    assert max(map(len, made.stdout.splitlines())) <= 80
+    assert re.search(r"epochs +7 +Length of the run", made.stdout)
+    assert re.search(r"method.alpha +4 ", made.stdout)
+    made = invoke("train", "--show-settings", "--json", *given)
+    shown = {each["name"]: each for each in json.loads(made.stdout)["settings"]}
+    assert (shown["epochs"]["value"], shown["epochs"]["default"]) == (7, 100)
+    assert shown["crop.scale"]["value"] == [0.5, 1]
+    assert shown["student"]["required"]
+    assert shown["method.name"]["value"] == "srd"
+    assert "soft_weight" not in shown
+    wrong = invoke("train", "--show-settings", "--set", "epochs=0")
+    assert wrong.exit_code == 2
+    assert "epochs must be" in wrong.stderr
+    assert "Missing argument 'DATA'" in invoke("train").stderr  # as before
+
+
+@pytest.mark.parametrize("command", ["generate", "fit-basis", "transfer"])
+def test_other_commands_show_their_settings_too(command):
+    made = invoke(command, "--show-settings", "--json")
+    shown = {each["name"]: each for each in json.loads(made.stdout)["settings"]}
+    assert {"batch_size", "crop.jitter.hue", "precision"} <= shown.keys()
+    assert all(each["meaning"] for each in shown.values())

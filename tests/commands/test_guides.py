@@ -19,7 +19,7 @@ from fkdpipe.networks import weight_files
 DOCS = Path(__file__).parents[2] / "docs"
 SMALLER = {
     "resnet50=": "test_resnet=",
-    "--images 10%": "--images 100% --crops 2",
+    "--fraction 0.1 --plot": "--fraction 1 --crops 2 --plot",
     "pre:512": "pre:40",
     "--crops 100": "--crops 4",
     "--student resnet18": "--student test_resnet --set student_options.channels=[16,16,16,24]",

@@ -8,14 +8,14 @@ from click.testing import CliRunner
 from fkdpipe.cli import cli
 from fkdpipe.pixels import images
 
-NAN_RATE = ["report", "--plan", "--teacher-throughput"]
+NAN_RATE = ["plan", "--teacher-throughput"]
 GENERATE = ["generate", "IMAGES", "PLACE/store", "--teacher", "TEACHER", "--crops", "2"]
 TRAIN = ["train", "IMAGES", "--student", "test_resnet"]
 FIT = ["fit-basis", "IMAGES", "PLACE/b.st", "--teacher", "TEACHER"]
 RUN = ["--out", "PLACE/run"]
 MISTAKES = [
-    (2, "--batch", ["evaluate", "IMAGES", "TEACHER", "--batch", "0"]),
-    (2, "--batch", ["evaluate", "IMAGES", "TEACHER", "--batch", "-4"]),
+    (2, "--batch-size", ["evaluate", "IMAGES", "TEACHER", "--batch-size", "0"]),
+    (2, "--batch-size", ["evaluate", "IMAGES", "TEACHER", "--batch-size", "-4"]),
     (2, "is a file", ["demo", "--out", "PLACE/file"]),
     (2, "is a file", [*TRAIN, "--out", "PLACE/file"]),
     (2, "is a file", [*TRAIN, "--out", "PLACE/file/run"]),
@@ -24,16 +24,16 @@ MISTAKES = [
     (2, "seed must be", [*TRAIN, *RUN, "--seed", "-1"]),
     (2, "optimizer.lr must be a finite number", [*TRAIN, *RUN, "--lr", "nan"]),
     (2, "optimizer.lr must be a finite number", [*TRAIN, *RUN, "--lr", "inf"]),
-    (2, "threads must be at least 1", [*TRAIN, *RUN, "--set", "threads=0"]),
-    (2, "threads must be at least 1", [*GENERATE, "--set", "threads=0"]),
-    (2, "threads must be at least 1", [*FIT, "--set", "threads=0"]),
+    (2, "threads must be a whole number above 0", [*TRAIN, *RUN, "--set", "threads=0"]),
+    (2, "threads must be a whole number above 0", [*GENERATE, "--set", "threads=0"]),
+    (2, "threads must be a whole number above 0", [*FIT, "--set", "threads=0"]),
     (2, "take auto, cpu, cuda", [*GENERATE, "--device", "meta"]),
     (2, "teacher_weight", [*GENERATE, "--teacher-weight", "nan"]),
     (2, "name a file in a folder", ["fit-basis", "IMAGES", "PLACE/none/b.st", *FIT[3:]]),
     (2, "name a file in a folder", ["fit-basis", "IMAGES", "PLACE", *FIT[3:]]),
     (2, "there is no folder", [*FIT, "--plot", "PLACE/none/b.png"]),
     (2, "no finite number", [*NAN_RATE, "nan"]),
-    (2, "no finite number", ["report", "--plan", "--train-throughput", "inf"]),
+    (2, "no finite number", ["plan", "--train-throughput", "inf"]),
     (2, "--sample", ["verify", "PLACE/store", "--sample", "0"]),
     (2, "--sample", ["verify", "PLACE/store", "--sample", "-1"]),
     (2, "--class-map are for", ["analyse", "PLACE/store", "PLACE/nope"]),

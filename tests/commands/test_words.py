@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 from pipeline import make_store, prepare_run, train_settings
 
+from fkdpipe.commands import bars, terminal
 from fkdpipe.commands import report as report_command
-from fkdpipe.commands import terminal
+from fkdpipe.common import words
 from fkdpipe.common.errors import LabelsError, StoreError, UnsealedStoreError
 from fkdpipe.common.progress import shared
 from fkdpipe.inspect import footprint, report
 from fkdpipe.interchange import fkd
 from fkdpipe.interchange.exporting import ExportSettings
-from fkdpipe.storage import cache, schema, words
+from fkdpipe.storage import cache, schema
 from fkdpipe.storage.store import Store, open_store
 
 
@@ -51,7 +52,7 @@ def test_bytes_have_a_unit_that_fits(size, text):
     ("seconds", "text"), [(3.21, "3.2 seconds"), (600, "10.0 minutes"), (36_000, "10.0 hours")]
 )
 def test_times_have_a_unit_that_fits(seconds, text):
-    assert terminal.readable_time(seconds) == text
+    assert words.duration(seconds) == text
 
 
 @pytest.mark.parametrize("done", [0, 1])
@@ -73,13 +74,26 @@ def test_one_of_a_thing_is_singular_and_slow_rates_are_seconds_for_each(monkeypa
         "1,200 files",
     ]
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    with terminal._Lines().task("verify", 1, "units") as advance:
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    with bars.Lines().task("verify", 1, "units") as advance:
         now[0] += 40
         advance(1)
     first, last = capsys.readouterr().err.splitlines()
     assert first == "verify: 1/1 unit, 40.0 s/unit, 0:00:00 left"
     assert last == "verify: 1/1 unit in 0:00:40"
+
+
+def test_a_bar_shows_rates_and_what_an_earlier_run_did_counts_for_none(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    with bars.Bars().task("generate", 100, "units", done=80) as advance:
+        for _ in range(4):
+            now[0] += 50
+            advance(3)
+    last = capsys.readouterr().err.splitlines()[-1].split()
+    assert last[0] == "generate"
+    assert " ".join(last[2:]) == "92/100 units 16.7 s/unit 0:03:20 left 0:02:14"
 
 
 def test_several_lists_are_counted_together():

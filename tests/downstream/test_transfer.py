@@ -135,7 +135,7 @@ def test_the_summary_takes_the_best_mean_rate_of_each_folder_and_mode():
 
 
 def test_what_cannot_be_is_refused(tmp_path, folder, backbone):
-    with pytest.raises(UsageError, match="seeds must name each value once"):
+    with pytest.raises(UsageError, match="seeds: must name each value once"):
         TransferSettings(seeds=(1, 1))
     model = f"test_resnet={backbone}"
     with pytest.raises(ImagesError, match="no val"):

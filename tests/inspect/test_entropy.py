@@ -21,6 +21,7 @@ from fkdpipe.storage import features, labels, plan, rounds, schema, writer
 from fkdpipe.storage.labels import parse_form
 from fkdpipe.storage.location import LocalLocation
 from fkdpipe.storage.plan import Features, Wanted
+from fkdpipe.storage.settings import FeatureSettings
 
 
 def invoke(*words):
@@ -142,14 +143,7 @@ def test_images_that_failed_are_not_counted(tmp_path):
     assert entropy.bytes_per_crop(store, part)["ids"] == pytest.approx(sampled / 8)
     for unit in range(store.num_units):
         rows = store.unit_rows(unit)
-        values = {
-            field.name: store.arrays.decode(
-                f"{part.path}/{field.name}",
-                (rows,),
-                {(key := schema.shard_key(part.path, field, unit, 0)): store.location.read(key)},
-            ).copy()
-            for field in part.fields
-        }
+        values = {field.name: store.read(part, field.name, unit).copy() for field in part.fields}
         values["ids"][:20] = 65_535
         failed = dict.fromkeys(range(rows.start, rows.start + 20), ("unreadable", ""))
         writer.commit_unit(store, part, unit, values, failed=failed)
@@ -255,7 +249,7 @@ def test_reports_as_json_are_one_object(tmp_path):
     assert [each["store"] for each in both["stores"]] == [str(first), str(second)]
     assert both["stores"][0]["stored_bytes"] == alone["stored_bytes"]
     made = invoke(
-        "report", "--plan", "--form", "hard", "--form", "topk:10", "--features", "64:int8",
+        "plan", "--form", "hard", "--form", "topk:10", "--features", "64:int8",
         "--teacher-throughput", "1000", "--json",
     )  # fmt: skip
     planned = json.loads(made.stdout)["plan"]
@@ -275,7 +269,7 @@ def test_reports_and_plans_as_text_and_as_pages(tmp_path):
     text = page.read_text()
     assert text.count('<img src="data:image/png;base64,') == 2
     assert "http" not in text
-    made = invoke("report", "--plan", "--features", "512", "--html", page)
+    made = invoke("plan", "--features", "512", "--html", page)
     assert made.exit_code == 0, made.output
     assert "features 512:float16" in made.stdout
     assert "features 512:float16" in page.read_text()
@@ -324,13 +318,9 @@ def make_features_store(place):
         unit=UNIT,
     )
     part = writer.add_crops(store, CropDistribution(), seed=0, count=2)
+    settings = FeatureSettings("post", dims=3, width=3, code="float16", crops=2)
     taught = writer.add_part(
-        store,
-        "rounds/0/features/t/post",
-        "features",
-        {"crops": 2},
-        features.fields(3, "float16"),
-        2,
+        store, "rounds/0/features/t/post", settings, features.fields(3, "float16")
     )
 
     drawn = rounds.draw(store, part, 0)
@@ -345,17 +335,17 @@ def make_features_store(place):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name at least one STORE"),
-        (["--plan", "store"], "leave out STORE"),
-        (["store", "--images", "5"], "--images belongs to --plan"),
-        (["--plan", "--form", "soft"], "is not a form"),
-        (["--plan", "--classes", "5", "--form", "topk:10"], "keeps 10 of 5"),
-        (["--plan", "--html", "page.png"], "write FILE.html"),
-        (["--plan", "--html", "no/page.html"], "there is no folder"),
+        (["report"], "Missing argument 'STORE...'"),
+        (["report", "store", "--html", "page.png"], "write FILE.html"),
+        (["plan", "store"], "unexpected extra argument"),
+        (["plan", "--form", "soft"], "is not a form"),
+        (["plan", "--classes", "5", "--form", "topk:10"], "keeps 10 of 5"),
+        (["plan", "--html", "page.png"], "write FILE.html"),
+        (["plan", "--html", "no/page.html"], "there is no folder"),
     ],
 )
-def test_reports_that_cannot_be_are_refused_as_usage(words, message):
-    made = invoke("report", *words)
+def test_reports_and_plans_that_cannot_be_are_refused_as_usage(words, message):
+    made = invoke(*words)
     assert made.exit_code == 2
     assert message in made.stderr
     assert not made.stdout

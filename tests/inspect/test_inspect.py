@@ -7,13 +7,13 @@ import io
 import json
 import math
 import re
-from html import escape
 
 import numpy as np
 import oracles
 import pytest
 import torch
 from click.testing import CliRunner
+from markupsafe import escape
 from PIL import Image
 from pipeline import make_store
 from random_store import make_store as make_random_store
@@ -318,8 +318,8 @@ def test_hostile_class_names_do_not_break_plots_or_tables(store, tmp_path, names
     )
     named = dataclasses.replace(found, class_names=names, classes=classes)
     text = pages.analysis_page(named)
-    assert all(escape(name) in text for name in names)
-    terminal.print_table("", list(pages.CLASS_COLUMNS), pages.class_rows(named))
+    assert all(str(escape(name)) in text for name in names)
+    terminal.print_table("", pages.CLASS_COLUMNS, pages.class_rows(named))
     printed = capsys.readouterr().out
     assert ("[red]" in printed) is ("[red]" in names)
     assert "\u202e" not in printed

@@ -17,7 +17,7 @@ from fkdpipe.common.errors import ModelError, StoreError, UnsealedStoreError
 from fkdpipe.inspect import analysis, measures, models, sources
 from fkdpipe.networks import teachers
 from fkdpipe.networks.models import ModelSpec
-from fkdpipe.pixels.replay import open_replay
+from fkdpipe.pixels.replay import View, open_replay
 from fkdpipe.storage import labels
 from fkdpipe.storage.store import open_store
 
@@ -249,7 +249,7 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
         class_names=stores.images.class_names,
         device=torch.device(CPU),
     )
-    with open_replay("cpu", [models.view_of(model)], threads=1) as replayer:
+    with open_replay("cpu", [View.of(model.preprocessing)], threads=1) as replayer:
         predict = models.predictor(opened, folder / "train", model, replayer, batch=16)
         rows, crops_m = opened.found.rows[:11], np.array([2, 3])
         made = predict(rows, crops_m)
@@ -262,7 +262,7 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
 def test_a_model_of_other_classes_is_refused(stores, tmp_path, folder, teacher):
     opened = opened_of(make_random_store(tmp_path / "store"), tmp_path)
     refused = pytest.raises(ModelError, match="5 outputs, the labels have 40 classes")
-    with open_replay("cpu", [models.view_of(teacher)], threads=1) as replayer, refused:
+    with open_replay("cpu", [View.of(teacher.preprocessing)], threads=1) as replayer, refused:
         models.predictor(opened, folder / "train", teacher, replayer)
 
 

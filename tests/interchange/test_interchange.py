@@ -260,14 +260,14 @@ def test_unknown_facts_are_recorded_as_unknown_and_known_ones_kept(tmp_path, few
     place = foreign.write_fkd(tmp_path / "labels", truth)
     store = bring("fkd", place, few, tmp_path / "store").store
     settings = store.part("rounds/0/labels/fkd").settings
-    assert settings["temperature"] is None
-    assert settings["replay"] is None
-    assert settings["teachers"] == [{"name": None}]
-    assert store.rounds()[0].settings["law"] == "imported:fkd"
+    assert settings.temperature is None
+    assert settings.replay is None
+    assert settings.teachers == ({"name": None},)
+    assert store.rounds()[0].settings.name == "imported:fkd"
     store = bring("fkd", place, few, tmp_path / "s2", temperature=2.0, teacher="timm/big:x").store
     settings = store.part("rounds/0/labels/timm-big-x").settings
-    assert settings["temperature"] == 2.0
-    assert settings["teachers"] == [{"name": "timm/big:x"}]
+    assert settings.temperature == 2.0
+    assert settings.teachers == ({"name": "timm/big:x"},)
 
 
 def test_fkd_reads_what_is_exported_to_it(tmp_path, few):

@@ -51,7 +51,7 @@ def test_mldr_comes_in_and_goes_out(tmp_path, few, truth, order, compress):
     assert (made.form, made.crops, made.failed.total()) == ("topk:3", 3, 0)
     agree(content(made.store), truth)
     settings = made.store.part("rounds/0/labels/ml-dr").settings
-    assert (settings["temperature"], settings["classes"]) == (1.0, 1000)
+    assert (settings.temperature, settings.classes) == (1.0, 1000)
     out = send("ml-dr", made.store, tmp_path / "out")
     assert out.files == len(truth) + 1
     agree(content(bring("ml-dr", tmp_path / "out", few, tmp_path / "back").store), truth)

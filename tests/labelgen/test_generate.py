@@ -311,13 +311,13 @@ def test_bfloat16_labels_agree_with_float32_roughly(tmp_path, folder, checkpoint
 
 def test_provenance_says_what_made_the_store(full_store, teacher):
     part = full_store.part("rounds/0/labels/t")
-    (facts,) = part.settings["teachers"]
+    (facts,) = part.settings.teachers
     assert facts["weights"] == teacher.digest
     assert facts["size"] == [32, 32]
-    assert part.settings["replay"] == "cpu"
+    assert part.settings.replay == "cpu"
     assert {"torch", "zarr"} <= set(part.provenance["packages"])
     crops = full_store.part("rounds/0/crops").settings
-    assert (crops["law"], crops["version"], crops["seed"]) == ("random-resized-crop", 1, 0)
+    assert (crops.name, crops.version, crops.seed) == ("random-resized-crop", 1, 0)
     assert full_store.marker(part, 0).made == {
         "batch": 16,
         "device": "cpu",
@@ -350,7 +350,7 @@ def test_averaging_is_of_probabilities():
 
 def test_dali_labels_agree_with_cpu_labels_closely(tmp_path, folder, teacher, full_store):
     store = make_store(tmp_path / "store", folder, [teacher], form="full", replay="dali")
-    assert store.part("rounds/0/labels/t").settings["replay"] == "dali"
+    assert store.part("rounds/0/labels/t").settings.replay == "dali"
     a, b = (
         labels.softmax(arrays_of(s)["rounds/0/labels/t/log_prob"].reshape(-1, 5))
         for s in (store, full_store)

@@ -115,16 +115,24 @@ def serves(location, tmp_path, original) -> bool:
         found = reader.finished(store, [("labels", "t", ""), ("features", "t", "post")])
         rows = np.arange(original.num_images)
         boxes = reader.CropReader(store, found.crops, tmp_path / "cache").take(rows, np.arange(4))
-        sparse = reader.Hydrated(store, found.labels[0], tmp_path / "cache")
-        values = [*boxes, *(sparse.take(n, rows, np.arange(4)) for n in ("ids", "prob"))]
+        sparse = reader.CachedFields(store, found.labels[0], tmp_path / "cache")
+        values = [
+            boxes.box_NM4,
+            boxes.flip_NM,
+            *(sparse.take(n, rows, np.arange(4)) for n in ("ids", "prob")),
+        ]
         values += [store.images.keys, store.images.size_N2]
         values += features(store, found)
     except FkdpipeError:
         return False
     fine = reader.finished(original, [("labels", "t", ""), ("features", "t", "post")])
     plain = reader.CropReader(original, fine.crops, tmp_path / "fine").take(rows, np.arange(4))
-    kept = reader.Hydrated(original, fine.labels[0], tmp_path / "fine")
-    expected = [*plain, *(kept.take(n, rows, np.arange(4)) for n in ("ids", "prob"))]
+    kept = reader.CachedFields(original, fine.labels[0], tmp_path / "fine")
+    expected = [
+        plain.box_NM4,
+        plain.flip_NM,
+        *(kept.take(n, rows, np.arange(4)) for n in ("ids", "prob")),
+    ]
     expected += [original.images.keys, original.images.size_N2]
     expected += features(original, fine)
     return not all(np.array_equal(a, b) for a, b in zip(values, expected, strict=True))

@@ -210,8 +210,8 @@ def test_a_map_has_no_components_and_stands_beside_the_labels(stores, folder, sw
         features.parse_features("map:512")
     store = stores["float16"]
     part = store.part("rounds/0/features/t/map")
-    assert part.settings["shape"] == [192, 2, 2]
-    assert part.settings["dims"] == np.prod(part.settings["shape"])
+    assert part.settings.shape == (192, 2, 2)
+    assert part.settings.dims == np.prod(part.settings.shape)
     checked = check.teacher(store, part, folder, [load(swin)], device=CPU)
     assert checked.crops
     assert not checked.problems

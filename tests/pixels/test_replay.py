@@ -16,7 +16,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from fkdpipe.common.errors import ReplayError, UsageError
+from fkdpipe.common.errors import ImagesError, ReplayError, UsageError
+from fkdpipe.networks.models import Preprocessing
 from fkdpipe.pixels import crops, images, replay
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.pixels.replay import Replay, Request, View, cpu, open_replay
@@ -397,3 +398,30 @@ def test_the_backend_is_chosen_by_device(everything):
     assert replay.choose_backend("dali", cpu, sample) == "dali"
     with pytest.raises(UsageError):
         replay.open_replay("pillow", VIEWS)  # type: ignore[arg-type]
+
+
+def test_a_request_is_made_of_recorded_crops(scanned, everything):
+    drawn = crops.sample(
+        CropDistribution(jitter=crops.Jitter(hue=0.1)),
+        seed=11,
+        image_id_N=crops.image_ids(scanned.keys),
+        size_N2=scanned.size_N2,
+        crops_M=np.arange(M),
+    )
+    rows = np.array([5, 2])
+    keys = [scanned.keys[row] for row in rows]
+    made = Request.of(scanned.root, keys, scanned.size_N2[rows], drawn[rows], tag="t")
+    assert made.paths == [everything.paths[row] for row in rows]
+    assert np.array_equal(made.box_Im4, everything.box_Im4[rows])
+    assert np.array_equal(made.flip_Im, everything.flip_Im[rows])
+    assert made.tag == "t"
+    one_each = drawn[rows[:, None], np.array([1, 0])[:, None]]
+    assert np.array_equal(one_each.box_NM4, everything.box_Im4[rows, [1, 0]][:, None])
+    assert one_each.jitter_NM4.shape == (2, 1, 4)
+    with pytest.raises(ImagesError, match="not the path of an image"):
+        Request.of(scanned.root, ["../x.jpg"], scanned.size_N2[:1], drawn[:1])
+
+
+def test_a_view_is_what_a_preprocessing_asks_for():
+    asked = Preprocessing((32, 40), "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert View.of(asked) == View((32, 40), "bicubic")

@@ -51,7 +51,7 @@ def generate(folder, store, checkpoint):
     """`fkdpipe generate` as the fixture `whole` made its first source."""
     words = [
         "generate", folder, store, "--teacher", f"test_resnet={checkpoint}", "--source", "t",
-        "--form", "topk:3", "--crops", "4", "--batch", "16",
+        "--form", "topk:3", "--crops", "4", "--batch-size", "16",
     ]  # fmt: skip
     return CliRunner().invoke(cli, [str(word) for word in words])
 
@@ -249,7 +249,7 @@ def test_features_without_a_value_are_found(tmp_path, folder, checkpoint, few_im
     store = make_store(tmp_path / "store", folder, [taught], features=("post",))
     part = store.part("rounds/0/features/t/post")
     marker = store.marker(part, 1)
-    values = verify._decode(store, part, marker, "value")
+    values = store.read(part, "value", 1)
     values[3, 2, 1] = np.nan
     writer.commit_unit(store, part, 1, {"value": values}, made=marker.made)
     writer.seal(store, part)

@@ -96,8 +96,12 @@ def test_wide_labels_are_streamed_from_a_url(tmp_path, folder, teacher, url):
 
 
 def test_plain_zarr_opens_it(folder, teacher, url):
+    from obstore.store import from_url
+    from zarr.storage import ObjectStore
+
     store = make_store(url, folder, [teacher])
-    ids = zarr.open_array(store=store.location.zarr_store(), path="rounds/0/labels/t/ids", mode="r")
+    opened = ObjectStore(from_url(url), read_only=True)
+    ids = zarr.open_array(store=opened, path="rounds/0/labels/t/ids", mode="r")
     assert ids.shape == (store.num_images, 4, 3)
 
 

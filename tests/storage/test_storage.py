@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_arrays_of_nothing_but_fill_values_are_stored_too(tmp_path, flip):
     store = make_store(tmp_path / "store", flip=flip)
     found = reader.finished(store, [])
     boxes = reader.CropReader(store, found.crops, tmp_path / "cache")
-    assert (boxes.take(np.arange(IMAGES), np.arange(CROPS))[1] == bool(flip)).all()
+    assert (boxes.take(np.arange(IMAGES), np.arange(CROPS)).flip_NM == bool(flip)).all()
 
 
 @pytest.mark.parametrize("derived", [False, True])
@@ -84,7 +85,8 @@ def test_the_reader_gives_back_every_crop(tmp_path, derived):
         crops_M=np.arange(CROPS),
     )
     rows = np.random.default_rng(0).permutation(IMAGES)[:40]
-    box, flip = boxes.take(rows, np.array([7, 8, 9, 0]))
+    recorded = boxes.take(rows, np.array([7, 8, 9, 0]))
+    box, flip = recorded.box_NM4, recorded.flip_NM
     assert np.array_equal(box, expected.box_NM4[rows][:, [7, 8, 9, 0]])
     assert np.array_equal(flip, expected.flip_NM[rows][:, [7, 8, 9, 0]])
 
@@ -152,10 +154,10 @@ def test_a_newer_format_is_refused(store, tmp_path):
 
 
 def test_other_settings_are_refused_and_named(store):
-    settings = dict(store.part("rounds/0/labels/t").settings, temperature=2.0)
+    settings = replace(store.part("rounds/0/labels/t").settings, temperature=2.0)
     fields = schema.label_fields(labels.parse_form("topk:5"), CLASSES)
     with pytest.raises(StoreMismatchError, match=r"temperature: 1\.0, now 2\.0"):
-        writer.add_part(store, "rounds/0/labels/t", "labels", settings, fields, CROPS)
+        writer.add_part(store, "rounds/0/labels/t", settings, fields)
     with pytest.raises(StoreMismatchError, match="seed: 3, now 4"):
         writer.add_crops(store, CropDistribution(), seed=4, count=CROPS)
 
@@ -174,16 +176,16 @@ def test_a_flipped_bit_is_found_and_not_served(store, tmp_path):
 def test_the_cache_is_made_once_and_checked_at_every_start(store, tmp_path, caplog):
     found = reader.finished(store, [("labels", "t", "")])
     part, manifest = found.crops[0].part, found.crops[0].manifest
-    first = cache.hydrate(store, part, manifest, tmp_path / "cache")
+    first = cache.fill(store, part, manifest, tmp_path / "cache")
     expected = np.array(first["box"])
     folder = cache.folder_of(tmp_path / "cache", part, manifest)
     stamp = (folder / "box.npy").stat().st_mtime_ns
-    cache.hydrate(store, part, manifest, tmp_path / "cache")
+    cache.fill(store, part, manifest, tmp_path / "cache")
     assert (folder / "box.npy").stat().st_mtime_ns == stamp
     del first
     flip_bit(folder / "box.npy", 500)
     assert cache.check(folder) == ["box.npy has changed"]
-    again = cache.hydrate(store, part, manifest, tmp_path / "cache")
+    again = cache.fill(store, part, manifest, tmp_path / "cache")
     assert np.array_equal(again["box"], expected)
 
 
@@ -200,9 +202,9 @@ def test_rounds_follow_one_another(tmp_path):
     store = make_store(tmp_path / "store")
     part = writer.add_crops(store, CropDistribution(), seed=3, count=4)
     assert part.path == "rounds/1/crops"
-    settings = dict(store.part("rounds/0/labels/t").settings, crops=4)
+    settings = replace(store.part("rounds/0/labels/t").settings, crops=4)
     fields = schema.label_fields(labels.parse_form("topk:5"), CLASSES)
-    taught = writer.add_part(store, "rounds/1/labels/t", "labels", settings, fields, 4)
+    taught = writer.add_part(store, "rounds/1/labels/t", settings, fields)
     random = np.random.default_rng(9)
     for unit in range(store.num_units):
         drawn = rounds.draw(store, part, unit)
@@ -223,7 +225,7 @@ def test_rounds_follow_one_another(tmp_path):
         size_N2=store.images.size_N2,
         crops_M=np.array([9, 10, 13, 0]),
     )
-    box, _ = boxes.take(np.arange(IMAGES), np.array([9, 10, 13, 0]))
+    box = boxes.take(np.arange(IMAGES), np.array([9, 10, 13, 0])).box_NM4
     assert np.array_equal(box, expected.box_NM4)
 
 

@@ -63,7 +63,7 @@ def generate(tmp_path, folder, checkpoint):
         words = [
             sys.executable, *launcher, str(script), "generate", str(folder), str(store),
             "--teacher", f"test_resnet={checkpoint}", "--source", "t", "--form", "topk:3",
-            "--crops", "4", "--batch", "16", "--set", "threads=1",
+            "--crops", "4", "--batch-size", "16", "--set", "threads=1",
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -123,6 +123,6 @@ def test_of_two_starts_with_other_seeds_one_wins_and_one_is_refused(tmp_path, ge
     store = open_store(tmp_path / "store")
     assert not verify.verify(store, full=True)
     (crops,) = store.rounds()
-    assert crops.settings["seed"] == store.facts["order_seed"]
-    loser = 1 - crops.settings["seed"]
-    assert f"seed: {crops.settings['seed']}, now {loser}" in made.stderr
+    assert crops.settings.seed == store.facts["order_seed"]
+    loser = 1 - crops.settings.seed
+    assert f"seed: {crops.settings.seed}, now {loser}" in made.stderr

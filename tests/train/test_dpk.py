@@ -270,10 +270,13 @@ def test_numbers_are_the_same_for_any_order_of_the_batch():
     [
         ({"mask": "grid"}, "one of every four tokens"),
         ({"mask": "grid", "ratio": "fixed", "fixed_ratio": 0.5}, "fixed_ratio = 0.75"),
-        ({"fixed_ratio": 1.5}, "within 0 and 1"),
+        ({"fixed_ratio": 1.5}, "fixed_ratio must be a number from 0 to 1"),
         ({"stages": []}, "counted from the end"),
-        ({"stages": [{"encoder_depth": 0}]}, "at least 1"),
-        ({"feature_weight": -1.0}, "must not be negative"),
+        (
+            {"stages": [{}, {"encoder_depth": 0}]},
+            r"stages\[1\].encoder_depth must be a whole number",
+        ),
+        ({"feature_weight": -1.0}, "feature_weight must be a number of at least 0"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(change, message):

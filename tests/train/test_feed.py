@@ -98,13 +98,13 @@ def _all_labels(store, target, tmp_path) -> np.ndarray:
     import zarr
 
     part = store.part("rounds/0/labels/t")
-    form = labels.parse_form(part.settings["form"])
+    form = part.settings.form
 
     def read(name):
         return zarr.open_array(store=store.url, path=f"{part.path}/{name}", mode="r")[:]
 
     if not form.sparse:
-        scores = read("log_prob" if form.kind == "full" else "logit")
+        scores = read(form.value_field)
         flat = labels.dense_target(target, labels.softmax(scores.reshape(-1, len(CLASSES))))
     else:
         prob = labels.decode_probabilities(form, read("prob").reshape(-1, form.k))

@@ -47,7 +47,7 @@ def test_maps_of_other_grids_are_averaged_or_repeated(sides):
 def test_the_papers_two_stages_and_kd_have_a_term_each():
     student = outputs(3, {2: (6, 8)}, final=(6, 4))
     teacher = outputs(3, {2: (10, 8)}, final=(10, 4), grad=False)
-    table = {"name": "fitnet", "stages": (1, 2), "kd_weight": 1.0, "temperature": 4.0}
+    table = {"name": "fitnet", "stages": (1, 2), "soft_weight": 1.0, "temperature": 4.0}
     terms = methods.build(table, context(student, teacher)).loss(student, targets(teacher))
     assert set(terms) == {"hard", "kd", "feature_1", "feature_2"}
     soft = torch.softmax(teacher.logits / 4, 1)
@@ -62,7 +62,7 @@ def test_the_papers_two_stages_and_kd_have_a_term_each():
         {"stages": (1, 1)},
         {"stages": (0,)},
         {"temperature": 0.0},
-        {"kd_weight": -1.0},
+        {"soft_weight": -1.0},
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(change):

@@ -62,5 +62,5 @@ def test_a_run_on_a_fraction_sees_these_images_alone_from_folder_or_store(
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
 def test_a_fraction_that_is_no_share_is_refused(fraction):
-    with pytest.raises(UsageError, match="fraction is a share"):
+    with pytest.raises(UsageError, match="fraction must be a number above 0 and at most 1"):
         train_settings(fraction=fraction)

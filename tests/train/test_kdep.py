@@ -6,6 +6,7 @@ import copy
 import dataclasses
 
 import numpy as np
+import oracles
 import pytest
 import timm
 import torch
@@ -21,6 +22,7 @@ from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
 from fkdpipe.networks import features, models, teachers, weight_files
 from fkdpipe.networks.feature_layers import Needs, Outputs
+from fkdpipe.storage.settings import FeatureSettings
 from fkdpipe.storage.store import open_store
 from fkdpipe.train import loop, metrics
 from fkdpipe.train import step as stepping
@@ -39,7 +41,7 @@ def network(checkpoint):
 
 @pytest.fixture(scope="module")
 def basis_file(tmp_path_factory, folder, network):
-    settings = FitSettings(teacher="t", images="100%", crops=4)
+    settings = FitSettings(teacher="t", fraction=1.0, crops=4)
     sample = fit_basis.from_folder(folder, settings)
     fitted = fit_basis.fit(sample, network, settings, Resources(device=CPU, threads=2))
     file = tmp_path_factory.mktemp("basis") / "basis.safetensors"
@@ -79,7 +81,10 @@ def run_of(place, folder, stores, checkpoint, kind, code="float16", **options):
 
 def test_loss_is_the_weight_where_every_feature_is_off_by_one():
     method = kdep.Kdep(
-        kdep.Settings(weight=3.0), torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+        kdep.Settings(feature_weight=3.0),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
     )
     teacher = Outputs(torch.zeros(4, 0), pre=torch.randn(4, 7))
     student = Outputs(torch.zeros(4, 5), pre=teacher.pre + 1)
@@ -100,7 +105,7 @@ def test_a_student_of_stored_features_learns_what_one_with_the_teacher_online_do
     Both students begin each step with the same weights, since training multiplies last bits.
     `worst_loss` bounds the relative difference of the losses.
     """
-    given = {"basis": str(basis_file), "weight": 1.0}
+    given = {"basis": str(basis_file), "feature_weight": 1.0}
     runs = [
         run_of(tmp_path / "live", folder, stores, checkpoint, LIVE, method=given),
         run_of(tmp_path / "stored", folder, stores, checkpoint, kind, code, method=given),
@@ -130,9 +135,9 @@ def check_precision(exact, kept, stored, kind, code) -> None:
         largest = stored.abs().amax(dim=1, keepdim=True)
         difference, allowed = exact - kept, features.pts(largest) * 0.5 / 127
     else:
-        difference = features.pts_inverse(exact) - features.pts_inverse(kept)
+        difference = oracles.pts_inverse(exact) - oracles.pts_inverse(kept)
         allowed = 2**-11 * (
-            features.pts_inverse(exact).abs() if kind != RAW else stored.norm(dim=1)[:, None]
+            oracles.pts_inverse(exact).abs() if kind != RAW else stored.norm(dim=1)[:, None]
         )
     assert (difference.abs() <= 1.01 * allowed + 1e-4).all()
 
@@ -157,10 +162,10 @@ def test_the_target_is_pts_of_the_leading_components(
 def context_of(basis_file, student=WIDTH, stored=None) -> Context:
     basis = features.load_basis(basis_file)
     network = timm.create_model("test_resnet")
-    stored = stored and {"basis": None, "pre_is_post": False, "dims": 96} | stored
     width = stored["dims"] if stored else 96
+    kept = stored and FeatureSettings("pre", width, 96, "float16", 1, basis=stored["basis"])
     return Context(
-        classes=0, scores=0, epochs=1, features=stored,
+        classes=0, scores=0, epochs=1, features=kept,
         student_network=network, teacher_network=network,
         student=Outputs(torch.zeros(1, 0), pre=torch.zeros(1, student)),
         teacher=Outputs(torch.zeros(1, 0), pre=torch.zeros(1, width)),
@@ -169,7 +174,7 @@ def context_of(basis_file, student=WIDTH, stored=None) -> Context:
 
 
 def built(settings, context):
-    return kdep.build(kdep.Settings(**{"weight": 1.0, **settings}), context)
+    return kdep.build(kdep.Settings(**{"feature_weight": 1.0, **settings}), context)
 
 
 def test_other_alignments_and_transformations_are_their_formulas(basis_file):
@@ -354,8 +359,8 @@ def test_what_does_not_go_together_is_refused(basis_file, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"weight": -1.0}, "weight must be positive"),
+        ({"temperature": 0.0}, "temperature must be a number above 0; found 0"),
+        ({"feature_weight": -1.0}, "feature_weight must be a number above 0 or auto; found -1"),
         ({"alignment": "random", "transformation": "pts"}, "is for the components of"),
     ],
 )

@@ -195,7 +195,7 @@ def test_a_live_teacher_sees_the_mixed_images(tmp_path, folder, store, checkpoin
     settings = {
         "target": "ground-truth",
         "teacher": f"test_resnet={checkpoint}",
-        "method": {"name": "kd", "temperature": 2.0, "weight": 0.5},
+        "method": {"name": "kd", "temperature": 2.0, "soft_weight": 0.5},
         "mixing": MixingSettings(mixup=0.8),
     }
     run = prepare_run(tmp_path / "run", folder, store, train_settings(**settings))

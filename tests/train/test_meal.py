@@ -31,7 +31,7 @@ def test_a_discriminator_that_cannot_tell_costs_ln_2():
 
 def test_the_loss_is_the_batchs_binary_cross_entropy():
     """Slow twin: both sides in one batch, [1, 0] for the student and [0, 1] for the teacher."""
-    method = Meal(Settings(weight=2.0), 64)
+    method = Meal(Settings(discriminator_weight=2.0), 64)
     logits, targets = sides()
     both = method.discriminator(torch.cat([logits, targets.prob_BC]))
     wanted = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 6)

@@ -55,9 +55,9 @@ _DPK_STAGE = {
 }  # fmt: skip
 
 CASES = {
-    "fkd": Case({"weight": 0.5}),
-    "kd": Case({"weight": 0.5}, "resnet"),
-    "fitnet": Case({"stages": [1, 2], "kd_weight": 1.0}, "resnet"),
+    "fkd": Case({"soft_weight": 0.5}),
+    "kd": Case({"soft_weight": 0.5}, "resnet"),
+    "fitnet": Case({"stages": [1, 2], "soft_weight": 1.0}, "resnet"),
     "dpk": Case(
         {"stages": [_DPK_STAGE]},
         "resnet",

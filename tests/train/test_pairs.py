@@ -24,7 +24,7 @@ from fkdpipe.train.learner import Learner
 ROOT = Path(__file__).parents[2]
 SIZE = {"encoder_depth": 1, "decoder_depth": 1, "encoder_heads": 2, "decoder_heads": 2}
 DPK = {"name": "dpk", "stages": [{"stage": 1, **SIZE}, {"stage": 2, **SIZE}]}
-FITNET = {"name": "fitnet", "stages": [1, 2], "kd_weight": 1.0}
+FITNET = {"name": "fitnet", "stages": [1, 2], "soft_weight": 1.0}
 SCALEKD = {"name": "scalekd"}
 SRD = {"name": "srd", "form": "corr", "student": "tokens"}
 

@@ -160,11 +160,11 @@ def pair(family="swin", batch=3, **settings):
 
 
 SWITCHES = [
-    ({"dfm": False, "tpp": False, "kd_weight": 0.0}, {"hard", "spatial"}),
-    ({"tpp": False, "kd_weight": 0.0}, {"hard", "spatial", "frequency"}),
-    ({"dfm": False, "kd_weight": 0.0}, {"hard", "spatial", "proxy_spatial"}),
+    ({"dfm": False, "tpp": False, "soft_weight": 0.0}, {"hard", "spatial"}),
+    ({"tpp": False, "soft_weight": 0.0}, {"hard", "spatial", "frequency"}),
+    ({"dfm": False, "soft_weight": 0.0}, {"hard", "spatial", "proxy_spatial"}),
     (
-        {"kd_weight": 0.0},
+        {"soft_weight": 0.0},
         {"hard", "spatial", "proxy_spatial", "frequency", "proxy_frequency"},
     ),
     ({}, {"hard", "kd", "spatial", "proxy_spatial", "frequency", "proxy_frequency"}),
@@ -231,7 +231,7 @@ def test_terms_are_the_written_formula():
 
 def test_the_papers_weights_of_the_tasks_can_be_had():
     code, ours, given, _ = pair()
-    paper, _, _, _ = pair(kd_weight=1.0, hard_weight=1.0)
+    paper, _, _, _ = pair(soft_weight=1.0, hard_weight=1.0)
     for name in ("hard", "kd"):
         half, whole = (m.loss(ours, targets(given))[name] for m in (code, paper))
         assert torch.allclose(whole, 2 * half)
@@ -273,11 +273,11 @@ def test_the_stem_takes_the_students_kind_of_norm(student, norm):
     ("change", "message"),
     [
         ({"projector": "linear"}, "tpp = false"),
-        ({"kd_weight": 2.0}, "within 0 and 1"),
-        ({"kd_weight": -1.0, "hard_weight": 1.0}, "must not be negative"),
-        ({"heads": [0, 3]}, "at least 1"),
-        ({"softmax_scale": 0.0}, "must be positive"),
-        ({"spatial_weight": -1.0}, "must not be negative"),
+        ({"soft_weight": 2.0}, "hard_weight: .*soft_weight is 2.0"),
+        ({"soft_weight": -1.0, "hard_weight": 1.0}, "soft_weight must be a number of at least 0"),
+        ({"heads": [0, 3]}, r"heads\[0\] must be a whole number above 0; found 0"),
+        ({"softmax_scale": 0.0}, "softmax_scale must be a number above 0"),
+        ({"spatial_weight": -1.0}, "spatial_weight must be a number of at least 0"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(change, message):

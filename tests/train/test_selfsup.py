@@ -86,7 +86,7 @@ def test_scores_are_stored_before_softmax_and_students_learn_them(
 ):
     store = make_store(tmp_path / "store", folder, [load(kind, files)], form=None)
     (part,) = [part for part in store.parts.values() if part.kind == "labels"]
-    assert (part.settings["form"], part.settings["classes"]) == ("logits", width)
+    assert (str(part.settings.form), part.settings.classes) == ("logits", width)
     method = {"name": "selfsup", "head": kind, "temperature": 0.2, "embedding": 8}
     settings = {"target": "full", "method": method, "epochs": 8}
     run = prepare_run(tmp_path / "look", folder, store, train_settings(**settings))

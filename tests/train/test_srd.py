@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fkdpipe.common.errors import UsageError
 from fkdpipe.networks.feature_layers import Needs, Outputs
+from fkdpipe.storage.settings import FeatureSettings
 from fkdpipe.train import loop
 from fkdpipe.train import step as stepping
 from fkdpipe.train.methods import srd
@@ -203,17 +204,18 @@ def test_a_pass_may_end_in_a_single_crop_which_says_nothing_of_a_batch():
 
 
 def test_what_cannot_be_is_refused():
+    components = FeatureSettings("post", 9, 9, "float16", 1, basis="0" * 64)
     context = Context(
         classes=C, scores=C, epochs=1, student=sides()[0], teacher=sides()[1].teacher,
-        student_network=torch.nn.Identity(), features={"basis": "0" * 64},
+        student_network=torch.nn.Identity(), features=components,
     )  # fmt: skip
     with pytest.raises(UsageError, match="components of a basis"):
         srd.build(srd.Settings(), context)
     for settings, message in (
-        ({"form": "corr", "normalise": "l2"}, "needs normalise bn"),
-        ({"alpha": 0.5}, "alpha must be at least 1"),
-        ({"weight": -1.0}, "weight must not be negative"),
-        ({"groups": 0}, "groups must be at least 1"),
+        ({"form": "corr", "normalise": "l2"}, "normalise: .* it needs bn"),
+        ({"alpha": 0.5}, "alpha must be a number of at least 1; found 0.5"),
+        ({"feature_weight": -1.0}, "feature_weight must be a number of at least 0; found -1"),
+        ({"groups": 0}, "groups must be a whole number above 0; found 0"),
     ):
         with pytest.raises(UsageError, match=message):
             srd.Settings(**settings)

@@ -21,7 +21,7 @@ from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import normalise
 from fkdpipe.train import checkpoint, loop, metrics
 from fkdpipe.train import evaluate as evaluation
-from fkdpipe.train.evaluate import batches, evaluate
+from fkdpipe.train.evaluate import accuracy, batches
 from fkdpipe.train.settings import OptimizerSettings
 
 
@@ -131,14 +131,10 @@ def shuffle_labels(place) -> None:
 
     store = open_store(place)
     part = store.part("rounds/0/labels/t")
-    found = store.sealed(part)
     order = np.random.default_rng(0).permutation(store.num_images)
     values = {}
     for field in part.fields:
-        key = f"{part.path}/{field.name}/c/0/0/0"
-        shards = {key: store.read_checked(key, found.files, 0)}
-        rows = store.arrays.decode(f"{part.path}/{field.name}", (slice(0, len(order)),), shards)
-        values[field.name] = rows[order]
+        values[field.name] = store.read(part, field.name, 0)[order]
     writer.commit_unit(store, part, 0, values)
     writer.seal(store, part)
 
@@ -211,7 +207,7 @@ def test_evaluate_agrees_with_timms_own_pipeline(tmp_path, folder, store):
         logits = module(torch.stack([x for x, _ in theirs]))
     truth = torch.tensor(theirs.targets)
     held_out = images.scan(folder, split="val")
-    made = evaluate(module, p, held_out, device=torch.device("cpu"))
+    made = accuracy(module, p, held_out, device=torch.device("cpu"))
     assert made.top1 == pytest.approx(100 * (logits.argmax(1) == truth).float().mean().item())
     assert made.top1 == pytest.approx(result.top1)
     assert made.top5 == 100  # of five classes
@@ -231,7 +227,7 @@ def test_evaluate_leaves_out_what_cannot_be_read(tmp_path, folder):
         models.parse_spec("test_resnet"), classes=5, size=(32, 32), pretrained=False
     )
     held_out = images.scan(data, split="val")
-    made = evaluate(
+    made = accuracy(
         loaded.module, loaded.preprocessing, held_out, device=torch.device("cpu"), batch=3
     )
     assert (made.images, made.skipped) == (len(held_out) - 1, 1)
@@ -323,7 +319,7 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
     file.write_text(json.dumps([sets[row] for row in by_name]))
     accepted = evaluation.read_accepted(file, held_out)
     assert [sorted(a) for a in accepted] == [sorted(s) for s in sets]
-    made = evaluate(
+    made = accuracy(
         loaded.module, p, held_out, device=torch.device("cpu"), accepted=accepted, batch=3
     )
     assert made.images == 9
@@ -337,7 +333,7 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
 def test_folders_named_by_index_are_matched_by_number():
     names = [str(k) for k in sorted(range(12), key=str)]
     columns = teachers.match_classes(
-        names, 1000, (), teachers.numbered_classes(names), teacher="a network"
+        names, 1000, teachers.numbered_classes(names), teacher="a network"
     )
     assert columns.tolist() == [int(name) for name in names]
     with pytest.raises(UsageError, match="named by class index"):

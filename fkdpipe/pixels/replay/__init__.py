@@ -20,6 +20,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -28,7 +29,8 @@ import torch
 from PIL import Image
 
 from fkdpipe.common.errors import ReplayError, UsageError
-from fkdpipe.pixels.crops import boxes_outside
+from fkdpipe.pixels import images
+from fkdpipe.pixels.crops import Crops, boxes_outside
 
 Backend = Literal["cpu", "dali"]
 BackendChoice = Literal["auto", "cpu", "dali"]
@@ -45,6 +47,16 @@ DECODE_ERRORS: tuple[type[Exception], ...] = (
 log = logging.getLogger(__name__)
 
 
+class Preprocessing(Protocol):
+    """What `View` needs to know of `fkdpipe.networks.models.Preprocessing`."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def interpolation(self) -> Interpolation: ...
+
+
 @dataclass(frozen=True)
 class View:
     """What a network wants to see of a crop.
@@ -56,6 +68,11 @@ class View:
 
     size: tuple[int, int]
     interpolation: Interpolation = "bilinear"
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> Self:
+        """What a network's preprocessing asks for."""
+        return cls(preprocessing.size, preprocessing.interpolation)
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bilinear", "bicubic"):
@@ -83,6 +100,23 @@ class Request:
     box_Im4: np.ndarray
     flip_Im: np.ndarray
     tag: object = None
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        keys: Sequence[str] | np.ndarray,
+        size_I2: np.ndarray,
+        recorded: Crops,
+        tag: object = None,
+    ) -> Self:
+        """Recorded crops of images below a folder.
+
+        Raises:
+            ImagesError: a key points outside the folder.
+        """
+        paths = [images.path_of(root, key) for key in keys]
+        return cls(paths, size_I2, recorded.box_NM4, recorded.flip_NM, tag)
 
 
 @dataclass(frozen=True)

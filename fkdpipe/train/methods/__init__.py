@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fkdpipe.common import config
-from fkdpipe.common.errors import UsageError
+from fkdpipe.common.config import Setting, SettingsError
 from fkdpipe.train.methods import dpk, fitnet, fkd, kd, kdep, meal, scalekd, selfsup, srd
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
@@ -64,7 +64,14 @@ def parse(table: Mapping[str, Any]) -> Any:
     """The settings dataclass of a [method] table, checked."""
     file = _file(table)
     rest = {key: value for key, value in table.items() if key != "name"}
-    return config.build(file.Settings, rest, where=f"method {table.get('name', 'fkd')}")
+    return config.build(file.Settings, rest, where="", prefix="method.")
+
+
+def describe(table: Mapping[str, Any]) -> list[Setting]:
+    """The settings of a recipe's [method] table, its name first."""
+    allowed = f"one of {', '.join(METHODS)}"
+    name = Setting("method.name", allowed, "fkd", False, "The distillation method.")
+    return [name, *config.describe(_file(table).Settings, "method.")]
 
 
 def digests(table: Mapping[str, Any]) -> dict[str, str]:
@@ -80,6 +87,6 @@ def digests(table: Mapping[str, Any]) -> dict[str, str]:
 
 def _file(table: Mapping[str, Any]) -> MethodFile:
     name = table.get("name", "fkd")
-    if name not in METHODS:
-        raise UsageError(f"method must be one of {', '.join(METHODS)}; found {name!r}.")
+    if str(name) not in METHODS:
+        raise SettingsError([f"method.name must be one of {', '.join(METHODS)}; found {name!r}"])
     return METHODS[name]

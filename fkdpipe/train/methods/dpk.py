@@ -13,12 +13,14 @@ Letters: B batch, C channels, H, W map, N tokens, M masked tokens, k side of a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch import nn
 
+from fkdpipe.common import config
+from fkdpipe.common.config import Probability
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train.methods import dpk_blocks, dpk_masks, parts
@@ -31,72 +33,74 @@ Ratio = Literal["cka", "cosine", "fixed", "exponential", "linear"]
 DECAY = 0.95  # of the mask ratio an epoch, table 6
 
 
-@dataclass(frozen=True)
+@config.settings
 class Stage:
-    """One pair of maps.
+    """One pair of maps. An encoder or decoder without blocks is transform mlp or conv."""
 
-    stage: counted from the end, 1 is the last. grid: tokens along a side, None takes those of the
-        coarser map. encoder_width: None takes the student's channels, at most 512.
-    decoder_width: None takes the teacher's channels, at most 1024.
-    """
-
-    stage: int = 1
-    grid: int | None = None
-    encoder_width: int | None = None
-    encoder_depth: int = 6
-    encoder_heads: int = 8
-    decoder_width: int | None = None
-    decoder_depth: int = 4
-    decoder_heads: int = 8
-
-    def __post_init__(self) -> None:
-        sizes = (self.grid, self.encoder_width, self.decoder_width)
-        given = [size for size in sizes if size is not None]
-        counts = (self.encoder_depth, self.encoder_heads, self.decoder_depth, self.decoder_heads)
-        if min(*counts, *given, self.stage) < 1:
-            raise UsageError(
-                "stage, grid, widths, depths and heads must be at least 1; a decoder or encoder "
-                "without blocks is transform = mlp or conv."
-            )
+    stage: PositiveInt = 1
+    """Counted from the end, 1 is the last."""
+    grid: PositiveInt | None = None
+    """Tokens along a side; by default those of the coarser map."""
+    encoder_width: PositiveInt | None = None
+    """By default the student's channels, at most 512."""
+    encoder_depth: PositiveInt = 6
+    """Blocks of the encoder."""
+    encoder_heads: PositiveInt = 8
+    """Attention heads of the encoder."""
+    decoder_width: PositiveInt | None = None
+    """By default the teacher's channels, at most 1024."""
+    decoder_depth: PositiveInt = 4
+    """Blocks of the decoder."""
+    decoder_heads: PositiveInt = 8
+    """Attention heads of the decoder."""
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """Weights, maps and the ablations of tables 5 to 9.
+    """Weights, maps and the ablations of tables 5 to 9."""
 
-    ratio: where the mask ratio comes from: 1 - CKA or 1 - cosine of the mini-batch, fixed_ratio,
-        0.95^epoch (exponential) or 1 - epoch / epochs (linear).
-    mask: which tokens. fill: what stands where the mask is. transform: kind of encoder and decoder.
-    loss_on: all tokens, or only those that are the student's.
-    places: positions of the tokens, fixed as in the authors' code or learnt as in the paper.
-    hard_weight: 0.8 as in the authors' code; 1 as printed.
-    """
-
-    hard_weight: float = 0.8
-    kd_weight: float = 0.8
-    feature_weight: float = 0.2
-    temperature: float = 1.0
+    hard_weight: NonNegativeFloat = 0.8
+    """Of the ground truth: 0.8 as in the authors' code; 1 as printed."""
+    soft_weight: NonNegativeFloat = 0.8
+    """Of the teacher's probabilities."""
+    feature_weight: NonNegativeFloat = 0.2
+    """Of the maps."""
+    temperature: PositiveFloat = 1.0
+    """Of the teacher's probabilities."""
     stages: tuple[Stage, ...] = (Stage(),)
+    """Pairs of maps."""
     ratio: Ratio = "cka"
-    fixed_ratio: float = 0.75
+    """Where the mask ratio comes from: 1 - CKA or 1 - cosine of the mini-batch, fixed_ratio,
+    0.95^epoch (exponential) or 1 - epoch / epochs (linear)."""
+    fixed_ratio: Probability = 0.75
+    """The mask ratio with ratio fixed."""
     mask: Mask = "random"
+    """Which tokens are masked."""
     fill: Fill = "teacher"
+    """What stands where the mask is."""
     transform: Transform = "encoder-decoder"
+    """Kind of encoder and decoder."""
     loss_on: Literal["all", "student"] = "all"
+    """All tokens, or only those that are the student's."""
     places: Places = "sincos"
+    """Positions of the tokens, fixed as in the authors' code or learnt as in the paper."""
 
-    def __post_init__(self) -> None:
-        parts.check_weights(self, "hard_weight", "kd_weight", "feature_weight")
-        parts.check_positive(self, "temperature")
-        parts.check_stages(tuple(stage.stage for stage in self.stages))
-        if not 0 <= self.fixed_ratio <= 1:
-            raise UsageError(f"fixed_ratio must be within 0 and 1; found {self.fixed_ratio}.")
-        on_grid = self.ratio == "fixed" and self.fixed_ratio == dpk_masks.GRID_RATIO
-        if self.mask == "grid" and not on_grid:
+    @field_validator("stages")
+    @classmethod
+    def _each_once(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        parts.check_stages(tuple(stage.stage for stage in stages))
+        return stages
+
+    @field_validator("mask")
+    @classmethod
+    def _ratio_of_a_grid(cls, mask: str, info: ValidationInfo) -> str:
+        ratio = (info.data.get("ratio"), info.data.get("fixed_ratio"))
+        if mask == "grid" and None not in ratio and ratio != ("fixed", dpk_masks.GRID_RATIO):
             raise UsageError(
                 "a grid mask keeps one of every four tokens: take ratio = fixed and "
-                f"fixed_ratio = {dpk_masks.GRID_RATIO}, or mask = random."
+                f"fixed_ratio = {dpk_masks.GRID_RATIO}, or mask = random"
             )
+        return mask
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -104,9 +108,9 @@ def needs(settings: Settings) -> MethodNeeds:
     return MethodNeeds(
         student=needs,
         teacher=needs,
-        soft=settings.temperature if settings.kd_weight else None,
+        soft=settings.temperature if settings.soft_weight else None,
         live=True,
-        classifier=bool(settings.hard_weight or settings.kd_weight),
+        classifier=bool(settings.hard_weight or settings.soft_weight),
         independent=settings.ratio == "cka",
         least=4 if settings.ratio == "cka" else 1,  # CKA is not defined on fewer
     )
@@ -140,7 +144,7 @@ class Dpk(Method):
             student,
             targets,
             hard_weight=s.hard_weight,
-            kd_weight=s.kd_weight,
+            soft_weight=s.soft_weight,
             temperature=s.temperature,
         )
         for stage in s.stages:

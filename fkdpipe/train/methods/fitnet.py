@@ -10,34 +10,36 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from torch import nn
 
+from fkdpipe.common import config
 from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train.methods import parts
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """Weights of the terms, and which maps.
+    """Weights of the terms, and which maps."""
 
-    feature_weight: of the maps' squared error, a mean over tokens and channels.
-    stages: counted from the end; 1 is the last map, after the teacher's final norm.
-    """
+    feature_weight: NonNegativeFloat = 1.0
+    """Of the maps' squared error, a mean over tokens and channels."""
+    soft_weight: NonNegativeFloat = 0.0
+    """Of the teacher's probabilities."""
+    hard_weight: NonNegativeFloat = 1.0
+    """Of the ground truth."""
+    temperature: PositiveFloat = 1.0
+    """Of the teacher's probabilities."""
+    stages: tuple[PositiveInt, ...] = (1,)
+    """Counted from the end; 1 is the last map, after the teacher's final norm."""
 
-    feature_weight: float = 1.0
-    kd_weight: float = 0.0
-    hard_weight: float = 1.0
-    temperature: float = 1.0
-    stages: tuple[int, ...] = (1,)
-
-    def __post_init__(self) -> None:
-        parts.check_weights(self, "feature_weight", "kd_weight", "hard_weight")
-        parts.check_positive(self, "temperature")
-        parts.check_stages(self.stages)
+    @field_validator("stages")
+    @classmethod
+    def _each_once(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
+        parts.check_stages(stages)
+        return stages
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -46,9 +48,9 @@ def needs(settings: Settings) -> MethodNeeds:
     return MethodNeeds(
         student=needs,
         teacher=needs,
-        soft=settings.temperature if settings.kd_weight else None,
+        soft=settings.temperature if settings.soft_weight else None,
         live=True,
-        classifier=bool(settings.hard_weight or settings.kd_weight),
+        classifier=bool(settings.hard_weight or settings.soft_weight),
     )
 
 
@@ -74,7 +76,7 @@ class FitNet(Method):
             student,
             targets,
             hard_weight=s.hard_weight,
-            kd_weight=s.kd_weight,
+            soft_weight=s.soft_weight,
             temperature=s.temperature,
         )
         for stage in s.stages:

@@ -8,25 +8,21 @@ Reference:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from fkdpipe.common.errors import UsageError
+from fkdpipe.common import config
+from fkdpipe.common.config import Probability
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """weight: the target's share; the rest, 1 - weight, is the ground truth's cross-entropy."""
+    """Shares of the two terms."""
 
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise UsageError(f"weight must be within 0 and 1; found {self.weight}.")
+    soft_weight: Probability = 1.0
+    """Share of the target's term; the rest is the ground truth's."""
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -36,14 +32,14 @@ def needs(settings: Settings) -> MethodNeeds:
 class Fkd(Method):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.weight = settings.weight
+        self.soft_weight = settings.soft_weight
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         label = losses.soft_cross_entropy(student.logits, targets.prob_BC)
-        if self.weight == 1:
+        if self.soft_weight == 1:
             return {"label": label}
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
-        return {"label": self.weight * label, "hard": (1 - self.weight) * hard}
+        return {"label": self.soft_weight * label, "hard": (1 - self.soft_weight) * hard}
 
 
 def build(settings: Settings, context: Context) -> Fkd:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fkdpipe.networks.feature_layers import Needs, Outputs
+from fkdpipe.storage.settings import FeatureSettings
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Context:
         student: outputs of the student for one image; their shapes count.
         teacher: the same of the teacher or of the stored features, None without.
         student_network: the student itself. teacher_network: the live teacher, None without one.
-        features: settings of the stored features' part (`storage.schema`), None when live.
+        features: settings of the stored features' part, None when live.
         teacher_facts: which teacher it is, live or stored (`teachers.Teacher.facts`).
     """
 
@@ -102,7 +103,7 @@ class Context:
     student_network: nn.Module
     teacher: Outputs | None = None
     teacher_network: nn.Module | None = None
-    features: dict[str, Any] | None = None
+    features: FeatureSettings | None = None
     teacher_facts: dict[str, Any] | None = None
 
 

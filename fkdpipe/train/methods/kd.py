@@ -10,28 +10,24 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import PositiveFloat
 
-from fkdpipe.common.errors import UsageError
+from fkdpipe.common import config
+from fkdpipe.common.config import Probability
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """weight: share of the teacher's term; 1 leaves the ground truth out. temperature: T."""
+    """Shares of the two terms, and the teacher's temperature."""
 
-    weight: float = 1.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise UsageError(f"weight must be within 0 and 1; found {self.weight}.")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be positive; found {self.temperature}.")
+    soft_weight: Probability = 1.0
+    """Share of the teacher's term; the rest is the ground truth's."""
+    temperature: PositiveFloat = 1.0
+    """T, of both sides."""
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -41,15 +37,15 @@ def needs(settings: Settings) -> MethodNeeds:
 class Kd(Method):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.weight, self.temperature = settings.weight, settings.temperature
+        self.soft_weight, self.temperature = settings.soft_weight, settings.temperature
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         t = self.temperature
         soft = losses.kl_divergence(student.logits / t, targets.soft(t)) * t**2
-        if self.weight == 1:
+        if self.soft_weight == 1:
             return {"kd": soft}
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
-        return {"kd": self.weight * soft, "hard": (1 - self.weight) * hard}
+        return {"kd": self.soft_weight * soft, "hard": (1 - self.soft_weight) * hard}
 
 
 def build(settings: Settings, context: Context) -> Kd:

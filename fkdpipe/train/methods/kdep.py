@@ -20,14 +20,15 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat, ValidationInfo, field_validator
 from torch import distributed, nn
 
+from fkdpipe.common import config
 from fkdpipe.common.errors import ModelError, StoreMismatchError, UsageError
 from fkdpipe.networks import feature_layers, features
 from fkdpipe.networks.feature_layers import Needs, Outputs
@@ -39,31 +40,37 @@ Alignment = Literal["svd", "variance", "random", "interpolation", "conv-post", "
 FIRST_LOSS = 6.9  # ln 1000: where supervised pre-training on ImageNet begins
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """transformation: auto is pts after svd and none after other alignments, as in the paper.
-    temperature, power: T and n of PTS. weight: w, or auto: 6.9 / the first loss, then fixed.
-    basis: file of fit-basis; not needed for stored components, except by sn and sm.
-    seed: of the alignment random."""
+    """How the teacher's features become the student's width, and the weight of the loss."""
 
     alignment: Alignment = "svd"
+    """To the student's width: leading components, the channels of largest variance, random or
+    interpolated ones, or a 1 x 1 convolution of the student's features."""
     transformation: Literal["auto", "pts", "sn", "sm", "none"] = "auto"
-    temperature: float = 0.1
-    power: float = 3.0
-    weight: float | Literal["auto"] = "auto"
+    """Of the aligned features; auto is pts after svd and none after other alignments, as in the
+    paper."""
+    temperature: PositiveFloat = 0.1
+    """T of PTS."""
+    power: PositiveFloat = 3.0
+    """n of PTS."""
+    feature_weight: PositiveFloat | Literal["auto"] = "auto"
+    """w, or auto: 6.9 / the first loss, then fixed."""
     basis: Path | None = None
+    """File of fit-basis; not needed for stored components, except by sn and sm."""
     seed: int = 0
+    """Of the alignment random."""
 
-    def __post_init__(self) -> None:
-        for name in ("temperature", "power", "weight"):
-            value = getattr(self, name)
-            if value != "auto" and value <= 0:
-                raise UsageError(f"{name} must be positive; found {value}.")
-        if self.alignment != "svd" and self.transformation not in ("auto", "none"):
+    @field_validator("transformation")
+    @classmethod
+    def _of_components(cls, transformation: str, info: ValidationInfo) -> str:
+        alignment = info.data.get("alignment", "svd")
+        if alignment != "svd" and transformation not in ("auto", "none"):
             raise UsageError(
-                f"transformation {self.transformation} is for the components of alignment svd; "
-                f"{self.alignment} keeps the channels as they are: take none."
+                f"{transformation} is for the components of alignment svd; {alignment} keeps the "
+                "channels as they are: take none"
             )
+        return transformation
 
     @property
     def transformed_by(self) -> str:
@@ -98,8 +105,10 @@ class Kdep(Method):
         super().__init__()
         self.align, self.transform, self.project = align, transform, project
         self.post = settings.alignment == "conv-post"
-        self._open = settings.weight == "auto"  # until a batch, or a checkpoint, has fixed it
-        start = float("nan") if settings.weight == "auto" else settings.weight
+        self._open = (
+            settings.feature_weight == "auto"
+        )  # until a batch, or a checkpoint, has fixed it
+        start = float("nan") if settings.feature_weight == "auto" else settings.feature_weight
         self.register_buffer("weight", torch.tensor(start))  # in the checkpoint: fixed for good
 
     def target(self, teacher: Outputs) -> torch.Tensor:
@@ -180,14 +189,14 @@ def _components(
     context: Context, basis: Basis | None, width: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     stored = context.features
-    if stored is not None and stored["basis"] is not None:
-        if width > stored["dims"]:
+    if stored is not None and stored.basis is not None:
+        if width > stored.dims:
             raise StoreMismatchError(
-                f"the student is {width} wide, and the store keeps {stored['dims']} components. "
+                f"the student is {width} wide, and the store keeps {stored.dims} components. "
                 f"Generate features pre:{width} or more, or take a narrower student.",
                 code="features",
             )
-        if basis is not None and basis.digest != stored["basis"]:
+        if basis is not None and basis.digest != stored.basis:
             raise StoreMismatchError(
                 "the stored components belong to another basis than the file that is named.",
                 code="features",
@@ -222,7 +231,7 @@ def _raw_width(settings: Settings, context: Context) -> int:
     Raises:
         StoreMismatchError: the store keeps components only.
     """
-    if context.features is not None and context.features["basis"] is not None:
+    if context.features is not None and context.features.basis is not None:
         raise StoreMismatchError(
             f"alignment {settings.alignment} works on the teacher's own channels, and the store "
             "keeps components of a basis. Generate --features pre, without :D.",
@@ -239,7 +248,7 @@ def _check_basis(basis: Basis, context: Context) -> None:
     assert facts is not None
     basis.check_teacher(facts)
     if context.features is not None:
-        same = context.features["pre_is_post"]
+        same = context.features.pre_is_post
     else:
         same = not feature_layers.has_activation(context.teacher_network)
     if basis.facts["tap"] != "pre" and not same:

@@ -11,33 +11,29 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fkdpipe.common.errors import UsageError
+from fkdpipe.common import config
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """weight: of the discriminator's loss. shrink: factor between its layers' widths.
+    """The discriminator and the weight of its loss."""
 
-    reverse: the student works against the discriminator, not with it.
-    """
-
-    weight: float = 1.0
-    shrink: int = 8
+    discriminator_weight: NonNegativeFloat = 1.0
+    """Of the discriminator's loss; that of the labels is 1."""
+    shrink: PositiveInt = 8
+    """Factor between the widths of the discriminator's layers."""
     reverse: bool = False
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or self.shrink < 1:
-            raise UsageError("weight must not be negative, and shrink at least 1.")
+    """The student works against the discriminator, not with it."""
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -59,7 +55,7 @@ class _Reverse(torch.autograd.Function):
 class Meal(Method):
     def __init__(self, settings: Settings, classes: int) -> None:
         super().__init__()
-        self.weight, self.reverse = settings.weight, settings.reverse
+        self.weight, self.reverse = settings.discriminator_weight, settings.reverse
         middle = max(2, classes // settings.shrink)
         last = max(2, middle // settings.shrink)
         self.discriminator = nn.Sequential(

@@ -19,7 +19,7 @@ def logit_terms(
     targets: Targets,
     *,
     hard_weight: float,
-    kd_weight: float,
+    soft_weight: float,
     temperature: float,
 ) -> dict[str, torch.Tensor]:
     """Cross-entropy with the ground truth and KD's divergence times T^2, each (B,), weighted."""
@@ -27,33 +27,17 @@ def logit_terms(
     if hard_weight:
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
         terms["hard"] = hard_weight * hard
-    if kd_weight:
+    if soft_weight:
         soft = losses.kl_divergence(student.logits / temperature, targets.soft(temperature))
-        terms["kd"] = kd_weight * soft * temperature**2
+        terms["kd"] = soft_weight * soft * temperature**2
     return terms
 
 
-def check_weights(settings: object, *names: str) -> None:
-    """Raises UsageError when one of the named settings is negative."""
-    for name in names:
-        value = getattr(settings, name)
-        if value < 0:
-            raise UsageError(f"{name} must not be negative; found {value}.")
-
-
-def check_positive(settings: object, *names: str) -> None:
-    """Raises UsageError when one of the named settings is zero or less."""
-    for name in names:
-        value = getattr(settings, name)
-        if value <= 0:
-            raise UsageError(f"{name} must be positive; found {value}.")
-
-
 def check_stages(stages: tuple[int, ...]) -> None:
-    """Raises UsageError unless stages, counted from the end, are at least one and all different."""
-    if not stages or len(set(stages)) != len(stages) or min(stages) < 1:
+    """Raises UsageError unless stages are at least one and all different."""
+    if not stages or len(set(stages)) != len(stages):
         raise UsageError(
-            f"stages are counted from the end, 1 is the last, each once; found {list(stages)}."
+            f"stages are counted from the end, 1 is the last, each once; found {list(stages)}"
         )
 
 

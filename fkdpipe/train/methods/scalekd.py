@@ -15,12 +15,13 @@ Letters: B batch, C channels of the teacher, H, W its last map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch import nn
 
+from fkdpipe.common import config
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import tails
 from fkdpipe.networks.feature_layers import Needs, Outputs
@@ -33,55 +34,61 @@ from fkdpipe.train.methods.projectors import Attention, Cap, Plain
 LAYER_NORMED = ("ConvNeXt", "SwinTransformer", "SwinTransformerV2")  # students, by class
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """Switches and weights.
-
-    target: where the teacher's map comes from: a teacher beside the student, or the store
-        (`generate --features map`); of a teacher given too only the tail runs then.
-    projector: cap, or linear or conv to compare. dfm: the second path. tpp: the proxy path.
-    adaptive_queries: the proxy path gives the queries; False learns fixed ones.
-    spatial_weight, frequency_weight: of the two paths, on means over the map's places. The code's
-        0.08 and 0.06 are on sums over 49 places, its 0.02 and 0.015 over 196.
-    kd_weight: of the teacher's probabilities. hard_weight: of the ground truth; None takes
-        1 - kd_weight as the authors' code, the paper prints 1 for both.
-    heads: of the projectors of the last but one and the last map; None takes one for 128 channels.
-    softmax_scale: 5 for Swin teachers, 1 in the authors' settings for others.
-    stem_norm: auto takes layer norm for ConvNeXt and Swin students, else batch norm.
-    tail_blocks: of a plain transformer; a Swin's tail is its last stage.
-    """
+    """Switches and weights."""
 
     target: Literal["live", "stored"] = "live"
+    """Where the teacher's map comes from: a teacher beside the student, or the store (`generate
+    --features map`); of a teacher given too only the tail runs then."""
     projector: Literal["cap", "linear", "conv"] = "cap"
+    """cap, or linear or conv to compare."""
     dfm: bool = True
+    """The second path."""
     tpp: bool = True
+    """The proxy path; needs projector cap."""
     adaptive_queries: bool = True
-    spatial_weight: float = 3.92
-    frequency_weight: float = 2.94
-    kd_weight: float = 0.5
-    hard_weight: float | None = None
-    heads: tuple[int, int] | None = None
-    softmax_scale: float = 5.0
+    """The proxy path gives the queries; false learns fixed ones."""
+    spatial_weight: NonNegativeFloat = 3.92
+    """Of the first path, on means over the map's positions. The code's 0.08 is on sums over 49
+    positions, its 0.02 over 196."""
+    frequency_weight: NonNegativeFloat = 2.94
+    """Of the second path, likewise; the code's 0.06 and 0.015."""
+    soft_weight: NonNegativeFloat = 0.5
+    """Of the teacher's probabilities."""
+    hard_weight: NonNegativeFloat | None = None
+    """Of the ground truth; by default 1 - soft_weight as in the authors' code, the paper prints 1
+    for both."""
+    heads: tuple[PositiveInt, PositiveInt] | None = None
+    """Of the projectors of the last but one and the last map; by default one for 128 channels."""
+    softmax_scale: PositiveFloat = 5.0
+    """5 for Swin teachers, 1 in the authors' settings for others."""
     stem_norm: Literal["auto", "batch", "layer"] = "auto"
-    tail_blocks: int = 2
+    """auto takes layer norm for ConvNeXt and Swin students, else batch norm."""
+    tail_blocks: PositiveInt = 2
+    """Of a plain transformer; a Swin's tail is its last stage."""
 
-    def __post_init__(self) -> None:
-        parts.check_weights(self, "spatial_weight", "frequency_weight", "kd_weight")
-        if self.hard_weight is not None:
-            parts.check_weights(self, "hard_weight")
-        parts.check_positive(self, "softmax_scale", "tail_blocks")
-        if self.hard_weight is None and not 0 <= self.kd_weight <= 1:
+    @field_validator("tpp")
+    @classmethod
+    def _queries_are_taken(cls, tpp: bool, info: ValidationInfo) -> bool:
+        projector = info.data.get("projector", "cap")
+        if tpp and projector != "cap":
             raise UsageError(
-                f"kd_weight must be within 0 and 1, or hard_weight be given; found "
-                f"{self.kd_weight}."
+                f"the proxy path gives queries, and projector {projector} takes none: set tpp = "
+                "false, or projector = cap"
             )
-        if self.heads is not None and min(self.heads) < 1:
-            raise UsageError(f"heads must be at least 1; found {list(self.heads)}.")
-        if self.tpp and self.projector != "cap":
+        return tpp
+
+    @field_validator("hard_weight")
+    @classmethod
+    def _rest_of_one(cls, hard_weight: float | None, info: ValidationInfo) -> float | None:
+        soft_weight = info.data.get("soft_weight", 0.0)
+        if hard_weight is None and soft_weight > 1:
             raise UsageError(
-                f"the proxy path gives queries, and projector {self.projector} takes none: set "
-                "tpp = false, or projector = cap."
+                f"by default 1 - soft_weight, and soft_weight is {soft_weight}: give hard_weight, "
+                "or a soft_weight within 0 and 1"
             )
+        return hard_weight
 
     @property
     def paths(self) -> dict[str, float]:
@@ -95,7 +102,7 @@ def needs(settings: Settings) -> MethodNeeds:
     return MethodNeeds(
         student=Needs(stages=(2,) if settings.tpp else (), final=True),
         teacher=Needs(final=True),
-        soft=1.0 if settings.kd_weight else None,
+        soft=1.0 if settings.soft_weight else None,
         live=settings.tpp or not stored,
         stored=stored,
     )
@@ -178,10 +185,10 @@ class ScaleKd(Method):
         assert student.final is not None
         wanted = targets.teacher.final.detach()
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
-        terms = {"hard": (1 - s.kd_weight if s.hard_weight is None else s.hard_weight) * hard}
-        if s.kd_weight:
+        terms = {"hard": (1 - s.soft_weight if s.hard_weight is None else s.hard_weight) * hard}
+        if s.soft_weight:
             soft = losses.soft_cross_entropy(student.logits, targets.soft(1.0))
-            terms["kd"] = s.kd_weight * soft
+            terms["kd"] = s.soft_weight * soft
         for name, weight in s.paths.items():
             distance = DISTANCES[name]
             query = None

@@ -10,34 +10,31 @@ Reference:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn.functional import normalize
 
-from fkdpipe.common.errors import UsageError
+from fkdpipe.common import config
 from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train import losses
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """head: which teacher's kind of scores. temperature: of both sides.
-
-    hidden: width of the student's head, None for its own. embedding: of a SwAV head.
-    """
+    """Kind of scores, and the student's head."""
 
     head: Literal["moco", "swav"] = "moco"
-    temperature: float = 0.2
-    hidden: int | None = None
-    embedding: int = 128
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UsageError(f"temperature must be positive; found {self.temperature}.")
+    """Which teacher's kind of scores."""
+    temperature: PositiveFloat = 0.2
+    """Of both sides."""
+    hidden: PositiveInt | None = None
+    """Width of the student's head; by default that of its features."""
+    embedding: PositiveInt = 128
+    """Width of the embedding of a SwAV head."""
 
 
 def needs(settings: Settings) -> MethodNeeds:

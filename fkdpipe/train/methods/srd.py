@@ -16,13 +16,14 @@ Reference:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationInfo, field_validator
 from torch import nn
 from torch.nn import functional
 
+from fkdpipe.common import config
 from fkdpipe.common.errors import UsageError
 from fkdpipe.networks.feature_layers import Needs, Outputs
 from fkdpipe.train import losses
@@ -34,45 +35,45 @@ _LEAST = 1e-10  # eps of form corr: a constant channel stays 0, and its gradient
 _TINY = 1e-12  # times the number of elements, so that equal features have a logarithm
 
 
-@dataclass(frozen=True)
+@config.settings
 class Settings:
-    """form: see above. alpha: of the soft maximum. log: without, the mean of |d|^alpha.
-    normalise: of both sides. groups: of normalise group.
-    projector: linear, or mlp of one hidden layer of `hidden` units.
-    student: tokens takes the mean of a transformer's patch tokens after its final norm, as the
-    authors do for DeiT.
-    weight: of L_rep, None takes 2, and 1 with form corr. hard_weight, soft_weight: of the
-    cross-entropy with the folder's classes and of the KL divergence from the teacher."""
+    """The distance of the representations, and the weights of the terms."""
 
     form: Literal["elementwise", "corr"] = "elementwise"
-    alpha: float = 4.0
+    """Of the distance: over every element, or over each dimension's correlation."""
+    alpha: Annotated[float, Field(ge=1)] = 4.0
+    """Of the soft maximum."""
     log: bool = True
+    """Logarithm of the distance; without, the mean of |d|^alpha."""
     normalise: Normalisation = "bn"
-    groups: int = 32
+    """How both sides are normalised; form corr needs bn."""
+    groups: PositiveInt = 32
+    """Of normalise group."""
     projector: Literal["linear", "mlp"] = "linear"
-    hidden: int = 1024
+    """linear, or mlp of one hidden layer."""
+    hidden: PositiveInt = 1024
+    """Units of the hidden layer of mlp."""
     student: Literal["penultimate", "tokens"] = "penultimate"
-    weight: float | None = None
-    hard_weight: float = 1.0
-    soft_weight: float = 1.0
+    """tokens takes the mean of a transformer's patch tokens after its final norm, as the authors do
+    for DeiT."""
+    feature_weight: NonNegativeFloat | None = None
+    """Of L_rep; by default 2, and 1 with form corr."""
+    hard_weight: NonNegativeFloat = 1.0
+    """Of the cross-entropy with the folder's classes."""
+    soft_weight: NonNegativeFloat = 1.0
+    """Of the KL divergence from the teacher."""
 
-    def __post_init__(self) -> None:
-        if self.alpha < 1:
-            raise UsageError(f"alpha must be at least 1; found {self.alpha}.")
-        for name in ("weight", "hard_weight", "soft_weight"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UsageError(f"{name} must not be negative; found {value}.")
-        for name in ("groups", "hidden"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1; found {getattr(self, name)}.")
-        if self.form == "corr" and self.normalise != "bn":
-            raise UsageError("form corr is a correlation over the batch: it needs normalise bn.")
+    @field_validator("normalise")
+    @classmethod
+    def _over_the_batch(cls, normalise: str, info: ValidationInfo) -> str:
+        if info.data.get("form") == "corr" and normalise != "bn":
+            raise UsageError("form corr is a correlation over the batch: it needs bn")
+        return normalise
 
     @property
     def rep_weight(self) -> float:
         default = 1.0 if self.form == "corr" else 2.0
-        return default if self.weight is None else self.weight
+        return default if self.feature_weight is None else self.feature_weight
 
     @property
     def eps(self) -> float:
@@ -185,7 +186,7 @@ def build(settings: Settings, context: Context) -> Srd:
     assert context.teacher is not None
     assert context.teacher.penultimate is not None
     width = context.teacher.penultimate.shape[1]
-    if context.features is not None and context.features["basis"] is not None:
+    if context.features is not None and context.features.basis is not None:
         raise UsageError(
             "srd normalises the teacher's own channels, and the store keeps components of a "
             "basis. Generate --features post, without :D."

@@ -1,0 +1,182 @@
+"""Phase 1 as one call, for Python and for the command line alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fkdpipe.common import distributed
+from fkdpipe.common.errors import UsageError
+from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.labelgen import dry_run, existing, plan
+from fkdpipe.labelgen import generate as units
+from fkdpipe.labelgen.dry_run import Forecast
+from fkdpipe.labelgen.generate import Generated, Resources
+from fkdpipe.labelgen.repair import Repaired, restore, withdraw
+from fkdpipe.labelgen.settings import GenerateSettings
+from fkdpipe.networks import teachers
+from fkdpipe.networks.teachers import Network, Precision, Teacher
+from fkdpipe.pixels import images as folders
+from fkdpipe.pixels.crops import CropDistribution
+from fkdpipe.storage import begin
+from fkdpipe.storage.location import open_location
+
+
+def generate(
+    images: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    *,
+    teacher: Network | Sequence[Network],
+    teacher_weight: Sequence[float] = (),
+    form: str | None = None,
+    features: Sequence[str] = (),
+    features_code: Literal["float16", "int8"] = "float16",
+    basis: Path | None = None,
+    crops: int | None = None,
+    crop: CropDistribution | None = None,
+    boxes: Literal["stored", "derived"] | None = None,
+    seed: int | None = None,
+    source: str = "",
+    temperature: float = 1.0,
+    precision: Precision = "float32",
+    batch_size: int = 64,
+    replay: Literal["auto", "cpu", "dali"] = "auto",
+    threads: int | None = None,
+    device: str | torch.device | None = None,
+    part: str | None = None,
+    reporter: Reporter = silent,
+) -> Generated:
+    """Label recorded crops of the images of a folder, into a store: `fkdpipe generate`.
+
+    Called again, it makes what is missing; under torchrun the processes share the work. Settings
+    that are left out are taken from a store that exists, and none can be changed.
+
+    Args:
+        images: class/image, the same below train/, or images without classes.
+        store: a folder, or a URL.
+        teacher: a name as for `--teacher`, a module, or what `load_teacher` returns; several are
+            averaged as probabilities, by teacher_weight, relative shares.
+        form: full, logits, topk:K, topk:K:compact, hard, or none for features alone; by default
+            topk:10, or C classes if there are fewer.
+        features: pre or post (penultimate vectors before or after the last activation), with :D
+            for the leading D components of basis, a file of fkdpipe fit-basis, or map (the last
+            map). features_code: how they are stored.
+        crops: M, per image, in all. crop: their distribution. seed: of crops and order, default 0.
+        boxes: stored, or derived from the seed when they are read.
+        source: name of the labels in the store, by default the teachers' names.
+        temperature: of the teachers' softmax. precision: of those that are no `Teacher` yet.
+        batch_size: crops per teacher batch. replay: backend that cuts and resizes, in threads.
+        device: of the teachers, by default a GPU where there is one.
+        part: I/N, counted from 1: this process's share, without torchrun.
+
+    Raises:
+        UsageError: arguments that cannot be right.
+        ModelError: a teacher that cannot be built, or whose outputs are not the folder's classes.
+        ImagesError: no usable images.
+        StoreMismatchError: the store was made with other settings or weights; says which.
+
+    Example:
+        >>> generate("images", "store", teacher="resnet50", form="topk:10", crops=200)
+    """
+    networks = [teacher] if isinstance(teacher, Network) else list(teacher)
+    settings = GenerateSettings(
+        teacher=tuple(_name(network) for network in networks), teacher_weight=tuple(teacher_weight),
+        form=form, features=tuple(features), features_code=features_code, basis=basis, crops=crops,
+        crop=crop, boxes=boxes, seed=seed, source=source, temperature=temperature,
+        precision=precision, batch_size=batch_size, replay=replay, threads=threads,
+    )  # fmt: skip
+    return run(images, store, settings, networks, device=device, part=part, reporter=reporter)
+
+
+def run(
+    data: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    settings: GenerateSettings,
+    networks: Sequence[Network],
+    *,
+    device: str | torch.device | None = None,
+    part: str | None = None,
+    repair: bool = False,
+    reporter: Reporter = silent,
+) -> Generated:
+    """`generate` with its settings in one.
+
+    Args:
+        networks: those of `settings.teacher`, in its order.
+        repair: find broken units, and make them again with what they record.
+
+    Raises:
+        As `generate`; StoreError of what cannot be repaired.
+    """
+    root, location = Path(data), open_location(os.fspath(store))
+    resources = _resources(settings, device, part)
+    if repair and resources.rank.world > 1:
+        raise UsageError("--repair is for one process: start it without --part and torchrun.")
+    loaded = _load(root, settings, networks, resources.device)
+    restored = restore(location, root) if repair else None
+    work = plan.prepare(
+        location, root, settings, loaded,
+        device=resources.device, rank=resources.rank, reporter=reporter,
+    )  # fmt: skip
+    if restored is None:
+        return units.generate(work, loaded, resources, reporter=reporter)
+    withdrawn = withdraw(work, restored)
+    resources = replace(resources, batch_of=withdrawn.batch_of)
+    result = units.generate(work, loaded, resources, reporter=reporter)
+    return replace(result, repaired=Repaired(restored.records, withdrawn.units, withdrawn.left))
+
+
+def forecast(
+    data: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    settings: GenerateSettings,
+    networks: Sequence[Network],
+    *,
+    device: str | torch.device | None = None,
+    part: str | None = None,
+    reporter: Reporter = silent,
+) -> Forecast:
+    """What `run` would take, from a small sample in a temporary place; the store is only read."""
+    root, location = Path(data), open_location(os.fspath(store))
+    resources = _resources(settings, device, part)
+    loaded = _load(root, settings, networks, resources.device)
+    source = settings.source or plan.default_source(loaded)
+    settings = existing.as_store(begin.find_store(location), settings, source)
+    return dry_run.forecast(root, settings, loaded, resources, reporter=reporter)
+
+
+def _resources(
+    settings: GenerateSettings, device: str | torch.device | None, part: str | None
+) -> Resources:
+    rank = distributed.parse_part(part) if part else distributed.current()
+    if device is None:
+        device = f"cuda:{rank.local}" if torch.cuda.is_available() else "cpu"
+    threads = settings.threads or distributed.default_threads()
+    return Resources(torch.device(device), settings.batch_size, threads, rank)
+
+
+def _load(
+    data: Path, settings: GenerateSettings, networks: Sequence[Network], device: torch.device
+) -> list[Teacher]:
+    named = settings.form != "none"  # features alone have no classes to match
+    return teachers.load_teachers(
+        networks,
+        class_names=folders.class_folders(folders.split_root(data, "train")) if named else (),
+        weights=settings.teacher_weight,
+        class_maps=settings.class_map,
+        precision=settings.precision,
+        device=device,
+        needs=settings.needs,
+    )
+
+
+def _name(network: Network) -> str:
+    if isinstance(network, nn.Module):
+        return type(network).__name__
+    return str(network.spec if isinstance(network, Teacher) else network)
