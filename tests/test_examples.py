@@ -72,6 +72,7 @@ def test_at_most_ten_lines_differ_from_the_same_script_without_labels(name):
     assert "fkdpipe" not in plain.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("where", ["", "without_labels/"])
 def test_it_runs(run, name, where):
@@ -95,6 +96,7 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_the_plain_loop_goes_on_bit_for_bit(run, monkeypatch):
     torch.manual_seed(0)
     run("plain_loop", "--epochs=3", "--checkpoint=whole.pt")
@@ -109,6 +111,7 @@ def test_the_plain_loop_goes_on_bit_for_bit(run, monkeypatch):
     assert whole["train"] == parts["train"]
 
 
+@pytest.mark.slow
 def test_accelerate_goes_on_bit_for_bit(run, monkeypatch):
     from accelerate import Accelerator
 
@@ -124,6 +127,7 @@ def test_accelerate_goes_on_bit_for_bit(run, monkeypatch):
     assert equal(*weights)
 
 
+@pytest.mark.slow
 def test_lightning_goes_on_bit_for_bit(run, monkeypatch, tmp_path):
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -139,6 +143,7 @@ def test_lightning_goes_on_bit_for_bit(run, monkeypatch, tmp_path):
     assert whole["global_step"] == again["global_step"]
 
 
+@pytest.mark.slow
 def test_the_hf_trainer_goes_on_bit_for_bit(run, tmp_path):
     run("hf_trainer", "--epochs=3", "--out=whole")
     first, *_, last = sorted(tmp_path.glob("whole/checkpoint-*"), key=lambda p: int(p.name[11:]))
