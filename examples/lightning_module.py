@@ -20,7 +20,7 @@ parser.add_argument("--images", required=True, help="folder with train/ and val/
 parser.add_argument("--store", required=True)
 parser.add_argument("--student", default="resnet18")
 parser.add_argument("--size", type=int, default=224)
-parser.add_argument("--batch-size", type=int, default=256)
+parser.add_argument("--batch-size", type=int, default=256, help="in each process")
 parser.add_argument("--epochs", type=int, default=30)
 parser.add_argument("--lr", type=float, default=0.001)
 parser.add_argument("--workers", type=int, default=4)
@@ -36,9 +36,11 @@ class Student(L.LightningModule):
         self.network = timm.create_model(args.student, num_classes=len(self.val_images.classes))
 
     def train_dataloader(self):
+        args = self.args
         return LabelledCrops(
-            self.args.store, self.args.images, target="marginal-smoothing:5", size=self.args.size,
-            batch_size=self.args.batch_size, crops_per_image=4,
+            args.store, args.images, target="marginal-smoothing:5", size=args.size,
+            crops_per_image=4, batch_size=args.batch_size * self.trainer.world_size,
+            rank=self.global_rank, world_size=self.trainer.world_size,
         )  # fmt: skip
 
     def on_train_epoch_start(self):
@@ -64,11 +66,7 @@ class Student(L.LightningModule):
 
 
 def main(args: argparse.Namespace) -> None:
-    trainer = L.Trainer(
-        max_epochs=args.epochs,
-        use_distributed_sampler=False,
-        default_root_dir=args.out,
-    )
+    trainer = L.Trainer(max_epochs=args.epochs, default_root_dir=args.out)
     trainer.fit(Student(args), ckpt_path=args.resume)
     print(f"top-1 {trainer.callback_metrics['top1'].item():.2f} %")
 

@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--images", required=True, help="folder with train/ and val/")
 parser.add_argument("--student", default="resnet18")
 parser.add_argument("--size", type=int, default=224)
-parser.add_argument("--batch-size", type=int, default=256)
+parser.add_argument("--batch-size", type=int, default=256, help="in each process")
 parser.add_argument("--epochs", type=int, default=30)
 parser.add_argument("--lr", type=float, default=0.001)
 parser.add_argument("--workers", type=int, default=4)
@@ -33,10 +33,10 @@ class Student(L.LightningModule):
         self.network = timm.create_model(args.student, num_classes=len(self.val_images.classes))
 
     def train_dataloader(self):
-        images = ImageFolder(f"{self.args.images}/train", create_transform(self.args.size, True))
-        workers = self.args.workers
+        args = self.args
+        images = ImageFolder(f"{args.images}/train", create_transform(args.size, True))
         return DataLoader(
-            images, self.args.batch_size, shuffle=True, drop_last=True, num_workers=workers
+            images, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers
         )
 
     def training_step(self, batch, batch_idx):
@@ -59,10 +59,7 @@ class Student(L.LightningModule):
 
 
 def main(args: argparse.Namespace) -> None:
-    trainer = L.Trainer(
-        max_epochs=args.epochs,
-        default_root_dir=args.out,
-    )
+    trainer = L.Trainer(max_epochs=args.epochs, default_root_dir=args.out)
     trainer.fit(Student(args), ckpt_path=args.resume)
     print(f"top-1 {trainer.callback_metrics['top1'].item():.2f} %")
 

@@ -167,6 +167,11 @@ class LabelledCrops(IterableDataset[Batch]):
         self._running_at = 0
 
     @property
+    def device(self) -> torch.device:
+        """Where batches are delivered."""
+        return self.feed.device
+
+    @property
     def num_classes(self) -> int:
         """C, the width of the labels."""
         labels = self.feed.data.labels

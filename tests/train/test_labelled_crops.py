@@ -295,4 +295,4 @@ def test_a_target_can_be_an_object_and_a_size_a_pair(opened):
     assert batch.pixels.shape == (16, 3, 24, 40)
     assert torch.equal(batch.labels.sum(1), torch.ones(16))
     assert torch.equal(batch.labels.amax(1), torch.ones(16))
-    assert crops.feed.device == CPU
+    assert crops.device == CPU
