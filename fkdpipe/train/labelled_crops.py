@@ -40,7 +40,8 @@ class LabelledCrops(IterableDataset[Batch]):
 
     An epoch is one pass over the images, with the next `crops_per_image` crops of each. Every
     batch is full: the last one of an epoch goes on with images of the next, and iterating again
-    goes on after it. Order and batches depend on the seed alone, not on the number of processes.
+    goes on after it (also after an epoch that was broken off: `set_epoch` begins one again). Order
+    and batches depend on the seed alone, not on the number of processes.
 
     Images are decoded and resized in threads, and read ahead: iterate over it directly, or with
     `DataLoader(crops, batch_size=None)`, without worker processes.
@@ -166,6 +167,11 @@ class LabelledCrops(IterableDataset[Batch]):
         self._running_at = 0
 
     @property
+    def device(self) -> torch.device:
+        """Where batches are delivered."""
+        return self.feed.device
+
+    @property
     def num_classes(self) -> int:
         """C, the width of the labels."""
         labels = self.feed.data.labels
@@ -188,7 +194,7 @@ class LabelledCrops(IterableDataset[Batch]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that iterating gives next."""
+        """The epoch of the next batch."""
         return self.feed.order.pass_of(self._position)
 
     def __len__(self) -> int:
@@ -202,8 +208,10 @@ class LabelledCrops(IterableDataset[Batch]):
                 "LabelledCrops decodes in threads of its own: give DataLoader num_workers=0."
             )
         order, epoch = self.feed.order, self.epoch
-        start = self._position if self._resumed else order.first_step(epoch)
-        self._resumed = False
+        if not self._resumed and self._position > order.first_step(epoch):
+            epoch += 1  # this one was broken off: frameworks take the same number of every epoch
+            self._position = order.first_step(epoch)
+        start, self._resumed = self._position, False
         for step in range(start, order.first_step(epoch + 1)):
             batch = self._take(step)
             self._position = step + 1

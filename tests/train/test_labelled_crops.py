@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -132,9 +133,19 @@ def test_an_epoch_can_be_chosen_and_repeats_from_its_first_batch(opened):
     begun = iter(crops)
     next(begun)
     next(begun)
+    crops.set_epoch(1)
     assert all(same(a, b) for a, b in zip(second, crops, strict=True))  # begun again
     with pytest.raises(UsageError, match="from 0 on; found -1"):
         crops.set_epoch(-1)
+
+
+def test_an_epoch_that_is_broken_off_is_followed_by_the_next(opened):
+    """Lightning and the HF Trainer take as many batches of every epoch as the shortest has."""
+    crops, whole = opened(), opened()
+    for expected in ([*whole], [*whole], [*whole]):
+        taken = list(itertools.islice(crops, len(expected) - 1))
+        assert crops.epoch == expected[0].epoch
+        assert all(same(a, b) for a, b in zip(taken, expected, strict=False))
 
 
 def epoch_after_epoch(crops):
@@ -284,4 +295,4 @@ def test_a_target_can_be_an_object_and_a_size_a_pair(opened):
     assert batch.pixels.shape == (16, 3, 24, 40)
     assert torch.equal(batch.labels.sum(1), torch.ones(16))
     assert torch.equal(batch.labels.amax(1), torch.ones(16))
-    assert crops.feed.device == CPU
+    assert crops.device == CPU
