@@ -92,16 +92,16 @@ def test_sigterm_cuts_an_evaluation_short_and_the_run_goes_on_with_it(
 ):
     settings = {"epochs": 4, "eval_every": 2}
     train(tmp_path / "whole", folder, store, **settings)
-    plain, seen = loop.evaluate, []
+    plain, seen = loop.accuracy, []
 
     def terminated(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        made = plain(*arguments, **options, batch=4)
+        made = plain(*arguments, **options, batch_size=4)
         seen.append(made.images)
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", terminated)
+        patch.setattr(loop, "accuracy", terminated)
         with pytest.raises(TrainingError, match="a checkpoint is written"):
             train(tmp_path / "run", folder, store, **settings)
     assert seen == [4]  # of ten

@@ -74,7 +74,7 @@ def test_the_labels_of_a_module_are_its_own_softmax_on_the_recorded_crops(tmp_pa
 def test_what_made_them_is_recorded(tmp_path, folder):
     teacher = load_teacher(small_cnn(), size=32, name="ours", **STATISTICS)
     generate(folder, tmp_path / "s", teacher=teacher, form="hard", crops=1)
-    (facts,) = open_store(tmp_path / "s").part("rounds/0/labels/ours").settings["teachers"]
+    (facts,) = open_store(tmp_path / "s").part("rounds/0/labels/ours").settings.teachers
     assert facts == {
         "name": "ours", "library": "python", "share": 1.0, "classes": 5, "columns": None,
         "weights": weight_files.state_digest(small_cnn()), "size": [32, 32],
@@ -90,7 +90,7 @@ def test_a_module_and_a_named_network_are_averaged(tmp_path, folder, checkpoint,
     generate(folder, tmp_path / "s", teacher=pair, form="full", crops=1, **shares)
     store = open_store(tmp_path / "s")
     path = "rounds/0/labels/Sequential+test_resnet"
-    assert [t["name"] for t in store.part(path).settings["teachers"]] == [
+    assert [t["name"] for t in store.part(path).settings.teachers] == [
         "Sequential",
         "test_resnet",
     ]
@@ -139,7 +139,7 @@ def test_the_command_makes_the_same_store(tmp_path, folder, checkpoint):
     code, output = invoke(
         "generate", folder, tmp_path / "b", "--teacher", named, "--form", "topk:3",
         "--features", "post", "--crops", 2, "--seed", 3, "--source", "t", "--temperature", 2,
-        "--set", "batch=16",
+        "--set", "batch_size=16",
     )  # fmt: skip
     assert code == 0, output
     a, b = (open_store(tmp_path / name) for name in "ab")
@@ -149,7 +149,7 @@ def test_the_command_makes_the_same_store(tmp_path, folder, checkpoint):
 
 
 def test_arguments_that_cannot_be_right(tmp_path, folder, checkpoint):
-    with pytest.raises(UsageError, match="name at least one teacher"):
+    with pytest.raises(UsageError, match="teacher: name at least one"):
         generate(folder, tmp_path / "s", teacher=[], crops=1)
     with pytest.raises(UsageError, match="crops"):
         generate(folder, tmp_path / "s", teacher=f"test_resnet={checkpoint}", crops=0)
@@ -205,7 +205,7 @@ def test_a_tower_gives_features_with_and_without_class_folders(tmp_path, folder,
         )  # fmt: skip
         assert code == 0, output
         part = open_store(store).part("rounds/0/features/test_vit/post")
-        assert part.settings["teachers"][0]["classes"] == 0
+        assert part.settings.teachers[0]["classes"] == 0
         code, output = invoke("verify", store, "--data", data, "--teacher", tower)
         assert code == 0, output
 
