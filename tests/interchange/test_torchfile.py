@@ -267,7 +267,7 @@ def test_every_truncation_and_any_changed_byte_of_the_numbers_is_noticed():
 
 
 def test_what_is_no_torch_file_says_so():
-    assert "no torch file" in str(refused(b"hello"))
+    assert "not a torch file" in str(refused(b"hello"))
     assert "before 1.6" in str(refused(saved([1], _use_new_zipfile_serialization=False)))
     assert "big-endian" in str(refused(packed(b"\x80\x02N.", [("byteorder", b"big")])))
     empty = io.BytesIO()

@@ -140,7 +140,7 @@ def test_no_store_no_traceback(tmp_path):
     with pytest.raises(StoreError, match="is not a store"):
         open_store(tmp_path)
     zarr.create_group(store=str(tmp_path / "other"))
-    with pytest.raises(StoreError, match="not a store of fkdpipe"):
+    with pytest.raises(StoreError, match="not an fkdpipe store"):
         open_store(tmp_path / "other")
 
 
