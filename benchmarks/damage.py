@@ -184,7 +184,7 @@ class Field:
         wrong = {key: (length, "00000000") for key, (length, _) in marker.files.items()}
         forged = [
             replace(marker, files=wrong),
-            replace(marker, files={}, failed={}, made={}),
+            replace(marker, files={}, failed={}, facts={}),
             replace(marker, failed={marker.unit: ("forged", "left out by nobody")}),
         ]
         others = [f for f in self._alike(file) if f.read_bytes() != data]

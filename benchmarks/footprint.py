@@ -276,7 +276,7 @@ def demo_rows(root: Path, pictures: int, epochs: int) -> Iterator[dict[str, Any]
     box = box_bytes(opened.images.size_N2[:64], list(opened.images.keys[:64]))
     for text, derived in [*((f, False) for f in FORMS), ("topk:5:compact", True)]:
         form = parse_form(text)
-        wanted = thin.Thinning(form=form, derived_boxes=derived)
+        wanted = thin.Subset(form=form, derived_boxes=derived)
         place = LocalLocation(root / f"demo-{text}-{derived}")
         row = row_of("demo", thin.thin(opened, place, wanted), form, derived)
         row["bound"] = bound(form, derived, box, ids, ranked, classes)

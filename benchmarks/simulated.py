@@ -180,9 +180,9 @@ def fill(store: Store, boxes: Part, taught: Part, unit: int, values: dict[str, n
     drawn = rounds.draw(store, boxes, unit)
     stored = {"box": drawn.box_NM4, "flip": drawn.flip_NM} if boxes.fields else {}
     made = {"crops_crc32c": rounds.checksum(drawn)}
-    writer.commit_unit(store, boxes, unit, stored, made=made)
+    writer.commit_unit(store, boxes, unit, stored, facts=made)
     batch = {"batch": 64, "device": "cpu", "threads": 1}
-    writer.commit_unit(store, taught, unit, values, made=batch)
+    writer.commit_unit(store, taught, unit, values, facts=batch)
 
 
 def encode(form: Form, ids_NMK: np.ndarray, prob_NMK: np.ndarray) -> dict[str, np.ndarray]:

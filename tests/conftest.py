@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: small real pictures, a tiny teacher, places of their own."""
+"""Fixtures shared by all tests: small real pictures, a tiny teacher, temporary directories."""
 
 from __future__ import annotations
 

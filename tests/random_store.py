@@ -49,7 +49,7 @@ def fill(store, part, taught, unit, random) -> None:
     drawn = rounds.draw(store, part, unit)
     values = {"box": drawn.box_NM4, "flip": drawn.flip_NM} if part.fields else {}
     made = {"crops_crc32c": rounds.checksum(drawn)}
-    writer.commit_unit(store, part, unit, values, made=made)
+    writer.commit_unit(store, part, unit, values, facts=made)
     writer.commit_unit(store, taught, unit, random_labels(store, taught, unit, random))
 
 

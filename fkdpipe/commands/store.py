@@ -167,7 +167,7 @@ def thin(
     from fkdpipe.storage.location import open_location
     from fkdpipe.storage.store import open_store
 
-    wanted = thinning.Thinning(
+    wanted = thinning.Subset(
         crops=crops,
         form=parse_form(form) if form else None,
         source=source,

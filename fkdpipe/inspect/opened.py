@@ -122,7 +122,7 @@ class Store:
         values = np.empty((len(rows_I), len(crops_m), *kind.shape), dtype=kind.dtype)
         unit_I, local_I = np.divmod(rows_I, self._store.unit_size)
         for unit in np.unique(unit_I).tolist() if len(crops_m) else ():
-            if any(unit not in segment.manifest.made for segment in segments):
+            if any(unit not in segment.manifest.facts for segment in segments):
                 of_unit = self._store.unit_rows(unit)
                 raise UnsealedStoreError(
                     f"{self.url}: unit {unit} of {source or 'its crops'} (rows {of_unit.start} to "

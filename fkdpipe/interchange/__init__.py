@@ -1,4 +1,4 @@
-"""Label files of other systems, read into stores and written from them; one module a format."""
+"""Import and export label files of other systems, with one module per format."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ EXPORTS: dict[str, Callable[..., Exported]] = {
     "parquet": parquet.write_labels,
 }
 
-# Settings that only some formats know; the others are for all.
+# Settings that apply only to some formats; all others apply to every format.
 _ONLY = {
-    "classes": tuple(name for name in IMPORTS if name != "sre2l"),  # which keeps all scores
+    "classes": tuple(name for name in IMPORTS if name != "sre2l"),  # which stores all scores
     "keep": ("relabel", "tokenlabeling"),
     "compat_transposed": ("relabel", "tokenlabeling"),
     "skip_transformed": ("ml-dr",),
@@ -41,45 +41,45 @@ _ONLY = {
 }
 
 
-def check_settings(name: str, given: Iterable[str]) -> None:
-    """Refuse settings that mean nothing for a format.
+def check_settings(name: str, settings: Iterable[str]) -> None:
+    """Refuse settings that do not apply to a format.
 
     Args:
-        given: names of the `ImportSettings` a user chose.
+        settings: names of the `ImportSettings` that the user set.
 
     Raises:
-        UsageError: naming the setting and the formats it is for.
+        UsageError: names the setting and the formats it applies to.
     """
-    for setting in given:
+    for setting in settings:
         if name not in _ONLY.get(setting, (name,)):
             option = setting.replace("_", "-")
             known = ", ".join(_ONLY[setting])
-            raise UsageError(f"--{option} means nothing for {name}; it is for {known}.")
+            raise UsageError(f"--{option} does not apply to {name}, only to {known}.")
 
 
 def open_labels(
-    name: str, place: Path, folder: ImageFolder, settings: ImportSettings
+    name: str, path: Path, folder: ImageFolder, settings: ImportSettings
 ) -> LabelSource:
-    """Label files of a format, opened.
+    """Open label files of a format.
 
     Raises:
-        LabelsError: they cannot be used, or are not what the format says.
-        UsageError: an unknown format, or settings that do not fit.
+        LabelsError: they cannot be used, or are not in this format.
+        UsageError: an unknown format, or settings that do not apply to it.
     """
     log.info("matching label files with %s images", f"{len(folder):,}")
     try:
-        return choose(IMPORTS, name)(place, folder, settings)
+        return choose(IMPORTS, name)(path, folder, settings)
     except FkdpipeError:
         raise
     except (OSError, *DAMAGE) as error:
         raise LabelsError(
-            f"{place} is not as {name} writes it ({type(error).__name__}: {error}).",
+            f"{path} is not in {name}'s format ({type(error).__name__}: {error}).",
             code="broken-labels",
         ) from error
 
 
 def choose(table: dict, name: str) -> Callable:
-    """An entry of one of the tables; raises UsageError naming the formats there are."""
+    """An entry of one of the tables; raises UsageError that lists the formats."""
     if name not in table:
-        raise UsageError(f"{name!r} is no format known here; take {', '.join(table)}.")
+        raise UsageError(f"unknown format {name!r}; the formats are {', '.join(table)}.")
     return table[name]

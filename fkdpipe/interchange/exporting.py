@@ -1,4 +1,4 @@
-"""A store -> label files of another system: read unit by unit, most probable class first.
+"""Read a store for export to another system: unit by unit, most probable class first.
 
 Letters: I images of a unit that have labels, M crops of each over all rounds, K kept classes.
 """
@@ -30,15 +30,15 @@ class ExportSettings:
     """What to write."""
 
     source: str | None = None
-    """Which labels; by default the only ones."""
+    """Source of the labels; by default, the only one."""
     keep: PositiveInt | None = None
-    """K, classes of each label; by default all that are stored. Needed where the store keeps every
+    """K, classes of each label; by default, all that are stored. Required if the store holds every
     class."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did. notes: what the format cannot hold, and what was left out."""
+    """The result of an export. notes: what the format cannot hold, and what was left out."""
 
     images: int
     files: int
@@ -50,10 +50,10 @@ class Labelled:
     """The labelled images of a unit.
 
     Attributes:
-        rows: int64 (I,), places in the store. keys: of the images. size_I2: (height, width).
+        rows: int64 (I,), rows of the store. keys: of the images. size_I2: (height, width).
         box_IM4: uint16. flip_IM: bool.
         ids_IMK: int64, most probable first. prob_IMK: float32; all one for form `hard`.
-        jitter_IM4: float32 colour factors (`fkdpipe.pixels.crops.Crops`), None without any.
+        jitter_IM4: float32 colour factors (`fkdpipe.pixels.crops.Crops`), or None.
     """
 
     unit: int
@@ -72,72 +72,72 @@ class Export:
 
     Attributes:
         form: as stored. classes: C. keep: K that is written. crops: M.
-        settings: of the labels part.
+        finished: the crops and images that are exported. settings: of the labels part.
 
     Raises:
-        UsageError: K is more than the store keeps, or must be given.
+        UsageError: K exceeds the number of stored classes, or is required but missing.
         UnsealedStoreError, StoreError: the store is not complete, or has no such source.
     """
 
-    def __init__(self, store: Store, wanted: ExportSettings) -> None:
+    def __init__(self, store: Store, options: ExportSettings) -> None:
         self.store = store
-        self.source = reader.choose_source(store, wanted.source)
-        self.found: Finished = reader.finished(store, [("labels", self.source, "")])
-        self.segments = self.found.labels[0]
+        self.source = reader.choose_source(store, options.source)
+        self.finished: Finished = reader.finished(store, [("labels", self.source, "")])
+        self.segments = self.finished.labels[0]
         self.settings: LabelSettings = self.segments[0].part.settings
         self.form, self.classes = self.settings.form, self.settings.classes
-        self.crops = self.found.crops_per_image
-        if not self.form.sparse and wanted.keep is None:
-            raise UsageError(f"the store keeps all {self.classes} classes: say --keep K.")
+        self.crops = self.finished.crops_per_image
+        if not self.form.sparse and options.keep is None:
+            raise UsageError(f"the store holds all {self.classes} classes: choose some, --keep K.")
         most = self.form.k if self.form.sparse else self.classes
-        self.keep = most if wanted.keep is None else wanted.keep
+        self.keep = most if options.keep is None else options.keep
         if self.keep > most:
-            raise UsageError(f"--keep {self.keep}: the store keeps {most} classes of each label.")
+            raise UsageError(f"--keep {self.keep}: the store holds {most} classes of each label.")
 
     @cached_property
     def seeds(self) -> bool:
-        """Are the crops those of recorded seeds?"""
-        return all(SEED_FIELD in segment.part.fields for segment in self.found.crops)
+        """Does the store hold the seeds that the crops came from?"""
+        return all(SEED_FIELD in segment.part.fields for segment in self.finished.crops)
 
     def notes(self) -> list[str]:
-        """What every export has to say."""
-        said = []
-        failed = self.found.failed
+        """Notes that apply to every format."""
+        notes = []
+        failed = self.finished.failed
         if failed:
             keys = [str(self.store.images.keys[row]) for row in sorted(failed)[:3]]
-            said.append(f"{len(failed):,} images have no labels: {', '.join(keys)}, ...")
+            notes.append(f"{len(failed):,} images have no labels: {', '.join(keys)}, ...")
         if self.form.sparse and self.keep < self.form.k:
-            said.append(f"{self.keep} of the {self.form.k} stored classes are written")
-        return said
+            notes.append(f"{self.keep} of the {self.form.k} stored classes are written")
+        return notes
 
     def units(self, advance: Advance = lambda count: None) -> Iterator[Labelled]:
-        """Unit after unit; one is in memory at a time."""
+        """The units in order; one is in memory at a time."""
         images = self.store.images
         for unit in range(self.store.num_units):
             whole = self.store.unit_rows(unit)
-            begin, end = np.searchsorted(self.found.rows, [whole.start, whole.stop])
-            rows = self.found.rows[begin:end]
+            begin, end = np.searchsorted(self.finished.rows, [whole.start, whole.stop])
+            rows = self.finished.rows[begin:end]
             local = rows - whole.start
             if len(rows):
-                drawn = reader.read_crops(self.store, self.found.crops, unit, self.crops)[local]
+                crops = reader.read_crops(self.store, self.finished.crops, unit, self.crops)[local]
                 ids, prob = self._labels(unit, local)
                 yield Labelled(
                     unit=unit,
                     rows=rows,
                     keys=[str(key) for key in images.keys[rows]],
                     size_I2=images.size_N2[rows],
-                    box_IM4=drawn.box_NM4,
-                    flip_IM=drawn.flip_NM,
+                    box_IM4=crops.box_NM4,
+                    flip_IM=crops.flip_NM,
                     ids_IMK=ids,
                     prob_IMK=prob,
-                    jitter_IM4=drawn.jitter_NM4,
+                    jitter_IM4=crops.jitter_NM4,
                 )
             advance(whole.stop - whole.start)
 
     def seeds_of(self, labelled: Labelled) -> np.ndarray:
         """int32 (I, M): the seeds that the crops came from."""
         local = labelled.rows - self.store.unit_rows(labelled.unit).start
-        return self._narrow(self.found.crops, SEED_FIELD.name, labelled.unit)[local]
+        return self._narrow(self.finished.crops, SEED_FIELD.name, labelled.unit)[local]
 
     def _labels(self, unit: int, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids_IMK, prob_IMK), most probable first."""
@@ -156,7 +156,7 @@ class Export:
         stored = self._narrow(self.segments, self.form.value_field, unit)[local]
         prob = labels.decode_probabilities(self.form, stored.reshape(-1, self.form.k))
         rank = prob.copy()
-        rank[:, 0] = np.inf  # the teacher's first choice, even where rounding made it tie
+        rank[:, 0] = np.inf  # the teacher's top class, even if rounding made a tie
         order = np.argsort(-rank, axis=1, kind="stable")[:, : self.keep]
         ids, prob = (np.take_along_axis(values, order, 1) for values in (ids, prob))
         return ids.reshape(shape), prob.reshape(shape)
@@ -180,37 +180,37 @@ class Export:
 
 
 def refuse_jitter(export: Export, name: str) -> None:
-    """Refuse labels of crops whose colours were changed, where a format has no place for that.
+    """Refuse crops with recorded colour jitter, for formats that cannot hold it.
 
     Raises:
-        LabelsError: the other system would show its student other pixels.
+        LabelsError: the other system would train on other pixels.
     """
-    if any(segment.part.settings.jitter is not None for segment in export.found.crops):
+    if any(segment.part.settings.jitter is not None for segment in export.finished.crops):
         raise LabelsError(
             f"{export.store.url}: its crops have recorded colour jitter, which {name}'s files "
-            "cannot keep: its trainer would show other pixels than these labels belong to. Parquet "
+            "cannot hold: its trainer would show other pixels than these labels belong to. Parquet "
             "keeps it.",
             code="transformed",
         )
 
 
 def empty_folder(out: Path) -> Path:
-    """A new folder for label files.
+    """Create a folder for label files.
 
     Raises:
-        LabelsError: something is there.
+        LabelsError: it is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LabelsError(f"{out} is not empty. Name a new folder.", code="not-empty")
+        raise LabelsError(f"{out} is not empty. Choose a new folder.", code="not-empty")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
 def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save; a failed write is an OSError that names the file.
+    """torch.save whose errors name the file.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written.
     """
     import torch
 

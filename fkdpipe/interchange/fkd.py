@@ -42,16 +42,16 @@ log = logging.getLogger(__name__)
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # coordinates, flips, labels
 
 
-def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
-    """FKD's label files below a folder, matched to images.
+def open_labels(path: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
+    """Match FKD's label files below a folder to images.
 
     Raises:
-        LabelsError: no files that fit, none that can be read, or ids rounded by float16.
+        LabelsError: no files match, none can be read, or ids were rounded by float16.
     """
-    tree = matching.match(place, folder, ".tar")
+    tree = matching.match(path, folder, ".tar")
     fraction, _, label = tree.first(parse)
     classes = settings.classes or len(folder.class_names)
-    refuse_half_ids(label.dtype, classes, str(place))
+    refuse_half_ids(label.dtype, classes, str(path))
     crops = settings.crops or len(fraction)
     notes = []
     largest = int(folder.size_N2.max())
@@ -64,7 +64,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
     def read(position: int) -> ImageLabels:
         arrays = parse(tree.read(position))
         if settings.crops is None and len(arrays[0]) != crops:
-            detail = f"{len(arrays[0])} crops, the others {crops}; --crops takes the first of each"
+            detail = f"{len(arrays[0])} crops, others have {crops}; --crops M takes the first M"
             raise BrokenFileError("other-crops", detail)
         return _labels(arrays, folder.size_N2[position].tolist())
 
@@ -87,17 +87,17 @@ def parse(data: bytes) -> Arrays:
     """The three arrays of a file.
 
     Raises:
-        BrokenFileError: something else is in it.
+        BrokenFileError: it holds something else.
     """
-    found = torchfile.loads(data)
-    if not isinstance(found, (list, tuple)) or len(found) != 3:
+    content = torchfile.loads(data)
+    if not isinstance(content, (list, tuple)) or len(content) != 3:
         raise BrokenFileError("broken-label", "not a list of coordinates, flips and labels")
-    fraction, flip, label = (torchfile.as_array(value) for value in found)
+    fraction, flip, label = (torchfile.as_array(value) for value in content)
     if (fraction.ndim, flip.ndim) != (2, 1) or not label.ndim or not len(fraction):
         shapes = f"{fraction.shape}, {flip.shape} and {label.shape}"
         raise BrokenFileError("broken-label", f"coordinates, flips and labels of shapes {shapes}")
     if not len(fraction) == len(flip) == len(label):
-        raise BrokenFileError("broken-label", "coordinates, flips and labels of unequal number")
+        raise BrokenFileError("broken-label", "coordinates, flips and labels of different lengths")
     _form(label)
     return fraction, flip, label
 
@@ -128,26 +128,26 @@ def _labels(arrays: Arrays, size: list[int]) -> ImageLabels:
 def write_labels(
     store: Store, out: Path, settings: ExportSettings, *, reporter: Reporter = silent
 ) -> Exported:
-    """Write a store's labels as FKD's trainer looks for them: `out/train/<class>/<name>.tar`.
+    """Write a store's labels where FKD's trainer looks for them: `out/train/<class>/<name>.tar`.
 
-    Tensors, float32, so that every version of torch reads them; give the trainer `out` as its
-    softlabel_path. It takes the last three parts of an image's path, up to the first dot, for the
-    name of its label; names end at the first dot here too, where that is unambiguous.
+    Files hold float32 tensors, which every version of torch reads; `out` is the trainer's
+    softlabel_path. The trainer names a label by the last three parts of its image's path, up to the
+    first dot; the names written here end at the first dot too, if that is unambiguous.
 
     Raises:
-        LabelsError: `out` is not empty, colours were changed, or there are more classes than
-            float32 counts exactly.
+        LabelsError: `out` is not empty, the store has colour jitter, or it has more classes than
+            float32 can count exactly.
     """
     import torch
 
     export = Export(store, settings)
     exporting.refuse_jitter(export, "FKD")
     if export.classes > 2**24:
-        raise LabelsError("FKD keeps class ids as float32, which is exact up to 2**24 classes.")
-    trainer = _trainer_words(export)
+        raise LabelsError("FKD stores class ids as float32, which is exact up to 2**24 classes.")
+    trainer = _trainer_note(export)
     if trainer:
-        log.warning("%s", trainer)  # before much is written, and in the notes after it
-    place = exporting.empty_folder(out)
+        log.warning("%s", trainer)  # before anything is written, and again in the notes
+    root = exporting.empty_folder(out)
     names, odd = _names(store)
     files = 0
     with reporter.task("export", store.num_images, "images") as advance:
@@ -158,35 +158,35 @@ def write_labels(
             flip = torch.from_numpy(unit.flip_IM)
             label = torch.from_numpy(_stored(export, unit))
             for i, row in enumerate(unit.rows.tolist()):
-                path = images.path_of(place, names[row])
+                path = images.path_of(root, names[row])
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                # a view would be saved with the whole unit behind it
+                # torch.save would save a view with the storage of the whole unit
                 value = [v[i].clone() for v in (fraction, flip, label)]
                 exporting.save_torch(value, os.fsdecode(path))
                 files += 1
     notes = [
         *export.notes(),
-        "FKD's files keep neither the teacher, its temperature, the number of classes nor the list "
+        "FKD's files do not hold the teacher, its temperature, the number of classes or the list "
         "of images; keep the store or write them down",
     ]
     if trainer:
         notes.append(trainer)
-    said = {
+    texts = {
         "cut": "labels are named up to the image name's first dot, where FKD's trainer looks",
         "ambiguous": "images share a name with another up to the first dot; their labels are "
         "named in full, and FKD's trainer will not find them",
         "deep": "images lie in other folders than class/, or in one with a dot in its name: FKD's "
         "trainer will not find their labels below this folder",
     }
-    notes += [f"{odd[kind]:,} {text}" for kind, text in said.items() if odd[kind]]
-    return Exported(len(export.found.rows), files, tuple(notes))
+    notes += [f"{odd[kind]:,} {text}" for kind, text in texts.items() if odd[kind]]
+    return Exported(len(export.finished.rows), files, tuple(notes))
 
 
-def _trainer_words(export: Export) -> str:
-    """What FKD's trainer cannot do with these labels; "" where it can use them."""
+def _trainer_note(export: Export) -> str:
+    """Why FKD's trainer cannot use these labels; "" if it can."""
     if export.form.kind == "hard" or export.keep in (1, 5, 10):
         return ""
-    return f"FKD's trainer knows K = 5 and 10; these labels keep {export.keep}"
+    return f"FKD's trainer supports K = 5 and 10; these labels keep {export.keep}"
 
 
 def _stored(export: Export, unit: Labelled) -> np.ndarray:
@@ -198,16 +198,16 @@ def _stored(export: Export, unit: Labelled) -> np.ndarray:
 
 
 def _names(store: Store) -> tuple[list[str], dict[str, int]]:
-    """Where each row's label goes, and how many names are out of the ordinary."""
+    """The name of each row's label file, and the number of unusual names by kind."""
     keys = [f"train/{key}" for key in store.images.keys]
     short = [matching.cut_name(key) for key in keys]
-    _, place, counts = np.unique(crops.image_ids(short), return_inverse=True, return_counts=True)
+    _, index, counts = np.unique(crops.image_ids(short), return_inverse=True, return_counts=True)
     names = []
     odd = {"cut": 0, "ambiguous": 0, "deep": 0}
-    for key, name, shared in zip(keys, short, (counts[place] > 1).tolist(), strict=True):
+    for key, name, shared in zip(keys, short, (counts[index] > 1).tolist(), strict=True):
         odd["deep"] += key.count("/") != 2 or "." in os.path.dirname(key)
         odd["ambiguous"] += shared
         odd["cut"] += not shared and name != matching.stem(key)
-        # shared: with its extension, since a.jpg and a.png differ in nothing else
+        # Shared names keep the extension, since a.jpg and a.png differ in nothing else.
         names.append(f"{key if shared else name}.tar")
     return names, odd

@@ -1,4 +1,4 @@
-"""The order of torchvision's ImageFolder, by which several systems name their labels."""
+"""The order of torchvision's ImageFolder, which several systems use to name their labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
 def index_of(keys: Sequence[str], rejected: Iterable[str] = ()) -> np.ndarray:
     """int64 (N,): each image's index in torchvision's ImageFolder, -1 where it is not listed.
 
-    It lists by class, folder, then name, and by extension alone, so broken images count too.
+    ImageFolder sorts by class, folder and name, and selects files only by their extension, so
+    broken images count too.
 
     Args:
         rejected: keys of files that were left out when the folder was scanned.

@@ -1,7 +1,7 @@
-"""Labels of another system -> a store like any other: written unit by unit, resumable, sealed.
+"""Import labels of another system into an ordinary store: unit by unit, resumable, sealed.
 
-One unit's labels are in memory at a time, whatever the number of files. An image without usable
-labels keeps fill values and is listed, with the reason, in its unit's markers.
+Only one unit's labels are in memory at a time, whatever the number of files. An image without
+usable labels gets fill values and is listed, with the reason, in its unit's markers.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from fkdpipe.storage.store import IMAGES, Part, Store
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_SHARE = 0.5  # of a unit: more looks like the wrong folder, not like broken files
+MAX_FAILED_SHARE = 0.5  # of a unit: more looks like the wrong folder, not broken files
 EXAMPLES = 20
 
-Found = ImageLabels | BrokenFileError
+Result = ImageLabels | BrokenFileError
 Values = dict[str, np.ndarray]
 
 
 @dataclass
 class Imported:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
-        source: name its labels have in the store.
-        made, kept: units committed now, and before.
-        failed: reason code to how many images. examples: some of them, key and reason.
-        moved: boxes moved back into their image after float16 had put them outside.
-        notes: what the format said about itself.
+        source: name of the labels in the store.
+        made, kept: units committed by this run, and before.
+        failed: reason code to number of images. examples: some of them, key and reason.
+        moved: boxes moved back into their image, since float16 rounding had put them outside.
+        notes: of the label source.
     """
 
     store: Store
@@ -77,16 +77,16 @@ def import_labels(
     *,
     reporter: Reporter = silent,
 ) -> Imported:
-    """Write a store from opened label files; started again, it makes what is missing.
+    """Write opened label files to a store; a second call imports only what is missing.
 
     Args:
         folder: the images the labels belong to. location: of the store.
 
     Raises:
-        LabelsError: most images of a unit have no usable labels, or there are more classes than
-            the folder has and `settings.classes` does not say how many.
-        StoreMismatchError: the store there was made from other images or labels.
-        ClaimedError: another process writes it.
+        LabelsError: most images of a unit have no usable labels, or the labels have more classes
+            than the folder and `settings.classes` is not set.
+        StoreMismatchError: the location holds a store of other images or labels.
+        ClaimedError: another process is writing to it.
     """
     labels.check_form(source.form, source.classes)
     for note in source.all_notes():
@@ -109,9 +109,9 @@ def import_labels(
             rows = store.unit_rows(unit)
             if unit not in done:
                 unit_ = _Unit(store, source, folder, order[rows], unit)
-                found = list(pool.map(unit_.read, range(rows.stop - rows.start)))
+                results = list(pool.map(unit_.read, range(rows.stop - rows.start)))
                 claim.check()
-                unit_.commit(found, parts, result)
+                unit_.commit(results, parts, result)
             advance(rows.stop - rows.start)
         for part in (store.part(IMAGES), *parts):
             writer.seal(store, part)
@@ -146,10 +146,10 @@ def _open_or_create(
 
 
 def _parts(store: Store, source: LabelSource, settings: ImportSettings) -> tuple[Part, Part]:
-    """The crops and the labels part, begun or found as they were begun."""
+    """The crops and the labels part, started now or before."""
     name = settings.source or _source_name(settings.teacher) or source.format
     origin = {"format": source.format, "fingerprint": source.fingerprint, **source.origin}
-    given = settings.temperature
+    temperature = settings.temperature
     fields = [*schema.crop_fields(), *source.fields]
     distribution = source.distribution
     if distribution.imported:
@@ -159,7 +159,7 @@ def _parts(store: Store, source: LabelSource, settings: ImportSettings) -> tuple
         form=source.form,
         classes=source.classes,
         crops=source.crops,
-        temperature=source.temperature if given is None else given,
+        temperature=source.temperature if temperature is None else temperature,
         teachers=({"name": settings.teacher or None},),
         imported_from=origin,
     )
@@ -183,7 +183,7 @@ def _source_name(teacher: str) -> str:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A unit in the making; position_U: place of its images in the folder."""
+    """A unit in progress. position_U: positions of its images in the folder."""
 
     store: Store
     source: LabelSource
@@ -191,35 +191,38 @@ class _Unit:
     position_U: np.ndarray
     number: int
 
-    def read(self, place: int) -> Found:
-        """The labels of one image, checked, or what is wrong with them."""
-        position = int(self.position_U[place])
+    def read(self, index: int) -> Result:
+        """The checked labels of one image, or what is wrong with them."""
+        position = int(self.position_U[index])
         try:
-            found = self.source.read(position)
-            return check(found, self.source, self.folder.size_N2[position].tolist())
+            labels_ = self.source.read(position)
+            return check(labels_, self.source, self.folder.size_N2[position].tolist())
         except BrokenFileError as error:
             return error
         except DAMAGE as error:
             return BrokenFileError("broken-label", f"{type(error).__name__}: {error}")
 
-    def commit(self, found: Sequence[Found], parts: tuple[Part, Part], result: Imported) -> None:
+    def commit(self, images_: Sequence[Result], parts: tuple[Part, Part], result: Imported) -> None:
+        """Commit the labels of a unit's images, and add them to the result."""
         first = self.store.unit_rows(self.number).start
         failed = {
-            first + place: (entry.code, str(entry))
-            for place, entry in enumerate(found)
+            first + index: (entry.code, str(entry))
+            for index, entry in enumerate(images_)
             if isinstance(entry, BrokenFileError)
         }
-        self._refuse(failed, len(found))
-        good = [place for place, entry in enumerate(found) if isinstance(entry, ImageLabels)]
-        usable = [entry for entry in found if isinstance(entry, ImageLabels)]
-        count = (len(found), self.source.crops)
-        drawn = _filled(parts[0], count, good, _crop_values(usable))
-        crc = rounds.checksum(Crops(drawn["box"], drawn["flip"]))
+        self._refuse(failed, len(images_))
+        good = [index for index, entry in enumerate(images_) if isinstance(entry, ImageLabels)]
+        usable = [entry for entry in images_ if isinstance(entry, ImageLabels)]
+        count = (len(images_), self.source.crops)
+        crop_values = _filled(parts[0], count, good, _crop_values(usable))
+        crc = rounds.checksum(Crops(crop_values["box"], crop_values["flip"]))
         moved = sum(entry.moved for entry in usable)
         facts: Json = {"crops_crc32c": crc, **({"moved_boxes": moved} if moved else {})}
-        kept = _filled(parts[1], count, good, _label_values(usable, self.source))
-        for part, values, made in ((parts[0], drawn, facts), (parts[1], kept, {})):
-            writer.commit_unit(self.store, part, self.number, values, failed=failed, made=made)
+        label_values = _filled(parts[1], count, good, _label_values(usable, self.source))
+        writer.commit_unit(
+            self.store, parts[0], self.number, crop_values, failed=failed, facts=facts
+        )
+        writer.commit_unit(self.store, parts[1], self.number, label_values, failed=failed)
         result.made += 1
         result.moved += moved
         result.failed.update(code for code, _ in failed.values())
@@ -230,13 +233,13 @@ class _Unit:
                 log.warning("%s is left out: %s, %s", key, code, detail)
 
     def _refuse(self, failed: dict[int, tuple[str, str]], count: int) -> None:
-        """Stop where going on would make a store that nobody wants."""
+        """Stop the import if the labels cannot be meant for these images."""
         keys = self.store.images.keys
         for row, (code, detail) in failed.items():
             if code == "class-range" and not self.source.classes_known:
                 raise LabelsError(
-                    f"the label of {keys[row]} names {detail}, the number of class folders. Say "
-                    "how many classes the teacher has: --classes C.",
+                    f"the label of {keys[row]} names {detail}, the number of class folders. Set "
+                    "the teacher's number of classes: --classes C.",
                     code="classes",
                 )
         if len(failed) > MAX_FAILED_SHARE * count:
@@ -251,7 +254,7 @@ class _Unit:
 
 
 def _filled(part: Part, count: tuple[int, int], good: list[int], values: Values) -> Values:
-    """The fields of a part for a whole unit; images that failed keep fill values."""
+    """The fields of a part for a whole unit; images that failed get fill values."""
     whole = {}
     for f in part.fields:
         whole[f.name] = writer.fill_rows(f, *count)
@@ -295,6 +298,6 @@ def _label_values(usable: Sequence[ImageLabels], source: LabelSource) -> Values:
 
 
 def scan(data: Path, reporter: Reporter = silent) -> ImageFolder:
-    """The images that labels are to be matched with."""
+    """The images to match with the labels."""
     with reporter.task("scan", 0, "files") as advance:
         return images.scan(data, need_classes=False, on_image=advance)

@@ -1,7 +1,7 @@
-"""Which label file belongs to which image: by folders and name, whatever lies above them.
+"""Match label files to images by their folders and names, below any root folder.
 
-Names are compared folder by folder, so that the names of a million files are never held in memory
-at once. The list of images itself is, which `benchmarks/interchange.py` measures.
+Names are compared folder by folder, so the names of all label files are never in memory at once.
+The list of images is; `benchmarks/interchange.py` measures its memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fkdpipe.pixels.images import ImageFolder
 
 Parsed = TypeVar("Parsed")
 
-MAX_DEPTH = 4  # folders between what the user names and the class folders
+MAX_DEPTH = 4  # folders between the user's path and the class folders
 SAMPLE = 32
 EXAMPLES = 20
 
-_NONE, _AMBIGUOUS, _FIRST = 0, 1, 2  # from _FIRST on: which of `_candidates` is the label's name
+_NONE, _AMBIGUOUS, _FIRST = 0, 1, 2  # from _FIRST on: index of the label's name in `_candidates`
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LabelTree:
     """A tree of label files, matched to an image folder.
 
     Attributes:
-        root: folder below which the images' folders lie again. suffix: of the label files.
-        keys: of the images. kind_N: uint8, which name serves.
-        extra: label files without an image; examples.
+        root: folder with the same subfolders as the images. suffix: of the label files.
+        keys: of the images. kind_N: uint8, which kind of name the label has.
+        extra: number of label files without an image. extra_examples: some of them.
     """
 
     root: Path
@@ -51,7 +51,7 @@ class LabelTree:
         """The label file of an image.
 
         Raises:
-            BrokenFileError: "no-label", or "ambiguous-label" when several images claim it.
+            BrokenFileError: "no-label", or "ambiguous-label" if several images match it.
         """
         kind, key = int(self.kind_N[position]), self.keys[position]
         if kind == _AMBIGUOUS:
@@ -63,7 +63,7 @@ class LabelTree:
         return images.path_of(self.root, os.path.join(folder, label))
 
     def read(self, position: int) -> bytes:
-        """Its bytes; raises BrokenFileError when it cannot be read."""
+        """Bytes of an image's label file; raises BrokenFileError if it cannot be read."""
         path = self.path(position)
         try:
             with open(path, "rb") as file:
@@ -78,10 +78,10 @@ class LabelTree:
         return usable[spread(len(usable))].tolist()
 
     def first(self, parse: Callable[[bytes], Parsed]) -> Parsed:
-        """What is in the first file of the sample that can be read.
+        """The parsed content of the first readable file of the sample.
 
         Raises:
-            LabelsError: none can be.
+            LabelsError: none can be read.
         """
         reasons = []
         for position in self.sample():
@@ -95,7 +95,7 @@ class LabelTree:
         )
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over a few label files: enough to tell two label sets apart."""
+        """sha256 (hex) of a few label files, enough to tell two sets of labels apart."""
         digest = hashlib.sha256()
         for position in self.sample():
             digest.update(self.keys[position].encode() + b"\0" + self.read(position))
@@ -103,7 +103,7 @@ class LabelTree:
 
 
 def spread(count: int) -> np.ndarray:
-    """int64: up to `SAMPLE` of `count` positions, the first and the last among them."""
+    """int64: up to `SAMPLE` of `count` positions, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
 
 
@@ -118,26 +118,26 @@ def cut(name: str) -> str:
 
 
 def cut_name(key: str) -> str:
-    """A path whose last part is cut."""
+    """A path whose last part is `cut`."""
     folder, name = os.path.split(key)
     return os.path.join(folder, cut(name))
 
 
 def _candidates(name: str) -> tuple[str, str, str]:
-    """What an image's label may be called, without the suffix, the surest first."""
+    """Possible names of an image's label, without the suffix, the most specific first."""
     return name, stem(name), cut(name)
 
 
-def match(place: Path, folder: ImageFolder, suffix: str) -> LabelTree:
-    """Find the label files of a folder's images below a place.
+def match(path: Path, folder: ImageFolder, suffix: str) -> LabelTree:
+    """Find the label files of a folder's images below a path.
 
     Raises:
-        LabelsError: no such place, nothing there fits, or more than half of the images have no
-            label file.
+        LabelsError: the path does not exist, no file matches, or more than half of the images have
+            no label file.
     """
-    if not place.is_dir():
-        raise LabelsError(f"{place}: no such folder of label files.", code="no-labels")
-    root = _find_root(place, folder, suffix)
+    if not path.is_dir():
+        raise LabelsError(f"{path}: no such folder of label files.", code="no-labels")
+    root = _find_root(path, folder, suffix)
     by_folder: dict[str, list[int]] = {}
     for position, key in enumerate(folder.keys):
         by_folder.setdefault(os.path.dirname(key), []).append(position)
@@ -152,64 +152,64 @@ def match(place: Path, folder: ImageFolder, suffix: str) -> LabelTree:
         extra += len(unused)
         examples += [os.path.join(relative, name + suffix) for name in sorted(unused)]
         del examples[EXAMPLES:]
-    for path in _elsewhere(root, by_folder, suffix):
+    for name in _elsewhere(root, by_folder, suffix):
         extra += 1
         if len(examples) < EXAMPLES:
-            examples.append(path)
+            examples.append(name)
     missing = int((kind_N == _NONE).sum())
     if missing > len(folder) / 2:
-        lost = [folder.keys[p] for p in np.flatnonzero(kind_N == _NONE)[:3]]
+        keys = [folder.keys[p] for p in np.flatnonzero(kind_N == _NONE)[:3]]
         raise LabelsError(
             f"{missing:,} of {len(folder):,} images have no label file below {root}, for example "
-            f"{', '.join(lost)}. Is {place} the right folder, and {folder.root} the images it was "
-            "made for?",
+            f"{', '.join(keys)}. Check that {path} is the right folder, and that it was made for "
+            f"the images in {folder.root}.",
             code="wrong-folder",
         )
     return LabelTree(root, suffix, folder.keys, kind_N, extra, tuple(examples))
 
 
 def _kinds(names: list[str], labels: set[str]) -> tuple[list[int], set[str]]:
-    """Which name of a label serves each image of one folder; and labels that serve none."""
-    served = [
+    """The kind of each image's label name in one folder, and the labels that match no image."""
+    indices = [
         next((k for k, label in enumerate(_candidates(name)) if label in labels), None)
         for name in names
     ]
-    claimed = [
-        None if k is None else _candidates(name)[k] for name, k in zip(names, served, strict=True)
+    matches = [
+        None if k is None else _candidates(name)[k] for name, k in zip(names, indices, strict=True)
     ]
-    counts = Counter(claimed)
+    counts = Counter(matches)
     kinds = [
-        _NONE if k is None else _AMBIGUOUS if counts[claim] > 1 else _FIRST + k
-        for k, claim in zip(served, claimed, strict=True)
+        _NONE if k is None else _AMBIGUOUS if counts[match] > 1 else _FIRST + k
+        for k, match in zip(indices, matches, strict=True)
     ]
-    return kinds, labels - set(filter(None, claimed))
+    return kinds, labels - set(filter(None, matches))
 
 
 def _label_names(root: Path, relative: str, suffix: str) -> set[str]:
-    """Names of label files of one folder, without the suffix."""
-    place = images.path_of(root, relative) if relative else os.fsencode(root)
+    """Names of the label files in one folder, without the suffix."""
+    path = images.path_of(root, relative) if relative else os.fsencode(root)
     try:
-        entries = [e for e in os.scandir(place) if not e.is_dir(follow_symlinks=False)]
-        found = [os.fsdecode(entry.name) for entry in entries]
+        entries = [e for e in os.scandir(path) if not e.is_dir(follow_symlinks=False)]
+        names = [os.fsdecode(entry.name) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return set()
-    return {images.key_of(name.removesuffix(suffix)) for name in found if name.endswith(suffix)}
+    return {images.key_of(name.removesuffix(suffix)) for name in names if name.endswith(suffix)}
 
 
 def _elsewhere(root: Path, known: dict[str, list[int]], suffix: str) -> list[str]:
-    """Label files in folders that hold no image; the first few of each folder."""
-    found = []
+    """Label files in folders without images."""
+    files: list[str] = []
     for folder, _, names in os.walk(root):
         relative = images.key_of(os.path.relpath(folder, root))
         if relative not in known and not (relative == "." and "" in known):
-            found += [os.path.join(relative, name) for name in names if name.endswith(suffix)]
-    return found
+            files += [os.path.join(relative, name) for name in names if name.endswith(suffix)]
+    return files
 
 
-def _find_root(place: Path, folder: ImageFolder, suffix: str) -> Path:
-    """The folder below `place` under which the images' own folders and names are found."""
+def _find_root(path: Path, folder: ImageFolder, suffix: str) -> Path:
+    """The folder below `path` that has the images' folders and names."""
     keys = [folder.keys[i] for i in spread(len(folder)).tolist()]
-    level = [place]
+    level = [path]
     for _ in range(MAX_DEPTH + 1):
         scores = {candidate: _hits(candidate, keys, suffix) for candidate in level}
         best = max(scores.values(), default=0)
@@ -224,14 +224,14 @@ def _find_root(place: Path, folder: ImageFolder, suffix: str) -> Path:
             return fitting[0]
         level = sorted(Path(e.path) for c in level for e in os.scandir(c) if os.path.isdir(e.path))
     raise LabelsError(
-        f"no label file of these images below {place}: looked for {stem(keys[0])}{suffix} and "
-        f"others like it, up to {MAX_DEPTH} folders deep.",
+        f"no label file of these images below {path}: looked for {stem(keys[0])}{suffix} and "
+        f"similar names, up to {MAX_DEPTH} folders deep.",
         code="no-labels",
     )
 
 
 def _hits(root: Path, keys: Sequence[str], suffix: str) -> int:
-    """How many of some images have a label file below a folder."""
+    """The number of keys that have a label file below a folder."""
     hits = 0
     for key in keys:
         relative, name = os.path.split(key)

@@ -1,11 +1,11 @@
 """Apple's ml-dr ("Reinforce Data, Multiply Impact"): one torch file per image, `<index>.pth.tar`.
 
-The index is the image's place in torchvision's ImageFolder. A file holds (index, samples), each
-sample {"params": ..., "prob": (probabilities, classes)} with K classes in no order; params list
-what each random transformation did, in a fixed order. `config.pth.tar` names the
-transformations. Boxes are pixels of the decoded image. Samples that were also changed by
-RandAugment, erasing, mixup or cutmix have labels of pixels that crop and flip do not give: they
-are refused, or left out when asked.
+The index is the image's position in torchvision's ImageFolder. A file holds (index, samples), each
+sample {"params": ..., "prob": (probabilities, classes)} with K classes in any order; params list
+the parameters of each random transformation, in a fixed order. `config.pth.tar` names the
+transformations. Boxes are in pixels of the decoded image. Samples that were also changed by
+RandAugment, erasing, mixup or cutmix have labels of pixels that crop and flip alone do not give:
+they are refused, or left out on request.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _RESIZING = ("resize", "center_crop", "random_crop")
 Sample = tuple[Any, Any, list[str]]  # box, flip, what else was done to the pixels
 
 
-def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
-    """ml-dr's files, in `place` or in `place/reinforced_data`.
+def open_labels(path: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
+    """Open ml-dr's files, in `path` or in `path/reinforced_data`.
 
     Raises:
-        LabelsError: no configuration, another number of images, or labels of other pixels.
+        LabelsError: no configuration, another number of images, or transformed pixels.
         UsageError: `skip_transformed` without `crops`.
     """
-    inside = place / "reinforced_data"
-    root = inside if (inside / "config.pth.tar").is_file() else place
+    inside = path / "reinforced_data"
+    root = inside if (inside / "config.pth.tar").is_file() else path
     config = _config(root)
     used = _transformations(config, root)
     index_N = imagefolder.index_of(folder.keys, (r.key for r in folder.rejected))
@@ -87,7 +87,7 @@ def open_labels(place: Path, folder: ImageFolder, settings: ImportSettings) -> L
         ),
         fingerprint=fingerprint,
         read=read,
-        temperature=1.0,  # its generator knows no other
+        temperature=1.0,  # the only one of its generator
         provenance={"ml-dr": {"teacher": config.get("teacher"), "reinforce": config["reinforce"]}},
     )
 
@@ -105,7 +105,7 @@ def _config(root: Path) -> Json:
     """The configuration of a reinforced data set.
 
     Raises:
-        LabelsError: it is missing or of another shape.
+        LabelsError: it is missing or invalid.
     """
     file = root / "config.pth.tar"
     try:
@@ -113,8 +113,8 @@ def _config(root: Path) -> Json:
         config["reinforce"]["image_augmentation"].items()
     except FileNotFoundError:
         raise LabelsError(
-            f"{root} has no config.pth.tar, which says what was done to the images. Files written "
-            "by joblib (.jb) cannot be read safely.",
+            f"{root} has no config.pth.tar, which names the transformations of the images. Files "
+            "written by joblib (.jb) cannot be read safely.",
             code="no-labels",
         ) from None
     except (BrokenFileError, KeyError, TypeError, AttributeError) as error:
@@ -123,7 +123,7 @@ def _config(root: Path) -> Json:
 
 
 def _transformations(config: Json, root: Path) -> list[str]:
-    """Those of `_RECORDED` that were used, in their order.
+    """The transformations of `_RECORDED` that were used, in this order.
 
     Raises:
         LabelsError: the boxes are not those of random crops of the decoded image.
@@ -134,14 +134,14 @@ def _transformations(config: Json, root: Path) -> list[str]:
     if resizing or "random_resized_crop" not in used:
         raise LabelsError(
             f"{root}: its images were prepared with {', '.join(resizing) or 'no random crop'}, so "
-            "its boxes are not those of the images as they are.",
+            "its boxes are not in pixels of the original images.",
             code="transformed",
         )
     return [name for name in _RECORDED if name in used]
 
 
 def _check_count(root: Path, images: int) -> None:
-    """Files are named by position, so a missing image would shift every label after it.
+    """Check the number of files: they are named by position, so a missing image shifts all labels.
 
     Raises:
         LabelsError: the largest index is not that of the folder's last image.
@@ -154,31 +154,31 @@ def _check_count(root: Path, images: int) -> None:
     if largest + 1 != images:
         raise LabelsError(
             f"{root} holds labels for {largest + 1:,} images, and torchvision's ImageFolder lists "
-            f"{images:,}. ml-dr names labels by position: with one image more or less, labels go "
-            "to the wrong images. Use the folder they were made for.",
+            f"{images:,}. ml-dr names labels by position, so another number of images would give "
+            "labels to the wrong images. Use the folder they were made for.",
             code="wrong-folder",
         )
 
 
 def _samples(data: bytes, index: int, used: list[str]) -> list[tuple[Sample, tuple]]:
-    """Each sample of a file: what was done, and its (probabilities, classes)."""
-    found = torchfile.loads(data)
-    if not isinstance(found, tuple) or [type(part) for part in found] != [int, list]:
+    """Each sample of a file: its transformations, and its (probabilities, classes)."""
+    content = torchfile.loads(data)
+    if not isinstance(content, tuple) or [type(part) for part in content] != [int, list]:
         raise BrokenFileError("broken-label", "not a pair of index and samples")
-    if found[0] != index:
-        raise BrokenFileError("wrong-index", f"it says it belongs to image {found[0]}, not {index}")
+    if content[0] != index:
+        raise BrokenFileError("wrong-index", f"it belongs to image {content[0]}, not {index}")
     try:
-        samples = [(_applied(s["params"], used), tuple(s["prob"])) for s in found[1]]
+        samples = [(_applied(s["params"], used), tuple(s["prob"])) for s in content[1]]
         sizes = {tuple(len(part) for part in label) for _, label in samples}
     except DAMAGE as error:
-        raise BrokenFileError("broken-label", f"a sample of another shape ({error})") from error
+        raise BrokenFileError("broken-label", f"an invalid sample ({error})") from error
     if not sizes or any(len(size) != 2 or size[0] != size[1] or not size[0] for size in sizes):
         raise BrokenFileError("broken-label", "samples without a pair of probabilities and classes")
     return samples
 
 
 def _applied(params: Any, used: list[str]) -> Sample:
-    """What was done to a sample: compressed parameters are a list, others a dict."""
+    """The transformations of a sample. Compressed parameters are a list, others a dict."""
     if isinstance(params, dict):
         first = {n: params[n] if n in _MIXING else params[n][0] for n in used}
     else:
@@ -190,7 +190,7 @@ def _applied(params: Any, used: list[str]) -> Sample:
             for name, value in zip(used, values, strict=True)
         }
     erased = first.get("random_erase")
-    if erased is not None and erased[0] == -1:  # no place was found, so nothing was erased
+    if erased is not None and erased[0] == -1:  # no area was found, so nothing was erased
         first["random_erase"] = None
     done = [n for n in ("rand_augment", "random_erase", *_MIXING) if first.get(n) is not None]
     return first["random_resized_crop"], first.get("random_horizontal_flip", False), done
@@ -200,7 +200,7 @@ def _labels(samples: list[tuple[Sample, tuple]], k: int) -> ImageLabels:
     box, flip, ids, prob = [], [], [], []
     for (area, mirrored, _), label in samples:
         if len(label) != 2 or any(len(part) != k for part in label):
-            raise BrokenFileError("broken-label", f"a label that has not {k} classes")
+            raise BrokenFileError("broken-label", f"a label without exactly {k} classes")
         box.append(_numbers(area, int, 4))
         flip.append(bool(mirrored))
         prob.append(_numbers(label[0], (int, float), k))
@@ -218,18 +218,18 @@ def _numbers(values: Any, kind: Any, count: int) -> list:
     if not isinstance(values, (list, tuple)) or len(values) != count:
         raise BrokenFileError("broken-label", f"not {count} numbers")
     if not all(isinstance(v, kind) and abs(v) < 2**31 for v in values):
-        raise BrokenFileError("broken-label", "something that is no number")
+        raise BrokenFileError("broken-label", "a non-numeric value")
     return list(values)
 
 
 def _probe(
     root: Path, index_N: np.ndarray, used: list[str], settings: ImportSettings
 ) -> tuple[list[tuple], str]:
-    """Labels of the first file that can be read, and a digest of a few files.
+    """Labels of the first readable file, and a digest of a few files.
 
     Raises:
-        LabelsError: none can be read, or samples were changed beyond crop and flip.
-        UsageError: some were, they are to be left out, and how many to take is not said.
+        LabelsError: none can be read, or samples have further transformations than crop and flip.
+        UsageError: such samples are to be left out, and the number of crops is not set.
     """
     digest, done, fewest, total = hashlib.sha256(), Counter[str](), None, 0
     first: list[tuple] = []
@@ -255,14 +255,14 @@ def _probe(
     if done and not settings.skip_transformed:
         what = ", ".join(f"{name} ({count})" for name, count in done.most_common())
         raise LabelsError(
-            f"{root}: of {total} samples looked at, some were also changed by {what}. Their labels "
+            f"{root}: of {total} samples checked, some were also changed by {what}. Their labels "
             "belong to pixels that crop and flip alone do not give. --skip-transformed imports the "
-            f"others: at least {fewest} per image of those looked at.",
+            f"others: at least {fewest} per image of those checked.",
             code="transformed",
         )
     if done and settings.crops is None:
         raise UsageError(
-            f"say how many samples to take of each image: --crops M. Of those looked at, every "
+            f"choose how many samples of each image to import: --crops M. Of those checked, every "
             f"image has at least {fewest} made with crop and flip alone."
         )
     return first, digest.hexdigest()
@@ -274,22 +274,22 @@ def write_labels(
     """Write a store's labels as ml-dr's trainer reads them, with their configuration.
 
     Raises:
-        LabelsError: `out` is not empty, or colours were changed.
+        LabelsError: `out` is not empty, or the store has colour jitter.
     """
     export = Export(store, settings)
     exporting.refuse_jitter(export, "ml-dr")
-    place = exporting.empty_folder(out)
+    root = exporting.empty_folder(out)
     listed = store.images
     index_N = imagefolder.index_of([str(k) for k in listed.keys], (r[0] for r in listed.rejected))
-    exporting.save_torch(_export_config(export), place / "config.pth.tar")
+    exporting.save_torch(_export_config(export), root / "config.pth.tar")
     files = 1
     with reporter.task("export", store.num_images, "images") as advance:
         for unit in export.units(advance):
             for i, index in enumerate(index_N[unit.rows].tolist()):
                 if index >= 0:
-                    # protocol 2, not ml-dr's 4: from torch 2.6 on, only 2 loads by default
+                    # Protocol 2, not ml-dr's 4: since torch 2.6, only 2 loads by default.
                     sample = (index, _export_samples(unit, i))
-                    exporting.save_torch(sample, place / f"{index}.pth.tar")
+                    exporting.save_torch(sample, root / f"{index}.pth.tar")
                     files += 1
     notes = [
         *export.notes(),
@@ -298,19 +298,19 @@ def write_labels(
     missing = store.num_images - (files - 1)
     if missing:
         notes.append(f"{missing:,} images have no file; ml-dr's loader stops at the first of them")
-    return Exported(len(export.found.rows), files, tuple(notes))
+    return Exported(len(export.finished.rows), files, tuple(notes))
 
 
 def _export_samples(unit: Labelled, i: int) -> list[Json]:
-    """Plain Python numbers: its reader takes nothing else."""
+    """Samples in plain Python numbers, the only ones that ml-dr's reader accepts."""
     columns = (unit.box_IM4, unit.flip_IM, unit.prob_IMK, unit.ids_IMK)
     rows = zip(*(column[i].tolist() for column in columns), strict=True)
     return [{"params": [tuple(box), flip], "prob": (p, ids)} for box, flip, p, ids in rows]
 
 
 def _export_config(export: Export) -> Json:
-    """What ml-dr's trainer looks up, and what else is known."""
-    distribution: CropsSettings = export.found.crops[0].part.settings
+    """The configuration that ml-dr's trainer reads, with what else is known."""
+    distribution: CropsSettings = export.finished.crops[0].part.settings
     known = {"scale": distribution.scale, "ratio": distribution.ratio}
     crop = {name: list(pair) for name, pair in known.items() if pair is not None}
     flip = 0.5 if distribution.flip is None else distribution.flip

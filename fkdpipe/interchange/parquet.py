@@ -1,9 +1,9 @@
-"""A store's labels as one Parquet table: a row per crop, for people who want to look at them.
+"""Export a store's labels as one Parquet table with a row per crop, for analysis.
 
 Columns: key, class (of the folder, -1 without), image_height, image_width, crop, top, left,
 height, width (pixels of the decoded image), flip, jitter (brightness, contrast, saturation, hue;
 null without recorded jitter), ids and prob (lists of K, most probable first).
-What is known of the labels' making is JSON under `fkdpipe` in the table's metadata.
+How the labels were made is recorded as JSON under `fkdpipe` in the table's metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fkdpipe.storage.store import Store
 def write_labels(
     store: Store, out: Path, settings: ExportSettings, *, reporter: Reporter = silent
 ) -> Exported:
-    """Write `out/labels.parquet`, a row group per unit.
+    """Write `out/labels.parquet`, with one row group per unit.
 
     Raises:
         UsageError: pyarrow is not installed.
@@ -35,10 +35,10 @@ def write_labels(
     except ImportError as error:
         raise UsageError("Parquet needs pyarrow: pip install 'fkdpipe[parquet]'.") from error
     export = Export(store, settings)
-    place = exporting.empty_folder(out)
+    root = exporting.empty_folder(out)
     facts = {
         "settings": export.settings.to_json(),
-        "crops": export.found.crops[0].part.settings.to_json(),
+        "crops": export.finished.crops[0].part.settings.to_json(),
         "class_names": list(store.images.class_names),
     }
     schema = pa.schema(
@@ -61,7 +61,7 @@ def write_labels(
     )
     with (
         reporter.task("export", store.num_images, "images") as advance,
-        pq.ParquetWriter(place / "labels.parquet", schema, compression="zstd") as writer,
+        pq.ParquetWriter(root / "labels.parquet", schema, compression="zstd") as writer,
     ):
         for unit in export.units(advance):
             lists = {"ids": unit.ids_IMK.astype(np.int32), "prob": unit.prob_IMK}
@@ -79,11 +79,11 @@ def write_labels(
                 }
             )
             writer.write_table(pa.table([columns[n] for n in schema.names], schema=schema))
-    return Exported(len(export.found.rows), 1, tuple(export.notes()))
+    return Exported(len(export.finished.rows), 1, tuple(export.notes()))
 
 
 def _columns(store: Store, unit: Labelled) -> dict[str, np.ndarray]:
-    """Everything but the labels, one value per crop."""
+    """All columns but the labels, one value per crop."""
     images, M = unit.flip_IM.shape
     box = unit.box_IM4.reshape(-1, 4)
     return {

@@ -1,13 +1,13 @@
 """ReLabel and TokenLabeling: one label map per image, `<class>/<name>.pt`, pooled for crops.
 
-A file is one tensor (2, K, H, W): scores before softmax and class ids of the K best classes in
-every cell, float32 (ReLabel) or float16 (TokenLabeling). There are no crops; they are drawn here
-by our own distribution, and the map is pooled for each as in training with these maps: a
-RoI-align of the dense map (0 where a class is not listed) over the box, scaled to
-the map and shifted by half a cell, to one cell, then softmax.
+A file is one tensor (2, K, H, W): scores before softmax and class ids of the top K classes in each
+cell, float32 (ReLabel) or float16 (TokenLabeling). The files have no crops. Crops are drawn here
+from the default distribution, and the map is pooled for each crop as in training with these maps: a
+RoI-align of the dense map (0 where a class is not listed) to one cell, over the box scaled to the
+map and shifted by half a cell, then softmax.
 
-The published training passes (top, left, bottom, right) where the RoI-align takes (left, top,
-right, bottom). `compat_transposed` reproduces that; the default pools the box that was cut.
+The published training code passes (top, left, bottom, right) to a RoI-align that takes (left, top,
+right, bottom). `compat_transposed` reproduces this; the default pools the box of the crop.
 
 Reference: Yun et al., "Re-labeling ImageNet: from Single to Multi-Labels, from Global to
 Localized Labels", LabelPooling; RoI-align as in torchvision, aligned=False, adaptive sampling.
@@ -37,29 +37,29 @@ from fkdpipe.storage.labels import Form
 from fkdpipe.storage.settings import CropsSettings
 
 
-def open_relabel(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
-    """ReLabel's maps; see `_open`."""
-    return _open("relabel", place, folder, settings)
+def open_relabel(path: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
+    """Open ReLabel's maps; see `_open`."""
+    return _open("relabel", path, folder, settings)
 
 
-def open_tokenlabeling(place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
-    """TokenLabeling's maps; see `_open`."""
-    return _open("tokenlabeling", place, folder, settings)
+def open_tokenlabeling(path: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
+    """Open TokenLabeling's maps; see `_open`."""
+    return _open("tokenlabeling", path, folder, settings)
 
 
-def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
-    """Label maps, and the crops they are pooled for.
+def _open(name: str, path: Path, folder: ImageFolder, settings: ImportSettings) -> LabelSource:
+    """Open label maps, and draw the crops they are pooled for.
 
     Raises:
-        UsageError: the number of crops is not given.
-        LabelsError: no files that fit, none that can be read, or ids rounded by float16.
+        UsageError: the number of crops is not set.
+        LabelsError: no files match, none can be read, or ids were rounded by float16.
     """
     M, keep, distribution = settings.crops, settings.keep, CropDistribution()
     if M is None:
-        raise UsageError("label maps have no crops: say how many to draw per image, --crops M.")
-    tree = matching.match(place, folder, ".pt")
+        raise UsageError("label maps have no crops: choose how many to draw per image, --crops M.")
+    tree = matching.match(path, folder, ".pt")
     classes = settings.classes or len(folder.class_names)
-    refuse_half_ids(tree.first(_map).dtype, classes, str(place))
+    refuse_half_ids(tree.first(_map).dtype, classes, str(path))
     if keep > classes:
         raise UsageError(f"--keep {keep}: there are {classes} classes.")
 
@@ -68,17 +68,17 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         if ids_KHW.min() < 0 or ids_KHW.max() >= classes:
             raise BrokenFileError("class-range", f"class {int(ids_KHW.max())} of {classes}")
         size = folder.size_N2[position : position + 1]
-        drawn = crops.sample(
+        sample = crops.sample(
             distribution,
             seed=settings.seed,
             image_id_N=crops.image_ids([folder.keys[position]]),
             size_N2=size,
             crops_M=np.arange(M),
         )
-        box_M4 = drawn.box_NM4[0].astype(np.int64)
+        box_M4 = sample.box_NM4[0].astype(np.int64)
         region_M4 = _fractions(box_M4, size[0], transposed=settings.compat_transposed)
         ids, prob = pool(scores_KHW, ids_KHW, region_M4, classes, keep)
-        return ImageLabels(box_M4, drawn.flip_NM[0], ids, prob)
+        return ImageLabels(box_M4, sample.flip_NM[0], ids, prob)
 
     return LabelSource(
         format=name,
@@ -91,7 +91,7 @@ def _open(name: str, place: Path, folder: ImageFolder, settings: ImportSettings)
         read=read,
         extra=tree.extra,
         extra_examples=tree.extra_examples,
-        temperature=1.0,  # pooled scores go through a plain softmax
+        temperature=1.0,  # pooled scores go through a softmax without temperature
         origin={"pooling": "transposed" if settings.compat_transposed else "box"},
     )
 
@@ -100,20 +100,20 @@ def parse(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """(scores float64, ids int64), (K, H, W) each, of a label map.
 
     Raises:
-        BrokenFileError: something else is in the file.
+        BrokenFileError: the file holds something else.
     """
-    found = _map(data)
-    return found[0].astype(np.float64), whole_numbers(found[1], "class ids")
+    label_map = _map(data)
+    return label_map[0].astype(np.float64), whole_numbers(label_map[1], "class ids")
 
 
 def _map(data: bytes) -> np.ndarray:
     """(2, K, H, W), as stored."""
-    found = torchfile.as_array(torchfile.loads(data))
-    if found.ndim != 4 or len(found) != 2 or not found.size:
-        raise BrokenFileError("broken-label", f"a map of shape {found.shape}, not (2, K, H, W)")
-    if not np.isfinite(found).all():
+    array = torchfile.as_array(torchfile.loads(data))
+    if array.ndim != 4 or len(array) != 2 or not array.size:
+        raise BrokenFileError("broken-label", f"a map of shape {array.shape}, not (2, K, H, W)")
+    if not np.isfinite(array).all():
         raise BrokenFileError("broken-label", "scores that are not finite")
-    return found
+    return array
 
 
 def pool(
@@ -121,7 +121,7 @@ def pool(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids int64, probabilities float32), (M, keep) each, most probable first.
 
-    Bilinear sampling is separable: a cell weighs what its row weighs times what its column weighs.
+    Bilinear sampling is separable: a cell's weight is that of its row times that of its column.
 
     Args:
         region_M4: (left, top, right, bottom) as fractions of the map.
@@ -141,9 +141,9 @@ def pool(
 
 
 def _weights(low_M: np.ndarray, high_M: np.ndarray, cells: int) -> np.ndarray:
-    """float64 (M, cells): what each row of a map weighs in a RoI-align between two fractions.
+    """float64 (M, cells): the weight of each row of a map in a RoI-align between two fractions.
 
-    A sample weighs a cell by how near it is, 1 - |distance|; samples outside the map count as 0.
+    A sample weights a cell by 1 - |distance|; samples outside the map contribute zero weight.
     """
     begin = low_M * cells - 0.5
     length = np.maximum(high_M * cells - 0.5 - begin, 1.0)
@@ -157,8 +157,8 @@ def _weights(low_M: np.ndarray, high_M: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _fractions(box_M4: np.ndarray, size: np.ndarray, *, transposed: bool) -> np.ndarray:
-    """(left, top, right, bottom) as fractions of the image; (top, left, bottom, right) as
-    published, where rows are taken for columns."""
+    """(left, top, right, bottom) as fractions of the image; if transposed, (top, left, bottom,
+    right), as in the published code."""
     top, left, height, width = box_M4.T.astype(np.float64)
     H, W = size.tolist()
     rows, columns = (top / H, (top + height) / H), (left / W, (left + width) / W)

@@ -1,4 +1,4 @@
-"""What every format hands over: label files of another system, opened, and read image by image.
+"""What every format provides: opened label files of another system, read image by image.
 
 Letters: N images of the folder, M crops of each, K kept classes, C classes.
 """
@@ -23,39 +23,39 @@ from fkdpipe.storage.schema import Field
 from fkdpipe.storage.settings import CropsSettings
 
 SUM_TOLERANCE = 2.0**-9  # float16 probabilities of a confident teacher sum to a little above 1
-# What parsers of label files run into when a file is not what it should be.
+# What parsers raise on label files that are not what they should be.
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 SEED_FIELD = Field("seed", "int32", (), "bitshuffle", 0)
 
 
 @config.settings
 class ImportSettings:
-    """What the files do not say, and what is to be made of them."""
+    """What the files do not record, and how to import them."""
 
     classes: PositiveInt | None = None
-    """C of the teacher; by default the folder's."""
+    """C, the teacher's number of classes; by default, the folder's."""
     temperature: PositiveFloat | None = None
-    """Of the teacher's softmax; by default recorded as unknown."""
+    """Temperature of the teacher's softmax; by default, recorded as unknown."""
     teacher: str = ""
-    """Its name; by default recorded as unknown."""
+    """Name of the teacher; by default, recorded as unknown."""
     crops: PositiveInt | None = None
-    """The first M crops of every image; by default all. Label maps need it."""
+    """M, the first crops of every image; by default, all. Required for label maps."""
     source: str = ""
-    """Name of the labels within the store; by default the teacher's, or the format's."""
+    """Name of the labels within the store; by default, the teacher's, or the format's."""
     seed: Seed = 0
-    """Of the order of images in the store, and of crops drawn for label maps."""
+    """Seed of the order of images in the store, and of crops drawn for label maps."""
     keep: PositiveInt = 5
-    """K classes kept of a pooled label map."""
+    """K, classes kept of a pooled label map."""
     compat_transposed: bool = False
-    """Pool label maps with rows and columns exchanged, as published."""
+    """Pool label maps with rows and columns exchanged, as in the published code."""
     skip_transformed: bool = False
-    """Leave out crops whose pixels were changed further than crop and flip."""
+    """Leave out crops with further transformations than crop and flip."""
     assume_plain: bool = False
-    """The user's word that the labels were made with crop and flip alone."""
+    """Assume that the labels were made with crop and flip alone."""
     sampler_seed: Seed = 42
-    """Of the sampler that ordered batch files."""
+    """Seed of the sampler that ordered the batch files."""
     threads: PositiveInt = 4
-    """Readers of label files."""
+    """Threads that read label files."""
 
     @field_validator("source")
     @classmethod
@@ -71,11 +71,12 @@ class ImageLabels:
 
     Attributes:
         box_M4: int64, (top, left, height, width) in pixels. flip_M: bool.
-        ids_MK: int64 classes in any order, the first among equals first; None for logits.
+        ids_MK: int64 classes in any order; of equally probable ones, the teacher's first choice
+            comes first. None for logits.
         prob_MK: float32; None for form `hard` and logits.
         logit_MC: float16 or float32 scores before softmax; None for the other forms.
-        seed_M: int32, where the crops came from seeds that an export needs again.
-        moved: boxes that rounding had put outside the image and that were moved back by a pixel.
+        seed_M: int32, if the crops came from seeds that an export needs.
+        moved: number of boxes that rounding had put outside the image and that were moved back.
     """
 
     box_M4: np.ndarray
@@ -92,16 +93,16 @@ class LabelSource:
     """Label files of another system, opened.
 
     Attributes:
-        format: its name. form, classes, crops: C and M of what they hold.
-        classes_known: the user gave C; else it is the folder's.
+        format: name of the format. form, classes, crops: of the labels; C and M.
+        classes_known: whether the user or the files set C; otherwise it is the folder's.
         distribution: settings of the crops part.
-        fingerprint: hex, of what was looked at when opening.
+        fingerprint: hex digest of the files that were read when opening.
         read: position in the image folder to its labels; raises BrokenFileError. Called from
             several threads.
         fields: further arrays of the crops part.
-        notes: what a user should know before the labels are used.
-        temperature: where the format fixes it. origin: what else was decided when opening.
-        extra: labels that belong to no image. extra_examples: names of up to 20 of them.
+        notes: what a user should know before using the labels.
+        temperature: if the format fixes it. origin: what else was decided when opening.
+        extra: number of labels that belong to no image. extra_examples: names of up to 20.
     """
 
     format: str
@@ -140,7 +141,7 @@ def imported_distribution(
     ratio: tuple[float, float] | None = None,
     flip: float | None = None,
 ) -> CropsSettings:
-    """Settings of a crops part whose boxes came from elsewhere; None is unknown."""
+    """Settings of a crops part with imported boxes; None means unknown."""
     return CropsSettings(
         name=f"imported:{format_}",
         version=1,
@@ -156,19 +157,19 @@ def imported_distribution(
 def to_pixels(fraction_M4: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, int]:
     """Boxes in pixels from (top/H, left/W, height/H, width/W), and how many were moved.
 
-    float32 fractions give back the exact pixels. float16 ones are off by up to size / 2048, so a
-    box that touched the border may come out beyond it; it is moved back by at most that much.
+    float32 fractions give the exact pixels. float16 fractions are off by up to size / 2048, so a
+    box at the border may reach outside the image; it is moved back by at most that much.
 
     Args:
         size: (height, width) of the decoded image.
 
     Raises:
-        BrokenFileError: numbers that are no fractions.
+        BrokenFileError: the values are not fractions.
     """
     if fraction_M4.ndim != 2 or fraction_M4.shape[1] != 4 or fraction_M4.dtype.kind != "f":
         raise BrokenFileError("broken-label", f"boxes of shape {fraction_M4.shape}")
     if not np.isfinite(fraction_M4).all() or np.abs(fraction_M4).max(initial=0) > 2:
-        raise BrokenFileError("broken-label", "boxes that are no fractions of the image")
+        raise BrokenFileError("broken-label", "boxes that are not fractions of the image")
     H, W = int(size[0]), int(size[1])
     box = np.rint(fraction_M4.astype(np.float64) * [H, W, H, W]).astype(np.int64)
     if fraction_M4.dtype != np.float16:
@@ -180,51 +181,49 @@ def to_pixels(fraction_M4: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray,
     return box, int(shift.any(axis=1).sum())
 
 
-def check(found: ImageLabels, source: LabelSource, size: Sequence[int]) -> ImageLabels:
-    """The labels, cut to the M crops that are wanted.
+def check(labels: ImageLabels, source: LabelSource, size: Sequence[int]) -> ImageLabels:
+    """The first M crops of an image's labels, checked.
 
     Raises:
-        BrokenFileError: too few crops, a box outside the image, classes or probabilities that
-            cannot be.
+        BrokenFileError: too few crops, a box outside the image, invalid classes or probabilities.
     """
     M = source.crops
-    if len(found.box_M4) < M or len(found.flip_M) < M:
-        detail = f"{len(found.box_M4)} crops, {M} are imported"
+    if len(labels.box_M4) < M or len(labels.flip_M) < M:
+        detail = f"{len(labels.box_M4)} crops, fewer than the {M} to import"
         raise BrokenFileError("too-few-crops", detail)
-    box_M4 = found.box_M4[:M]
+    box_M4 = labels.box_M4[:M]
     if (box_M4 < 0).any() or boxes_outside(box_M4[None], np.array([size])).any():
-        raise BrokenFileError(
-            "box-outside", f"a box leaves the image of {size[1]}x{size[0]} pixels"
-        )
-    if found.logit_MC is not None:
-        logit = found.logit_MC[:M]
+        detail = f"a box reaches outside the image of {size[1]}x{size[0]} pixels"
+        raise BrokenFileError("box-outside", detail)
+    if labels.logit_MC is not None:
+        logit = labels.logit_MC[:M]
         if logit.shape != (M, source.classes) or not np.isfinite(logit).all():
             raise BrokenFileError("broken-label", f"scores of shape {logit.shape}, or not finite")
-        return ImageLabels(box_M4, found.flip_M[:M], logit_MC=logit, moved=found.moved)
-    assert found.ids_MK is not None
-    ids = found.ids_MK[:M]
+        return ImageLabels(box_M4, labels.flip_M[:M], logit_MC=logit, moved=labels.moved)
+    assert labels.ids_MK is not None
+    ids = labels.ids_MK[:M]
     if ids.shape != (M, source.form.k):
         raise BrokenFileError("broken-label", f"{ids.shape} classes, not {(M, source.form.k)}")
     if ids.min() < 0 or ids.max() >= source.classes:
         worst = int(ids.max()) if ids.max() >= source.classes else int(ids.min())
         raise BrokenFileError("class-range", f"class {worst} of {source.classes}")
     if source.form.k > 1 and (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
-        raise BrokenFileError("broken-label", "a class named twice in one label")
-    prob = None if found.prob_MK is None else found.prob_MK[:M]
+        raise BrokenFileError("broken-label", "a label has the same class twice")
+    prob = None if labels.prob_MK is None else labels.prob_MK[:M]
     if prob is not None:
         if prob.shape != ids.shape or not np.isfinite(prob).all() or prob.min() < 0:
-            raise BrokenFileError("broken-label", "probabilities that cannot be")
+            raise BrokenFileError("broken-label", "invalid probabilities")
         if prob.sum(axis=1).max() > 1 + SUM_TOLERANCE:
             raise BrokenFileError("broken-label", "probabilities that sum to more than 1")
-    seeds = None if found.seed_M is None else found.seed_M[:M]
-    return ImageLabels(box_M4, found.flip_M[:M], ids, prob, None, seeds, found.moved)
+    seeds = None if labels.seed_M is None else labels.seed_M[:M]
+    return ImageLabels(box_M4, labels.flip_M[:M], ids, prob, None, seeds, labels.moved)
 
 
 def whole_numbers(values: np.ndarray, what: str) -> np.ndarray:
-    """int64 of numbers that are whole, whatever type they are stored in.
+    """Whole numbers of any stored type, as int64.
 
     Raises:
-        BrokenFileError: they are not.
+        BrokenFileError: they are not whole numbers.
     """
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         raise BrokenFileError("broken-label", f"{what} of type {values.dtype}")
@@ -235,14 +234,14 @@ def whole_numbers(values: np.ndarray, what: str) -> np.ndarray:
 
 
 def refuse_half_ids(dtype: np.dtype, classes: int, where: str) -> None:
-    """Refuse class ids in float16 beyond 2,048: from there on float16 knows only every second one.
+    """Refuse float16 class ids above 2,048, where float16 holds only every second integer.
 
     Raises:
         LabelsError: the ids were rounded when the file was written and cannot be restored.
     """
     if dtype == np.float16 and classes > 2048:
         raise LabelsError(
-            f"{where} keeps class ids as float16, which is exact only up to 2,048, and there are "
+            f"{where} stores class ids as float16, which is exact only up to 2,048, and there are "
             f"{classes:,} classes: ids were rounded when these files were written. Generate them "
             "again in float32.",
             code="half-ids",
@@ -250,22 +249,22 @@ def refuse_half_ids(dtype: np.dtype, classes: int, where: str) -> None:
 
 
 def refuse_short_ids(classes: int, where: str) -> None:
-    """Refuse int16 class ids beyond 32,767.
+    """Refuse int16 class ids above 32,767.
 
     Raises:
         LabelsError: ids wrapped around when the file was written.
     """
     if classes > 32_768:
         raise LabelsError(
-            f"{where} keeps class ids as int16, which ends at 32,767, and there are {classes:,} "
+            f"{where} stores class ids as int16, which ends at 32,767, and there are {classes:,} "
             "classes: larger ids wrapped around when these files were written.",
             code="short-ids",
         )
 
 
 def scratch_table(epochs: int, images: int) -> np.ndarray:
-    """int32 (E, N) of -1, in a temporary file: hundreds of epochs of millions of images take
-    more than memory should."""
+    """int32 (E, N) of -1, in a temporary file: for hundreds of epochs of millions of images it may
+    not fit in memory."""
     with tempfile.TemporaryFile() as file:
         table = np.memmap(file, dtype=np.int32, mode="w+", shape=(epochs, images))
     table[:] = -1

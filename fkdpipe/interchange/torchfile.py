@@ -1,22 +1,22 @@
-"""Files of `torch.save`, read without torch and without running anything that is in them.
+"""Read files of `torch.save` without torch and without executing anything in them.
 
-Such a file is a zip of one pickle and the raw numbers of its tensors. A pickle is a program: its
-opcodes can import and call anything. The unpickler below knows only the opcodes of plain data and
-the few names that label files need, and these lead to functions of this module, which check
-shapes and bytes.
+Such a file is a zip of one pickle and the raw data of its tensors. A pickle is a program whose
+opcodes can import and call anything. The unpickler below accepts only the opcodes of plain data and
+the few names that label files need. These names map to functions of this module, which check shapes
+and sizes.
 
 Why not `torch.load(weights_only=True)` with NumPy's names on its allow-list, as of torch 2.15:
 
-- It reads pickle protocol 2 alone, and ml-dr writes protocol 4.
-- `numpy.dtype` on an allow-list takes any state. With one that says a float consists of two
-  objects, NumPy takes bytes of the file for addresses, and the process crashes.
-- `bytearray` is always allowed, and compressed members are unpacked: a file of 200 bytes can fill
-  the memory.
-- Its allow-list belongs to the whole process, and label files are read in threads.
-- Checksums are not compared, so changed numbers go unnoticed.
+- It reads only pickle protocol 2, and ml-dr writes protocol 4.
+- `numpy.dtype` on an allow-list accepts any state. With a state in which a float consists of two
+  objects, NumPy uses bytes of the file as addresses, and the process crashes.
+- `bytearray` is always allowed, and compressed members are decompressed: a file of 200 bytes can
+  fill the memory.
+- Its allow-list is global to the process, and label files are read in threads.
+- Checksums are not verified, so changed numbers go unnoticed.
 
-Nor `torch.load(pickle_module=...)` with this unpickler: it hands TorchScript archives to another
-loader, which runs them.
+Why not `torch.load(pickle_module=...)` with this unpickler: it passes TorchScript archives to
+another loader, which executes them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Buffer = bytes | np.ndarray
 
 
 class BrokenFileError(ValueError):
-    """A label file that is not used. `code` is a stable word, the message is for people."""
+    """A label file that cannot be used. `code` is stable, the message is for people."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -56,8 +56,8 @@ def loads(data: bytes) -> Any:
     """The object in a torch file: numbers, text, lists, tuples and dicts; see `as_array`.
 
     Raises:
-        BrokenFileError: "broken-label" (not such a file, truncated, a checksum is wrong) or
-            "unsafe-label" (it asks for something that plain data do not need).
+        BrokenFileError: "broken-label" (not a torch file, truncated, a wrong checksum) or
+            "unsafe-label" (it uses something that plain data do not need).
     """
     if len(data) > MAX_FILE_BYTES:
         raise BrokenFileError("broken-label", f"{len(data)} bytes is too large for a label file")
@@ -67,10 +67,10 @@ def loads(data: bytes) -> Any:
 def load_mapped(path: Path) -> Any:
     """`loads` of a file whose tensors stay on disk until their values are used.
 
-    Their checksums are not compared, since that would read them.
+    Their checksums are not verified, since that would read them.
 
     Raises:
-        BrokenFileError: as `loads`; also when the file cannot be opened.
+        BrokenFileError: as `loads`, or the file cannot be opened.
     """
     try:
         with open(path, "rb") as file:
@@ -80,14 +80,14 @@ def load_mapped(path: Path) -> Any:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """An array out of what `loads` gave.
+    """Convert an array or tensor returned by `loads` to NumPy.
 
     Raises:
-        BrokenFileError: it is something else.
+        BrokenFileError: the value is something else.
     """
     if isinstance(value, _Array) and value.value is not None:
         return value.value
-    raise BrokenFileError("broken-label", f"a {type(value).__name__} where an array belongs")
+    raise BrokenFileError("broken-label", f"a {type(value).__name__} instead of an array")
 
 
 def _load(file: IO[bytes], mapped: Path | None = None) -> Any:
@@ -99,9 +99,9 @@ def _load(file: IO[bytes], mapped: Path | None = None) -> Any:
     except zipfile.BadZipFile as error:
         file.seek(0)
         old = file.read(4) == b"\x80\x02\x8a\x0a"
-        what = "torch's format before 1.6; save it again" if old else f"no torch file: {error}"
+        what = "torch's format before 1.6; save it again" if old else f"not a torch file: {error}"
         raise BrokenFileError("broken-label", what) from error
-    except Exception as error:  # a damaged or hostile file can raise whatever the parsers raise
+    except Exception as error:  # damaged or malicious files can make the parsers raise anything
         raise BrokenFileError("broken-label", f"{type(error).__name__}: {error}") from error
 
 
@@ -112,7 +112,7 @@ def _load_archive(archive: zipfile.ZipFile, mapped: Path | None) -> Any:
             raise BrokenFileError("unsafe-label", f"{info.filename} is compressed")
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise BrokenFileError("broken-label", "no torch file: it has no data.pkl")
+        raise BrokenFileError("broken-label", "not a torch file: it has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
         raise BrokenFileError("broken-label", "its numbers are big-endian")
@@ -125,9 +125,9 @@ def _load_archive(archive: zipfile.ZipFile, mapped: Path | None) -> Any:
 
 
 def _map(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Buffer:
-    """A member's bytes, on disk until they are used."""
+    """A member's bytes, memory-mapped from the file."""
     assert archive.fp is not None
-    archive.fp.seek(info.header_offset + 26)  # lengths of what precedes the bytes
+    archive.fp.seek(info.header_offset + 26)  # lengths of the name and extra field before the bytes
     begin = info.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))
     if not info.file_size:
         return b""
@@ -140,10 +140,10 @@ class _Opcodes(dict[int, Callable[..., None]]):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Runs the opcodes of plain data; names lead to `_NAMES` only.
+    """Executes only the opcodes of plain data, and looks up names only in `_NAMES`.
 
-    Python's own, not the one in C: its opcodes are a table, and its memo is a dict, where the
-    other allocates up to any index that a file names.
+    It extends Python's unpickler, not the one in C: its opcodes are a table, and its memo is a
+    dict. The memo in C allocates memory up to any index that a file names.
     """
 
     dispatch = _Opcodes({
@@ -166,15 +166,15 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
-            raise BrokenFileError("unsafe-label", f"it asks for {module}.{name}")
-        found = _NAMES[module, name]
-        return self._encode if found is _ENCODE else found
+            raise BrokenFileError("unsafe-label", f"it uses {module}.{name}")
+        value = _NAMES[module, name]
+        return self._encode if value is _ENCODE else value
 
     def persistent_load(self, key: Any) -> np.ndarray:
-        """The numbers of a tensor: ("storage", type, name, device, how many)."""
+        """The data of a tensor, from ("storage", type, name, device, count)."""
         _, dtype, name, _, count = key
         if not isinstance(dtype, np.dtype) or not isinstance(name, str) or not name.isdigit():
-            _refuse("a reference that is no storage")
+            _refuse("a reference that is not a storage")
         data = self._storage(name)
         self._spend(len(data))
         if len(data) != count * dtype.itemsize:
@@ -182,15 +182,15 @@ class _Unpickler(pickle._Unpickler):
         return np.frombuffer(data, dtype=dtype)
 
     def load_build(self) -> None:
-        """BUILD would set attributes of functions, too."""
+        """BUILD could otherwise set attributes of functions."""
         if not isinstance(self.stack[-2], (_Dtype, _Array)):  # type: ignore[attr-defined]
-            _refuse("a state for what it may only use")
+            _refuse("a state for an object that has none")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
     dispatch[pickle.BUILD[0]] = load_build
 
     def _encode(self, text: object, encoding: object) -> bytes:
-        """Protocol 2 writes bytes as text of their 256 values."""
+        """Protocol 2 writes bytes as latin1 text."""
         if not isinstance(text, str) or encoding != "latin1":
             _refuse("an unusual encoding")
         self._spend(len(text))
@@ -203,25 +203,25 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _Dtype:
-    """Stands in for numpy.dtype of a number."""
+    """Replaces numpy.dtype, for numeric types only."""
 
     __slots__ = ("value",)
 
     def __init__(self, code: object, *rest: object) -> None:
         if not isinstance(code, str) or code not in _NUMBERS or rest != (False, True):
-            _refuse("an array of something else than numbers")
+            _refuse("an array of non-numeric values")
         self.value = _NUMBERS[code]
 
     def __setstate__(self, state: object) -> None:
         plain = (None, None, None, -1, -1, 0)
         order = state[1] if isinstance(state, tuple) and len(state) == 8 else None
         if order not in ("<", ">", "|", "=") or state[2:] != plain:  # type: ignore[index]
-            _refuse("a structured number type")
+            _refuse("a structured data type")
         self.value = self.value.newbyteorder(order)
 
 
 class _Array:
-    """Stands in for numpy.ndarray, which is created empty and gets its numbers as state."""
+    """Replaces numpy.ndarray, which is created empty and gets its data as state."""
 
     __slots__ = ("value",)
 
@@ -230,10 +230,10 @@ class _Array:
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            _refuse("an array without numbers")
+            _refuse("an array without data")
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            _refuse("an array of something else than numbers")
+            _refuse("an array of non-numeric values")
         sizes = _sizes(shape)
         if math.prod(sizes) * dtype.value.itemsize != len(data):
             raise BrokenFileError("broken-label", f"{len(data)} bytes for an array of {sizes}")
@@ -242,7 +242,7 @@ class _Array:
 
 
 def _tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> _Array:
-    """A view of a storage, once offset, shape and strides are known to lie inside it."""
+    """A view of a storage, after checking that it lies inside the storage."""
     (start,), sizes, steps = _sizes((offset,)), _sizes(shape), _sizes(strides)
     if not isinstance(storage, np.ndarray) or len(sizes) != len(steps):
         _refuse("a tensor without a storage")

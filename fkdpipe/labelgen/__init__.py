@@ -1,1 +1,1 @@
-"""Phase 1: teachers run once over recorded crops and fill a store."""
+"""Phase 1: run teachers once over recorded crops and fill a store."""

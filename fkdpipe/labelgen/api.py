@@ -1,4 +1,4 @@
-"""Phase 1 as one call, for Python and for the command line alike."""
+"""Phase 1 as one call, for Python and for the command line."""
 
 from __future__ import annotations
 
@@ -52,32 +52,34 @@ def generate(
     part: str | None = None,
     reporter: Reporter = silent,
 ) -> Generated:
-    """Label recorded crops of the images of a folder, into a store: `fkdpipe generate`.
+    """Label recorded crops of the images in a folder and write them to a store, as `fkdpipe
+    generate` does.
 
-    Called again, it makes what is missing; under torchrun the processes share the work. Settings
-    that are left out are taken from a store that exists, and none can be changed.
+    A second call generates only what is missing; under torchrun the processes share the work.
+    Arguments that are left out are taken from an existing store, whose settings cannot be changed.
 
     Args:
-        images: class/image, the same below train/, or images without classes.
+        images: a folder of class/image, the same below train/, or images without classes.
         store: a folder, or a URL.
-        teacher: a name as for `--teacher`, a module, or what `load_teacher` returns; several are
-            averaged as probabilities, by teacher_weight, relative shares.
-        form: full, logits, topk:K, topk:K:compact, hard, or none for features alone; by default
-            topk:10, or C classes if there are fewer.
+        teacher: a name as for `--teacher`, a module, or what `load_teacher` returns. Several are
+            averaged as probabilities, with the relative weights teacher_weight.
+        form: full, logits, topk:K, topk:K:compact, hard, or none for features only; by default
+            topk:10, or all C classes if there are fewer.
         features: pre or post (penultimate vectors before or after the last activation), with :D
-            for the leading D components of basis, a file of fkdpipe fit-basis, or map (the last
+            for the leading D components of basis, a file from fkdpipe fit-basis, or map (the last
             map). features_code: how they are stored.
-        crops: M, per image, in all. crop: their distribution. seed: of crops and order, default 0.
+        crops: M, per image, in total. crop: their distribution. seed: of crops and order, default
+            0.
         boxes: stored, or derived from the seed when they are read.
         source: name of the labels in the store, by default the teachers' names.
-        temperature: of the teachers' softmax. precision: of those that are no `Teacher` yet.
-        batch_size: crops per teacher batch. replay: backend that cuts and resizes, in threads.
-        device: of the teachers, by default a GPU where there is one.
+        temperature: of the teachers' softmax. precision: of those that are not `Teacher` objects.
+        batch_size: crops per teacher batch. replay: backend that crops and resizes, in threads.
+        device: of the teachers, by default a GPU if there is one.
         part: I/N, counted from 1: this process's share, without torchrun.
 
     Raises:
-        UsageError: arguments that cannot be right.
-        ModelError: a teacher that cannot be built, or whose outputs are not the folder's classes.
+        UsageError: invalid arguments.
+        ModelError: a teacher cannot be built, or its outputs are not the folder's classes.
         ImagesError: no usable images.
         StoreMismatchError: the store was made with other settings or weights; says which.
 
@@ -105,19 +107,19 @@ def run(
     repair: bool = False,
     reporter: Reporter = silent,
 ) -> Generated:
-    """`generate` with its settings in one.
+    """`generate` with all settings in one object.
 
     Args:
         networks: those of `settings.teacher`, in its order.
-        repair: find broken units, and make them again with what they record.
+        repair: find broken units and generate them again with the settings they record.
 
     Raises:
-        As `generate`; StoreError of what cannot be repaired.
+        As `generate`; StoreError if something cannot be repaired.
     """
     root, location = Path(data), open_location(os.fspath(store))
     resources = _resources(settings, device, part)
     if repair and resources.rank.world > 1:
-        raise UsageError("--repair is for one process: start it without --part and torchrun.")
+        raise UsageError("--repair needs a single process: run it without --part and torchrun.")
     loaded = _load(root, settings, networks, resources.device)
     restored = restore(location, root) if repair else None
     work = plan.prepare(
@@ -142,7 +144,7 @@ def forecast(
     part: str | None = None,
     reporter: Reporter = silent,
 ) -> Forecast:
-    """What `run` would take, from a small sample in a temporary place; the store is only read."""
+    """Estimate what `run` takes, with a sample in a temporary folder; only reads the store."""
     root, location = Path(data), open_location(os.fspath(store))
     resources = _resources(settings, device, part)
     loaded = _load(root, settings, networks, resources.device)
@@ -164,7 +166,7 @@ def _resources(
 def _load(
     data: Path, settings: GenerateSettings, networks: Sequence[Network], device: torch.device
 ) -> list[Teacher]:
-    named = settings.form != "none"  # features alone have no classes to match
+    named = settings.form != "none"  # features have no classes to match
     return teachers.load_teachers(
         networks,
         class_names=folders.class_folders(folders.split_root(data, "train")) if named else (),

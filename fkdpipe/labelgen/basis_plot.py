@@ -1,4 +1,4 @@
-"""A basis as a picture: what alignment and transformation do to the channels' deviations."""
+"""Plot a basis: how alignment and transformation change the channels' standard deviations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _PTS_CONSTANT = 0.89576
 
 
 def plot(basis: Basis, file: Path, components: int) -> None:
-    """Deviations by rank before and after, and the variance explained; PNG, PDF or SVG by name.
+    """Plot standard deviations by rank before and after, and the explained variance.
+
+    The name of the file decides its format: PNG, PDF or SVG.
 
     Raises:
         UsageError: the basis has fewer components.
@@ -34,7 +36,7 @@ def plot(basis: Basis, file: Path, components: int) -> None:
     left, right = figure.subplots(1, 2)
     for name, curve in curves.items():
         left.plot(1 + np.arange(len(curve)), curve, label=f"{name}, Std Ratio {ratios[name]:.1f}")
-    left.set(xscale="log", yscale="log", xlabel="channel, by rank", ylabel="deviation")
+    left.set(xscale="log", yscale="log", xlabel="channel, by rank", ylabel="standard deviation")
     left.legend()
     right.plot(1 + np.arange(len(basis.explained_K)), 100 * basis.explained_K)
     right.axvline(components, linestyle=":", color="gray")

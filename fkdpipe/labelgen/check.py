@@ -1,4 +1,4 @@
-"""The teacher run again on a sample of a store: are these the labels of these crops?"""
+"""Run the teacher again on a sample of a store and compare its outputs with the stored ones."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.store import Part, Store
 from fkdpipe.storage.verify import Problem
 
-# What a label may differ by beyond its form's bound, since batches are composed otherwise than
-# when it was made: last bits of float32, and far more where the teacher computes in 16 bits.
+# How much a label may differ beyond its form's error bound, since its batch is not the one it was
+# made in: the last bits of float32, and far more if the teacher computes in 16 bits.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How a sample of a part compared.
+    """The comparison of a sample of a part.
 
     Attributes:
-        crops: looked at. worst: largest difference: total variation of labels, or what a kept class
-            lacks to one that should have been kept; of features the largest error as a share of
-            the vector's largest value.
-        allowed: bound of the stored form plus the tolerance of the precision.
+        crops: number of crops compared.
+        worst: largest difference. For labels, the total variation, or the probability that a kept
+            class lacks to one that should have been kept; for features, the largest error as a
+            fraction of the vector's largest value.
+        allowed: error bound of the stored form plus the tolerance of the precision.
     """
 
     part: str
@@ -47,11 +48,11 @@ class Checked:
 
 
 def folder(store: Store, data: Path) -> list[Problem]:
-    """The image folder against the store's list: what is missing, changed or new."""
+    """Compare the image folder with the store's list: what is missing, changed or new."""
     listed = store.images
-    found = images.scan(data, need_classes=False)
+    scanned = images.scan(data, need_classes=False)
     ours = dict(zip(listed.keys.tolist(), listed.bytes_N.tolist(), strict=True))
-    theirs = dict(zip(found.keys, found.bytes_N.tolist(), strict=True))
+    theirs = dict(zip(scanned.keys, scanned.bytes_N.tolist(), strict=True))
     problems = []
     for code, keys in (
         ("image-missing", sorted(ours.keys() - theirs.keys())),
@@ -65,35 +66,35 @@ def folder(store: Store, data: Path) -> list[Problem]:
 
 
 def other_teachers(part: Part, teachers: Sequence[Teacher]) -> list[str]:
-    """Where these teachers differ from those that made a part; empty when they are the same."""
+    """How these teachers differ from those that made a part; empty if they are the same."""
     ours = [t.facts() for t in teachers]
     return schema.differences({"teachers": list(part.settings.teachers)}, {"teachers": ours})
 
 
 def check_basis(part: Part, basis: Basis | None) -> None:
-    """Refuse a basis that is not the one a part's features were made with.
+    """Refuse a basis other than the one a part's features were made with.
 
     Raises:
-        StoreMismatchError: another one, or none where one is needed.
+        StoreMismatchError: it is another basis, or a basis is needed and there is none.
     """
     recorded = part.settings.basis if part.kind == "features" else None
     if recorded is None or (basis is not None and basis.digest == recorded):
         return
     if basis is None:
-        found = f"{part.path} holds components of a basis (digest {recorded[:12]})."
+        problem = f"{part.path} holds components of a basis (digest {recorded[:12]})."
     else:
-        found = (
-            f"{part.path}: digest {basis.digest[:12]} is another basis than the store's features "
-            f"were made with (digest {recorded[:12]})."
+        problem = (
+            f"{part.path}: the basis with digest {basis.digest[:12]} is not the one that the "
+            f"store's features were made with (digest {recorded[:12]})."
         )
-    raise StoreMismatchError(f"{found} Name its file with --basis FILE.", code="other-basis")
+    raise StoreMismatchError(f"{problem} Name its file with --basis FILE.", code="other-basis")
 
 
 def parts_of(store: Store, source: str | None, names: Sequence[str]) -> list[Part]:
-    """Labels and features of a source that teachers of these names made; all, where they made none.
+    """Labels and features of a source made by teachers of these names; all, if they made none.
 
     Raises:
-        ModelError: there are no labels or features of this source.
+        ModelError: the source has no labels or features.
     """
     parts = [part for part in store.parts.values() if part.kind in ("labels", "features")]
     parts = [part for part in parts if source in (None, part.source)]
@@ -113,7 +114,7 @@ def all_parts(
     basis: Basis | None = None,
     sample: int = 32,
 ) -> list[Checked]:
-    """`teacher` of every part that these teachers made; a problem of each, where they made none.
+    """`teacher` for every part that these teachers made; if they made none, a problem for each.
 
     Raises:
         StoreMismatchError: as `teacher`.
@@ -122,8 +123,8 @@ def all_parts(
     theirs = [part for part in parts if not differences[part.path]]
     if not theirs:
         problems = [
-            Problem("teacher-differs", path, -1, f"made by other teachers: {'; '.join(found)}")
-            for path, found in differences.items()
+            Problem("teacher-differs", path, -1, f"made by other teachers: {'; '.join(lines)}")
+            for path, lines in differences.items()
         ]
         return [Checked(each.part, 0, 0.0, 0.0, (each,)) for each in problems]
     return [
@@ -146,7 +147,7 @@ def teacher(
     """Run the teachers again on some crops of a part and compare.
 
     Args:
-        sample: crops looked at, drawn from all of the part; the same at every call.
+        sample: number of crops to compare, drawn from the whole part; every call draws the same.
 
     Raises:
         StoreMismatchError: the part was made by other teachers, or with another basis.
@@ -165,18 +166,18 @@ def teacher(
     with replay.open_replay(
         part.settings.replay, views, threads=threads, device=device
     ) as replayer:
-        for unit, row_B, crop_B in _places(store, part, sample):
+        for unit, row_B, crop_B in _positions(store, part, sample):
             try:
-                request, drawn = _request(store, part, root, unit, row_B, crop_B)
+                request, recorded = _request(store, part, root, unit, row_B, crop_B)
                 stored = _stored(store, part, unit, row_B, crop_B)
             except DamagedStoreError as error:
                 problems.append(Problem("checksum", part.path, unit, str(error)))
                 continue
             (pixels,) = replayer.run([request])
-            given = dict(zip(views, (p.to(device) for p in pixels.views), strict=True))
-            place_B = (row_B - store.unit_rows(unit).start) * drawn.flip_NM.shape[1] + crop_B
-            made = outputs.teach(teachers, given, outputs.factors(drawn, place_B))
-            difference_B = _difference(part, stored, made, teachers, basis)
+            inputs = dict(zip(views, (p.to(device) for p in pixels.views), strict=True))
+            index_B = (row_B - store.unit_rows(unit).start) * recorded.flip_NM.shape[1] + crop_B
+            results = outputs.teach(teachers, inputs, outputs.factors(recorded, index_B))
+            difference_B = _difference(part, stored, results, teachers, basis)
             seen += len(difference_B)
             worst = max(worst, float(difference_B.max()))
             bad = int((difference_B > allowed).sum())
@@ -193,17 +194,19 @@ def _allowed(part: Part) -> float:
     return labels.error_bound(part.settings.form, part.settings.classes)
 
 
-def _places(store: Store, part: Part, sample: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(unit, its rows of the store, their crops): random ones of all that were labelled."""
+def _positions(
+    store: Store, part: Part, sample: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(unit, rows of the store, their crops) of a random sample of all labelled crops."""
     labelled = np.zeros(store.num_images, dtype=bool)
     for unit, marker in store.markers(part):
         if marker is not None:
             labelled[store.unit_rows(unit)] = True
             labelled[list(marker.failed)] = False
     good, crops_M = np.flatnonzero(labelled), part.settings.crops
-    everything = len(good) * crops_M
-    drawn = np.random.default_rng(0).choice(everything, min(sample, everything), replace=False)
-    row_B, crop_B = np.divmod(np.sort(drawn), crops_M)
+    total = len(good) * crops_M
+    chosen = np.random.default_rng(0).choice(total, min(sample, total), replace=False)
+    row_B, crop_B = np.divmod(np.sort(chosen), crops_M)
     row_B = good[row_B]
     unit_B = row_B // store.unit_size
     for unit in np.unique(unit_B).tolist():
@@ -213,29 +216,29 @@ def _places(store: Store, part: Part, sample: int) -> Iterator[tuple[int, np.nda
 def _request(
     store: Store, part: Part, root: Path, unit: int, row_B: np.ndarray, crop_B: np.ndarray
 ) -> tuple[Request, Crops]:
-    """One crop of each row, and all crops of the unit."""
+    """A request for one crop of each row, and all crops of the unit."""
     crops_part = next(p for p in store.rounds() if p.round == part.round)
-    drawn = rounds.crops_of(store, crops_part, unit)
+    recorded = rounds.crops_of(store, crops_part, unit)
     local_B = row_B - store.unit_rows(unit).start
-    one_each = drawn[local_B[:, None], crop_B[:, None]]
+    one_each = recorded[local_B[:, None], crop_B[:, None]]
     listed = store.images
-    return Request.of(root, listed.keys[row_B], listed.size_N2[row_B], one_each), drawn
+    return Request.of(root, listed.keys[row_B], listed.size_N2[row_B], one_each), recorded
 
 
 def _stored(
     store: Store, part: Part, unit: int, row_B: np.ndarray, crop_B: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """(B, ...) values of each field, from the crop groups they lie in."""
+    """(B, ...) stored values of each field."""
     local_B = row_B - store.unit_rows(unit).start
-    crops_m, place_B = np.unique(crop_B, return_inverse=True)
+    crops_m, column_B = np.unique(crop_B, return_inverse=True)
     names = [field.name for field in part.fields]
-    return {name: store.read(part, name, unit, crops_m)[local_B, place_B] for name in names}
+    return {name: store.read(part, name, unit, crops_m)[local_B, column_B] for name in names}
 
 
 def _difference(
     part: Part,
     stored: dict[str, np.ndarray],
-    made: Sequence[Outputs],
+    results: Sequence[Outputs],
     teachers: Sequence[Teacher],
     basis: Basis | None,
 ) -> np.ndarray:
@@ -243,19 +246,19 @@ def _difference(
         form = part.settings.form
         temperature = 1.0 if form.kind == "logits" else part.settings.temperature
         shares = [t.weight for t in teachers]
-        log_prob_BC = teachers_.average([each.logits for each in made], shares, temperature)
+        log_prob_BC = teachers_.average([each.logits for each in results], shares, temperature)
         return label_difference(form, stored, log_prob_BC.exp().cpu().numpy())
-    fresh = outputs.encode_part(part, made, teachers, basis)
+    fresh = outputs.encode_part(part, results, teachers, basis)
     a, b = (features.decode(part.settings.code, values) for values in (stored, fresh))
     scale = np.abs(b).max(axis=1)
     return np.abs(a - b).max(axis=1) / np.maximum(scale, 1e-12)
 
 
 def label_difference(form: Form, stored: dict[str, np.ndarray], prob_BC: np.ndarray) -> np.ndarray:
-    """How far stored labels are from probabilities, float (B,).
+    """Distance of stored labels from a teacher's probabilities, float (B,).
 
-    Of kept classes, their probabilities are compared, and what they lack to the classes that should
-    have been kept: where two are nearly as probable, either will do.
+    For kept classes it covers their probabilities, and how much less probable they are than the
+    classes that should have been kept: of two almost equally probable classes, either may be kept.
     """
     if not form.sparse:
         kept_BC = labels.softmax(stored[form.value_field])

@@ -1,4 +1,4 @@
-"""What a generation would take, from doing a little of it: a small store made and measured."""
+"""Estimate what a generation takes, by making and measuring a small store."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SAMPLE_CROPS = 16
 
 @dataclass(frozen=True)
 class Forecast:
-    """A generation not done yet.
+    """The estimate for a generation.
 
     Attributes:
-        stored_bytes: of the finished store; compression as in the sample.
-        seconds: of one process as it was measured on the sample, from its second batch on.
-        buffer_bytes: memory of a unit in the making (on disk above one GiB).
-        gpu_bytes: peak memory of the GPU on the sample, 0 without one.
+        stored_bytes: of the finished store, if it compresses like the sample.
+        seconds: for one process, measured on the sample from its second batch on.
+        buffer_bytes: memory for the unit in progress (on disk above 1 GiB).
+        gpu_bytes: peak GPU memory on the sample, 0 without a GPU.
         rejected: files of the folder that cannot be used.
     """
 
@@ -67,33 +67,33 @@ def forecast(
     *,
     reporter: Reporter = silent,
 ) -> Forecast:
-    """Scan the folder, make a store of a few images in a temporary place, and scale it up.
+    """Scan the folder, make a store of a few images in a temporary folder, and extrapolate.
 
     Raises:
-        ImagesError, UsageError: what a real run would refuse.
+        ImagesError, UsageError: whatever a real run would refuse.
     """
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, need_classes=False, on_image=advance)
     crops_M = existing.crops_per_image(None, settings)
     few = replace(settings, crops=min(crops_M, SAMPLE_CROPS), source="")
     some = _subset(folder, SAMPLE_IMAGES)
-    with tempfile.TemporaryDirectory(prefix="fkdpipe-dry-run-") as place:
-        location = LocalLocation(Path(place, "store"))
-        made = plan.prepare(
+    with tempfile.TemporaryDirectory(prefix="fkdpipe-dry-run-") as temporary:
+        location = LocalLocation(Path(temporary, "store"))
+        work = plan.prepare(
             location, data, few, teachers, device=resources.device, folder=some, reporter=reporter
         )
         clock = _Clock(reporter)
-        alone = replace(resources, rank=Rank())  # the sample is small, whoever shares the real run
-        generate.generate(made, teachers, alone, reporter=clock)
+        alone = replace(resources, rank=Rank())  # one process is enough for the small sample
+        generate.generate(work, teachers, alone, reporter=clock)
         ended = time.perf_counter()
-        stored = sizes.stored_bytes(made.store, sizes.field_names(made.store))
-        fields = [field for part in made.parts for field in part.fields]
+        stored = sizes.stored_bytes(work.store, sizes.field_names(work.store))
+        fields = [field for part in work.parts for field in part.fields]
     sampled = len(some) * min(crops_M, SAMPLE_CROPS)
-    # A few images do not fill a chunk, and what is not compressed keeps the empty rest of it.
-    chunk = min(schema.CHUNK_IMAGES, made.store.unit_size)
+    # A few images do not fill a chunk, whose empty rest still takes space if it is not compressed.
+    chunk = min(schema.CHUNK_IMAGES, work.store.unit_size)
     filled = len(some) / (-(-len(some) // chunk) * chunk)
     raw = {field.name for field in fields if field.codec == "raw"}
-    once = _array_metadata_bytes(made.store)  # as large for a few crops as for millions
+    once = _array_metadata_bytes(work.store)  # does not grow with the number of crops
     per_crop = -sum(n * (filled if name in raw else 1.0) for name, n in once.items()) / sampled
     for name, size in stored.items():
         if name not in ("images", "commits"):
@@ -121,17 +121,17 @@ def forecast(
 
 
 def _array_metadata_bytes(store: Store) -> Counter[str]:
-    """Bytes of the zarr.json of the arrays beside the list of images, by the array's name."""
-    found: Counter[str] = Counter()
+    """Bytes of the zarr.json files of all arrays except the list of images, by array name."""
+    sizes_: Counter[str] = Counter()
     for part in store.parts.values():
         for key, text in part.metadata.items():
             if part.kind != "images" and key != f"{part.path}/zarr.json":
-                found[key.split("/")[-2]] += len(text)
-    return found
+                sizes_[key.split("/")[-2]] += len(text)
+    return sizes_
 
 
 class _Clock:
-    """A reporter that lets the first batch pass before time counts: start-up is no part of it.
+    """A reporter that starts the clock after the first batch, to leave out start-up.
 
     Attributes:
         since: when that batch was done. crops: how many it had.
@@ -147,7 +147,7 @@ class _Clock:
         with self._inner.task(name, total, unit, done=done) as advance:
 
             def count(crops: int) -> None:
-                if not self.since:  # of a sample of one batch there is nothing else to measure
+                if not self.since:  # a sample of a single batch is measured from its beginning
                     self.since, self.crops = begun, 0
                     if crops < total:
                         self.since, self.crops = time.perf_counter(), crops
@@ -157,7 +157,7 @@ class _Clock:
 
 
 def _subset(folder: ImageFolder, count: int) -> ImageFolder:
-    """Images spread evenly over the list, so over its classes."""
+    """Images spread evenly over the list, and so over its classes."""
     rows = np.unique(np.linspace(0, len(folder) - 1, min(count, len(folder))).round().astype(int))
     return replace(
         folder,

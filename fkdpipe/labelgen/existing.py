@@ -1,4 +1,4 @@
-"""What an existing store was made with: what a user need not say again, or must not change."""
+"""Settings of an existing store, which a user need not repeat and cannot change."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Drawing:
     derived: bool
 
     def settings(self) -> CropsSettings:
-        """As a round records it, whichever crops of the sequence it holds."""
+        """As a round records it, except for the crops of the sequence that it holds."""
         return CropsSettings.of(self.distribution, seed=self.seed, count=0, derived=self.derived)
 
 
 def drawing(store: Store | None, settings: GenerateSettings) -> Drawing:
-    """What the user named of the crops; else what the store's crops were drawn by; else defaults.
+    """How to draw crops: as the user asks, else as the store's crops were drawn, else by default.
 
-    Boxes of an import were drawn by nobody here: they have no distribution to take.
+    Imported boxes were not drawn by fkdpipe and have no known distribution.
     """
     drawn = [part.settings for part in store.rounds()] if store is not None else []
     old = (
@@ -44,30 +44,30 @@ def drawing(store: Store | None, settings: GenerateSettings) -> Drawing:
         else CropsSettings.of(CropDistribution(), seed=0, count=0)
     )
     seed = old.seed if settings.seed is None else settings.seed
-    assert seed is not None  # crops drawn here have one
+    assert seed is not None  # crops drawn by fkdpipe have one
     derived = settings.boxes == "derived" if settings.boxes else old.derived
     return Drawing(settings.crop or old.distribution, seed, derived)
 
 
 def crops_per_image(store: Store | None, settings: GenerateSettings) -> int:
-    """M as asked for, or as the store has it.
+    """M as requested, else as the store has it.
 
     Raises:
-        UsageError: neither.
+        UsageError: there is neither.
     """
     if settings.crops is not None:
         return settings.crops
     have = sum(part.settings.crops for part in store.rounds()) if store is not None else 0
     if not have:
-        raise UsageError("say how many crops per image to record: --crops M.")
+        raise UsageError("choose how many crops per image to record: --crops M.")
     return have
 
 
 def as_store(store: Store | None, settings: GenerateSettings, source: str) -> GenerateSettings:
-    """The settings with what a run onto this store would take from it.
+    """The settings, completed with those that a run on this store would take from it.
 
     Args:
-        source: whose form is taken, where none is asked for.
+        source: whose form is taken if none is requested.
     """
     if store is None:
         return settings
@@ -83,21 +83,21 @@ def as_store(store: Store | None, settings: GenerateSettings, source: str) -> Ge
 
 
 def form_of(store: Store, source: str) -> Form | None:
-    """Of the labels of a source, None where there are none."""
+    """The form of a source's labels, None if it has none."""
     ours = (p for p in store.parts.values() if p.kind == "labels" and p.source == source)
     return next((part.settings.form for part in ours), None)
 
 
 def recorded_options(store: Store) -> dict[str, dict[str, Any]]:
-    """By source, the settings its labels and features were made with; imported ones left out."""
-    found: dict[str, dict[str, Any]] = {}
+    """By source, the settings that labels and features were made with, without imported ones."""
+    recorded: dict[str, dict[str, Any]] = {}
     for part in store.parts.values():
         old = part.settings
         imported = part.kind == "labels" and old.imported_from is not None
         if part.kind not in ("labels", "features") or imported:
             continue
         names = [_spec(teacher) for teacher in old.teachers]
-        options = found.setdefault(part.source, {"teacher": names, "form": "none"})
+        options = recorded.setdefault(part.source, {"teacher": names, "form": "none"})
         options |= {"source": part.source, "precision": old.precision}
         if part.kind == "labels":
             options |= {"form": str(old.form), "temperature": old.temperature}
@@ -105,29 +105,29 @@ def recorded_options(store: Store) -> dict[str, dict[str, Any]]:
             dims = "" if old.basis is None else f":{old.dims}"
             kept = {*options.get("features", ()), f"{part.layer}{dims}"}
             options |= {"features": sorted(kept), "features_code": old.code}
-    return found
+    return recorded
 
 
-def repair_options(location: Location, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a repair takes from the store: the recorded settings of its source that are not given.
+def repair_options(location: Location, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a repair takes from the store: those of its source that the user left out.
 
     Raises:
-        UsageError: no teacher is given; says with which options the store was made. Its name in the
-            store is never taken: it would be loaded, and a store may come from others.
+        UsageError: no teacher is named; says with which options the store was made. The teacher's
+            name in the store is not used: it would be loaded, and a store may come from others.
     """
     try:
         recorded = recorded_options(Store(location))
     except StoreError:
-        recorded = {}  # damaged records: the repair restores them first
-    if not given.get("teacher"):
+        recorded = {}  # damaged records, which the repair restores first
+    if not options.get("teacher"):
         lines = "".join(f"\n  {as_words(each)}" for each in recorded.values())
         raise UsageError(
             "--repair needs the teacher that made the store: --teacher NAME or NAME=FILE."
             + (f" The store was made with:{lines}" if lines else "")
         )
-    source = given.get("source") or (next(iter(recorded)) if len(recorded) == 1 else "")
+    source = options.get("source") or (next(iter(recorded)) if len(recorded) == 1 else "")
     old = recorded.get(source, {})
-    return {key: value for key, value in old.items() if key != "teacher" and key not in given}
+    return {key: value for key, value in old.items() if key != "teacher" and key not in options}
 
 
 def _spec(teacher: Mapping[str, Any]) -> str:
@@ -136,7 +136,7 @@ def _spec(teacher: Mapping[str, Any]) -> str:
 
 
 def as_words(options: Mapping[str, Any]) -> str:
-    """Settings as options of the command line."""
+    """Settings as command-line options."""
     words = []
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
@@ -147,34 +147,34 @@ def as_words(options: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def check_drawing(store: Store, part: Part[CropsSettings], wanted: Drawing) -> None:
-    """Refuse to draw other crops beside those of a round.
+def check_drawing(store: Store, part: Part[CropsSettings], new: Drawing) -> None:
+    """Refuse to draw crops in another way than a round's.
 
     Raises:
-        StoreMismatchError: naming what differs by the keys a user types.
+        StoreMismatchError: lists the differences, by the keys that a user types.
     """
     if part.settings.imported:
         raise StoreMismatchError(
             f"{store.url} has {part.settings.crops} crops per image that were imported with "
-            "their labels; no others can be drawn beside them. Leave --crops out to keep them, or "
-            "name another store.",
+            "their labels; no other crops can be drawn beside them. Leave --crops out to keep "
+            "them, or name another store.",
             code="settings",
         )
-    changed = schema.differences(_comparable(part.settings), _comparable(wanted.settings()))
+    changed = schema.differences(_comparable(part.settings), _comparable(new.settings()))
     if changed:
         raise StoreMismatchError(
             f"{store.url} was made with other settings: {'; '.join(changed)}. Leave them out to "
-            "take the store's, or name another store.",
+            "use the store's, or name another store.",
             code="settings",
         )
 
 
 def _key(name: str) -> str:
-    """As --set and a recipe have it."""
+    """A setting's key in --set and in recipes."""
     return f"crop.{name}" if name in _OF_DISTRIBUTION else name
 
 
 def _comparable(settings: CropsSettings) -> Json:
-    """By the keys a user types, without what differs from round to round; pairs as one value."""
+    """Settings by the keys a user types, without what differs by round; pairs as one value."""
     kept = {k: v for k, v in settings.to_json().items() if k not in ("first", "crops")}
     return {_key(k): tuple(v) if isinstance(v, list) else v for k, v in kept.items()}

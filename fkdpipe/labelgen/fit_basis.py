@@ -1,9 +1,9 @@
-"""The basis of a teacher's features, in one streaming pass over crops.
+"""Fit the basis of a teacher's features, in one streaming pass over crops.
 
-Sums and second moments are kept in float64, so memory does not grow with the number of images.
-Crops are those that `generate` draws with the same law and seed, before there is a store, or those
-of a store. Several processes (torchrun) each sum whole batches of theirs and add up at the end;
-their basis agrees with that of one process to float64 rounding.
+Sums and second moments are accumulated in float64, so memory does not grow with the number of
+images. Without a store, the crops are those that `generate` draws with the same distribution and
+seed; otherwise those of the store. Several processes (torchrun) each sum their own batches and add
+up at the end; their basis agrees with that of one process up to float64 rounding.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class FitSettings:
     crops: PositiveInt = 1
     """M, crops of each image."""
     crop: CropDistribution = field(default_factory=CropDistribution)
-    """The distribution they are drawn from, without a store."""
+    """The distribution the crops are drawn from, without a store."""
     seed: Seed = 0
-    """Of the choice of images and of the crops."""
+    """Seed for sampling images and crops."""
     precision: Precision = "float32"
-    """Of the teacher's forward pass."""
+    """Precision of the teacher's forward pass."""
     batch_size: PositiveInt = 64
     """Crops per teacher batch."""
     replay: Literal["auto", "cpu", "dali"] = "auto"
     """Backend that turns recorded crops into pixels."""
     threads: PositiveInt | None = None
-    """Of the replay; by default the machine's cores."""
+    """Threads of the replay; by default the machine's cores."""
 
     @property
     def needs(self) -> Needs:
@@ -74,19 +74,19 @@ class Sample:
     """Crops to fit on. N images, M crops of each.
 
     Attributes:
-        root: folder that keys are relative to. facts: how they were chosen, for the basis.
+        root: folder that keys are relative to. facts: how they were chosen, recorded in the basis.
     """
 
     root: Path
     keys: np.ndarray
     size_N2: np.ndarray
-    drawn: Crops
+    crops: Crops
     facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A basis and what it was made of. failed: images left out, by key, with the reason."""
+    """A basis and its number of images. failed: images left out, by key, with the reason."""
 
     basis: Basis
     images: int
@@ -94,7 +94,7 @@ class Fitted:
 
 
 def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) -> Sample:
-    """A share of a folder, classes or not, on the crops that `generate` will draw.
+    """A fraction of a folder, with or without classes, on the crops that `generate` will draw.
 
     Raises:
         ImagesError: no usable images.
@@ -103,7 +103,7 @@ def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) 
         folder = images.scan(data, need_classes=False, on_image=advance)
     ids = crops.image_ids(folder.keys)
     rows = _choose(ids, folder.class_N, settings)
-    drawn = crops.sample(
+    sample = crops.sample(
         settings.crop,
         seed=settings.seed,
         image_id_N=ids[rows],
@@ -112,13 +112,13 @@ def from_folder(data: Path, settings: FitSettings, reporter: Reporter = silent) 
     )
     distribution = CropsSettings.of(settings.crop, seed=settings.seed, count=settings.crops)
     return _sample(
-        folder.root, np.array(folder.keys, dtype=object)[rows], folder.size_N2[rows], drawn,
+        folder.root, np.array(folder.keys, dtype=object)[rows], folder.size_N2[rows], sample,
         settings, distribution.to_json(), folder.fingerprint,
     )  # fmt: skip
 
 
 def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
-    """A share of a store's images, on the first crops of its first round.
+    """A fraction of a store's images, on the first crops of its first round.
 
     Raises:
         StoreMismatchError: it has fewer crops.
@@ -126,8 +126,8 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
     (first, *_) = store.rounds()
     if settings.crops > first.settings.crops:
         raise StoreMismatchError(
-            f"the first round of {store.url} has {first.settings.crops} crops per image, "
-            f"{settings.crops} are asked for.",
+            f"the first round of {store.url} has {first.settings.crops} crops per image, not the "
+            f"requested {settings.crops}.",
             code="settings",
         )
     listed = store.images
@@ -142,10 +142,10 @@ def from_store(store: Store, data: Path, settings: FitSettings) -> Sample:
         here = np.flatnonzero(rows // store.unit_size == unit)
         for name, array in values.items():
             array[here] = of_unit[name][rows[here] % store.unit_size, : settings.crops]
-    drawn = rounds.of_values(values)
     return _sample(
-        images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows], drawn,
-        settings, first.settings.to_json(), str(store.facts["fingerprint"]),
+        images.split_root(data, "train"), listed.keys[rows], listed.size_N2[rows],
+        rounds.of_values(values), settings, first.settings.to_json(),
+        str(store.facts["fingerprint"]),
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _sample(
     root: Path,
     keys: np.ndarray,
     size_N2: np.ndarray,
-    drawn: Crops,
+    recorded: Crops,
     settings: FitSettings,
     distribution: dict[str, Any],
     fingerprint: str,
@@ -168,7 +168,7 @@ def _sample(
         "crops": distribution,
         "fingerprint": fingerprint,
     }
-    return Sample(root, keys, size_N2, drawn, facts)
+    return Sample(root, keys, size_N2, recorded, facts)
 
 
 def fit(
@@ -188,7 +188,7 @@ def fit(
     backend = replay.choose_backend(settings.replay, resources.device, _request(sample, 0, 8))
     sums = _Sums.zeros(feature_layers.width(teacher.module.network))
     failed: dict[str, str] = {}
-    per_rank = -(-sample.drawn.flip_NM.size // resources.rank.world)
+    per_rank = -(-sample.crops.flip_NM.size // resources.rank.world)
     with reporter.task("teacher", per_rank, "crops") as advance:
         for vectors_BD in _vectors(sample, teacher, settings, resources, backend, failed, advance):
             sums.add(vectors_BD)
@@ -197,7 +197,7 @@ def fit(
         key, why = next(iter(failed.items()))
         raise ImagesError(
             f"{len(failed)} of {len(sample.keys)} images cannot be used, for example {key}: {why}. "
-            f"Is {sample.root} the folder you mean?",
+            f"Check that {sample.root} is the right folder.",
             code="wrong-folder",
         )
     facts = {
@@ -215,7 +215,7 @@ def fit(
 
 @dataclass
 class _Sums:
-    """Float64 sums over vectors seen so far: (), (D,) and (D, D)."""
+    """Float64 sums over the vectors so far: (), (D,) and (D, D)."""
 
     count: torch.Tensor
     sum_D: torch.Tensor
@@ -243,8 +243,8 @@ def _vectors(
     failed: dict[str, str],
     advance: Advance,
 ) -> Iterator[torch.Tensor]:
-    """(B, D) features of whole batches, every world-th one; `failed` is filled on the way."""
-    step = max(1, resources.batch // sample.drawn.flip_NM.shape[1])
+    """(B, D) features of every world-th batch; adds images that fail to `failed`."""
+    step = max(1, resources.batch // sample.crops.flip_NM.shape[1])
     rank = resources.rank
     firsts = range(rank.index * step, len(sample.keys), rank.world * step)
     (view,) = views = outputs.views_of([teacher])
@@ -262,7 +262,7 @@ def _vectors(
                 within = (good[:, None] * crops_M + np.arange(crops_M)).ravel()
                 seen = pixels.views[0]
                 seen = seen if len(good) == len(rows) else seen[torch.from_numpy(within)]
-                factors = outputs.factors(sample.drawn, rows[0] * crops_M + within)
+                factors = outputs.factors(sample.crops, rows[0] * crops_M + within)
                 (out,) = outputs.teach([teacher], {view: seen.to(resources.device)}, factors)
                 vectors_BD = out.pre if settings.layer == "pre" else out.penultimate
                 assert vectors_BD is not None
@@ -273,12 +273,12 @@ def _vectors(
 def _request(sample: Sample, first: int, count: int) -> Request:
     rows = np.arange(first, min(first + count, len(sample.keys)))
     return Request.of(
-        sample.root, sample.keys[rows], sample.size_N2[rows], sample.drawn[rows], tag=rows
+        sample.root, sample.keys[rows], sample.size_N2[rows], sample.crops[rows], tag=rows
     )
 
 
 def _add_up(sums: _Sums, failed: dict[str, str], rank: Rank) -> dict[str, str]:
-    """Add the sums of all processes in place; returns what failed anywhere."""
+    """Add up the sums of all processes in place; returns the failed images of all."""
     if rank.world == 1:
         return failed
     dist.init_process_group("gloo", rank=rank.index, world_size=rank.world)

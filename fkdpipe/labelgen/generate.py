@@ -1,4 +1,4 @@
-"""Phase 1: images + crops + teachers -> committed units of labels and features."""
+"""Phase 1: from images, crops and teachers to committed units of labels and features."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use; nothing here is a setting of the store.
+    """Resources of a run; none of them is a setting of the store.
 
     Attributes:
         device: of the teachers. batch: crops per teacher batch. threads: of the replay.
-        rank: which units are ours.
-        batch_of: (part path, unit) to the batch a unit was made with before, for repairs.
+        rank: which units this process makes.
+        batch_of: (part path, unit) to the batch size that a unit was made with, for repairs.
     """
 
     device: torch.device
@@ -44,16 +44,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
-        url: of the store. crops_per_image: M, in all.
-        new_units: committed now. kept_units: ours that were committed before.
+        url: of the store. crops_per_image: M, in total.
+        new_units: units committed by this run. kept_units: units committed before.
         failed: images without labels, by key, with the reason.
-        complete: True when every part is sealed, all processes taken together.
-        batch_size: crops per teacher batch at the end, smaller than asked for after an
-            out-of-memory.
-        repaired: what a repair put right.
+        complete: whether every part is sealed, by all processes together.
+        batch_size: crops per teacher batch at the end; smaller than requested if the GPU ran out
+            of memory.
+        repaired: the result of a repair.
     """
 
     url: str
@@ -82,24 +82,24 @@ def generate(
     *,
     reporter: Reporter = silent,
 ) -> Generated:
-    """Make every unit of ours that is missing, and seal what is complete.
+    """Make the missing units of this process, and seal the parts that are complete.
 
     Raises:
         ClaimedError: another process makes these units.
         StoreError: the store cannot be written; everything committed is kept.
         ImagesError: too many images of a unit cannot be read.
-        ReplayError: an image could not be read for a reason that may pass; nothing is recorded.
+        ReplayError: an image could not be read, perhaps temporarily; nothing is recorded.
     """
     store, rank = plan.store, resources.rank
     ours = range(rank.index, store.num_units, rank.world)
     with Claim(store.location, rank.index, rank.world) as claim:
         swept = writer.sweep(store, rank.index, rank.world)
         if swept:
-            log.info("%d files of a run that was cut off are swept away", swept)
+            log.info("removed %d partial files of an interrupted run", swept)
         todo = list(_todo(store, plan, ours))
         batch, failed = _make(plan, teachers, resources, todo, claim, reporter)
         parts = [store.part(IMAGES), *plan.parts]
-        sealed = [writer.seal(store, part) for part in parts]  # each as far as it is complete
+        sealed = [writer.seal(store, part) for part in parts]  # those that are complete
     kept = len(ours) * len(plan.rounds) - len(todo)
     return Generated(
         url=store.url,
@@ -132,7 +132,7 @@ def _make(
     claim: Claim,
     reporter: Reporter,
 ) -> tuple[int, dict[str, str]]:
-    """Make units one after the other; (batch size at the end, failed images)."""
+    """Make units one after the other; returns the last batch size and the failed images."""
     batch = resources.batch
     failed: dict[str, str] = {}
     with (
@@ -147,13 +147,13 @@ def _make(
     ):
         for item in todo:
             recorded = [resources.batch_of.get((p.path, item.unit)) for p in item.missing]
-            wanted = next((b for b in recorded if b), batch)
+            size = next((b for b in recorded if b), batch)
             unit = Unit(
                 plan.store, plan.root, item.plan, item.unit, teachers, plan.basis,
-                resources.device, wanted, claim.check,
+                resources.device, size, claim.check,
             )  # fmt: skip
             used, reasons = _within_memory(unit, item.missing, replayer, advance)
-            batch = min(batch, used) if used < wanted else batch
+            batch = min(batch, used) if used < size else batch
             failed |= reasons
     return batch, failed
 
@@ -161,7 +161,7 @@ def _make(
 def _within_memory(
     unit: Unit, missing: Sequence[Part], replayer: Replay, advance: Advance
 ) -> tuple[int, dict[str, str]]:
-    """Make a unit; out of memory on the GPU, make it again with half the batch."""
+    """Make a unit; if the GPU runs out of memory, try again with half the batch size."""
     while True:
         done = 0
 
@@ -175,13 +175,13 @@ def _within_memory(
         except torch.cuda.OutOfMemoryError as error:
             if unit.batch == 1:
                 raise FkdpipeError(
-                    "the GPU has too little memory for a teacher batch of one crop. Take "
+                    "the GPU has too little memory for a teacher batch of one crop. Use "
                     "--precision bfloat16 or another device.",
                     code="out-of-memory",
                 ) from error
             half = unit.batch // 2
             log.warning(
-                "out of GPU memory: from unit %d on a teacher batch is %d crops, not %d",
+                "out of GPU memory: from unit %d on, a teacher batch has %d crops instead of %d",
                 unit.number,
                 half,
                 unit.batch,

@@ -1,4 +1,4 @@
-"""From teachers' outputs on the device to the arrays a store keeps of them."""
+"""From teachers' outputs on the device to the arrays that a store holds."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fkdpipe.storage.store import Part
 
 
 def views_of(teachers: Sequence[Teacher]) -> list[View]:
-    """The distinct views the teachers need, in order of first use."""
+    """The distinct views that the teachers need, in order of first use."""
     return list(dict.fromkeys(View.of(teacher.preprocessing) for teacher in teachers))
 
 
-def factors(drawn: Crops, places_B: np.ndarray) -> torch.Tensor | None:
-    """float32 (B, 4) colour factors of some crops; place = image * M + crop."""
-    if drawn.jitter_NM4 is None:
+def factors(recorded: Crops, index_B: np.ndarray) -> torch.Tensor | None:
+    """float32 (B, 4) colour factors of some crops; index = image * M + crop."""
+    if recorded.jitter_NM4 is None:
         return None
-    return torch.from_numpy(drawn.jitter_NM4.reshape(-1, 4)[places_B])
+    return torch.from_numpy(recorded.jitter_NM4.reshape(-1, 4)[index_B])
 
 
 def teach(
@@ -37,7 +37,7 @@ def teach(
     pixels: dict[View, torch.Tensor],
     factor_B4: torch.Tensor | None = None,
 ) -> list[Outputs]:
-    """Each teacher's outputs for uint8 pixels of each view on the device.
+    """Each teacher's outputs for the uint8 pixels of its view, on the device.
 
     Args:
         factor_B4: recorded colour jitter of the crops (`fkdpipe.pixels.colour.jitter`).
@@ -46,25 +46,25 @@ def teach(
         ModelError: a teacher gives values that are not finite.
     """
     pixels = {view: colour.jitter(seen, factor_B4) for view, seen in pixels.items()}
-    made = []
+    results = []
     for teacher in teachers:
         p = teacher.preprocessing
-        made.append(teacher.outputs(normalise(pixels[View.of(p)], p.mean, p.std)))
-    _refuse_infinite(teachers, made)
-    return made
+        results.append(teacher.outputs(normalise(pixels[View.of(p)], p.mean, p.std)))
+    _refuse_infinite(teachers, results)
+    return results
 
 
-def _refuse_infinite(teachers: Sequence[Teacher], made: Sequence[Outputs]) -> None:
-    """One NaN in a weight, or one overflow, and every label of a crop is worthless."""
-    asked = [(o.logits, o.pre, o.penultimate, o.final) for o in made]
-    values = [[v for v in some if v is not None] for some in asked]
+def _refuse_infinite(teachers: Sequence[Teacher], results: Sequence[Outputs]) -> None:
+    """Refuse NaN and infinity: one NaN in a weight or one overflow spoils every label of a crop."""
+    tensors = [(o.logits, o.pre, o.penultimate, o.final) for o in results]
+    values = [[v for v in some if v is not None] for some in tensors]
     finite = torch.stack([torch.stack([v.isfinite().all() for v in some]).all() for some in values])
     for teacher, good in zip(teachers, finite.tolist(), strict=True):  # waits for the device once
         if not good:
             raise ModelError(
                 f"{teacher.spec} gives values that are not finite at precision "
                 f"{teacher.precision}. Either its weights hold such values, or they overflow: "
-                "take --precision bfloat16 or float32.",
+                "use --precision bfloat16 or float32.",
                 code="not-finite",
             )
 
@@ -76,15 +76,16 @@ def encode_part(
     if part.kind == "labels":
         return encode_labels(
             part.settings.form,
-            [made.logits for made in outputs],
+            [output.logits for output in outputs],
             [teacher.weight for teacher in teachers],
             part.settings.temperature,
         )
-    (made,) = outputs  # features of an ensemble have no meaning; the plan refuses them
-    kept = {"pre": made.pre, "post": made.penultimate, "map": made.final}[part.layer]
-    assert kept is not None
-    vectors_BD = kept.flatten(1)  # a map lies in the order C, H, W
-    if part.settings.basis is not None:  # raw vectors may stand beside projected ones
+    (output,) = outputs  # the plan refuses features of an ensemble, which have no meaning
+    layers = {"pre": output.pre, "post": output.penultimate, "map": output.final}
+    values = layers[part.layer]
+    assert values is not None
+    vectors_BD = values.flatten(1)  # a map is stored in the order C, H, W
+    if part.settings.basis is not None:  # a store may hold raw vectors beside projected ones
         assert basis is not None
         vectors_BD = basis.project(vectors_BD, part.settings.dims)
     return features.encode(part.settings.code, vectors_BD.float().cpu().numpy())
@@ -97,10 +98,10 @@ def encode_labels(
 
     Args:
         logits: float32 (B, C) of each teacher.
-        shares: of the ensemble, summing to 1.
+        shares: of the teachers in the ensemble, summing to 1.
     """
     if form.kind == "logits":
-        (z_BC,) = logits  # an ensemble is an average of probabilities; the plan refuses others
+        (z_BC,) = logits  # ensembles average probabilities; the plan refuses several logits
         top_B = z_BC.max(dim=1).values
         scores = labels.encode_scores((z_BC - top_B[:, None]).cpu().numpy())
         return {form.value_field: scores, "logit_max": top_B.cpu().numpy()}

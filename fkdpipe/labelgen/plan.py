@@ -1,6 +1,6 @@
-"""What a run of `generate` has to make: the store opened or created, its parts started.
+"""Plan a run of `generate`: open or create the store, and start its parts.
 
-Settings are compared here, before any hour is spent: what a store was made with cannot change.
+Settings are compared here, before any work is done: those of a store cannot change.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """One round: its crops, and what is made of them."""
+    """One round: its crops, and the labels and features of them."""
 
     crops: Part[CropsSettings]
-    made: tuple[Part, ...]
+    outputs: tuple[Part, ...]
 
     @property
     def crops_M(self) -> int:
@@ -52,16 +52,16 @@ class RoundPlan:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (self.crops, *self.made)
+        return (self.crops, *self.outputs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know about its store.
+    """What a run needs to know about its store.
 
     Attributes:
         root: folder that the keys are relative to. replay: backend of the pixels.
-        basis: that features are projected onto.
+        basis: onto which features are projected.
     """
 
     store: Store
@@ -76,7 +76,7 @@ class Plan:
 
 
 def default_source(teachers: Sequence[Teacher]) -> str:
-    """The teachers' names joined: what a source is called when the user names none."""
+    """The default name of a source: the teachers' names, joined."""
     return "+".join(t.spec.name.replace(":", "-").replace("/", "-") for t in teachers)
 
 
@@ -91,24 +91,24 @@ def prepare(
     folder: images.ImageFolder | None = None,
     reporter: Reporter = silent,
 ) -> Plan:
-    """Open or create the store and start the parts that are asked for.
+    """Open or create the store and start the requested parts.
 
     Args:
-        folder: the list of images, where it has been scanned already.
+        folder: the list of images, if it has been scanned already.
 
     Raises:
-        UsageError: settings that cannot be right (K above C, logits of an ensemble, ...).
-        ModelError: a basis of another teacher.
+        UsageError: invalid settings (K above C, logits of an ensemble, ...).
+        ModelError: the basis belongs to another teacher.
         StoreMismatchError: the store was made with other settings; says which.
         ImagesError: the folder cannot be used, or its classes are not the store's.
     """
     basis = features.load_basis(settings.basis) if settings.basis else None
     source = settings.source or default_source(teachers)
     form = _form(settings, location, source, teachers)
-    wanted = _wanted_parts(settings, form, teachers, basis, source)
-    fields = [field for part in wanted for field in part.fields]
-    drawn = existing.drawing(begin.find_store(location), settings)
-    store = _open_or_create(location, data, settings, drawn, fields, rank, folder, reporter)
+    templates = _templates(settings, form, teachers, basis, source)
+    fields = [field for template in templates for field in template.fields]
+    drawing = existing.drawing(begin.find_store(location), settings)
+    store = _open_or_create(location, data, settings, drawing, fields, rank, folder, reporter)
     root = images.split_root(data, "train")
     images.check_same_classes(store.images.class_names, images.class_folders(root), where=str(data))
     backend = _backend(store, source, settings.replay, device, root)
@@ -118,26 +118,30 @@ def prepare(
         "packages": writer.package_versions(),
     }
     plans = []
-    for crops in _rounds(store, settings, drawn):
-        made = [
+    for crops in _rounds(store, settings, drawing):
+        outputs = [
             writer.add_part(
                 store,
-                f"rounds/{crops.round}/{part.place}",
-                replace(part.settings, replay=backend, crops=crops.settings.crops),
-                part.fields,
+                f"rounds/{crops.round}/{template.path}",
+                replace(template.settings, replay=backend, crops=crops.settings.crops),
+                template.fields,
                 provenance=provenance,
             )
-            for part in wanted
+            for template in templates
         ]
-        plans.append(RoundPlan(crops, tuple(made)))
+        plans.append(RoundPlan(crops, tuple(outputs)))
     return Plan(store, root, tuple(plans), backend, basis)
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """A part that every round is to have; the round's crops and the replay are yet to be known."""
+class _Template:
+    """A part to add to every round, without the number of crops and the replay backend.
 
-    place: str
+    Attributes:
+        path: of the part within the round.
+    """
+
+    path: str
     settings: LabelSettings | FeatureSettings
     fields: list[Field]
 
@@ -145,7 +149,7 @@ class _Wanted:
 def _form(
     settings: GenerateSettings, location: Location, source: str, teachers: Sequence[Teacher]
 ) -> Form | None:
-    """The form asked for; else what the store holds of this source; else topk:10."""
+    """The requested form, else that of this source in the store, else topk:10."""
     if settings.form == "none":
         return None
     for teacher in teachers:
@@ -165,26 +169,26 @@ def _self_supervised(teachers: Sequence[Teacher]) -> bool:
     return any(teacher.spec.library in SELF_SUPERVISED for teacher in teachers)
 
 
-def _wanted_parts(
+def _templates(
     settings: GenerateSettings,
     form: Form | None,
     teachers: Sequence[Teacher],
     basis: Basis | None,
     source: str,
-) -> list[_Wanted]:
-    wanted = []
+) -> list[_Template]:
+    templates = []
     if form is not None:
         classes = _classes(teachers)
         labels.check_form(form, classes)
         if form.kind == "logits" and len(teachers) > 1:
             raise UsageError(
-                "form logits keeps one teacher's scores; several teachers are averaged as "
-                "probabilities: take full or topk:K, or generate one source per teacher."
+                "form logits stores one teacher's scores; several teachers are averaged as "
+                "probabilities: use full or topk:K, or generate one source per teacher."
             )
         if form.kind != "logits" and _self_supervised(teachers):
             raise UsageError(
-                f"{teachers[0].spec} gives scores, not probabilities of classes: take --form "
-                "logits and choose the temperature when a student trains."
+                f"{teachers[0].spec} gives scores, not class probabilities: use --form logits and "
+                "choose the temperature at training time."
             )
         recorded = LabelSettings(
             form,
@@ -194,23 +198,24 @@ def _wanted_parts(
             precision=teachers[0].precision,
             teachers=tuple(teacher.facts() for teacher in teachers),
         )
-        wanted.append(_Wanted(f"labels/{source}", recorded, schema.label_fields(form, classes)))
+        fields = schema.label_fields(form, classes)
+        templates.append(_Template(f"labels/{source}", recorded, fields))
     return [
-        *wanted,
-        *(_wanted_features(text, settings, teachers, basis, source) for text in settings.features),
+        *templates,
+        *(_feature_part(text, settings, teachers, basis, source) for text in settings.features),
     ]
 
 
-def _wanted_features(
+def _feature_part(
     text: str,
     settings: GenerateSettings,
     teachers: Sequence[Teacher],
     basis: Basis | None,
     source: str,
-) -> _Wanted:
+) -> _Template:
     layer, dims = features.parse_features(text)
     if len(teachers) > 1:
-        raise UsageError("features are those of one teacher; generate one source per teacher.")
+        raise UsageError("features are of a single teacher; generate one source per teacher.")
     (teacher,) = teachers
     if dims is not None:
         assert basis is not None  # the settings refuse components without a basis
@@ -235,14 +240,14 @@ def _wanted_features(
         teachers=(teacher.facts(),),
     )
     fields = stored_features.fields(recorded.dims, recorded.code)
-    return _Wanted(f"features/{source}/{layer}", recorded, fields)
+    return _Template(f"features/{source}/{layer}", recorded, fields)
 
 
 def _map_shape(teacher: Teacher) -> tuple[int, ...]:
-    """(C, H, W) of the teacher's last map at its own input size."""
+    """(C, H, W) of the teacher's last feature map at its own input size."""
     device = next(teacher.module.parameters()).device
     final = feature_layers.example(teacher.module, teacher.preprocessing.size, device).final
-    assert final is not None  # the settings ask for it
+    assert final is not None  # requested in the settings
     return tuple(int(n) for n in final.shape[1:])
 
 
@@ -257,7 +262,7 @@ def _open_or_create(
     location: Location,
     data: Path,
     settings: GenerateSettings,
-    drawn: Drawing,
+    drawing: Drawing,
     fields: list[Field],
     rank: Rank,
     folder: images.ImageFolder | None,
@@ -274,26 +279,26 @@ def _open_or_create(
     if folder is None:
         with reporter.task("scan", 0, "files") as advance:
             folder = images.scan(data, need_classes=False, on_image=advance)
-    _tell(folder)
-    crop_fields = schema.crop_fields(jitter=drawn.distribution.jitter is not None)
+    _log_remarks(folder)
+    crop_fields = schema.crop_fields(jitter=drawing.distribution.jitter is not None)
     per_image = schema.bytes_per_image([*fields, *crop_fields], crops_M)
     return writer.create_store(
         location,
         image_columns(folder),
-        seed=drawn.seed,
+        seed=drawing.seed,
         unit=schema.unit_images(per_image),
     )
 
 
-def _tell(folder: images.ImageFolder) -> None:
+def _log_remarks(folder: images.ImageFolder) -> None:
     if not folder.class_names:
-        log.info("no class folders: the images are taken as unlabelled")
+        log.info("no class folders: treating the images as unlabelled")
     for remark in images.remarks(folder):
         log.warning("%s", remark)
 
 
 def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:
-    """A scanned folder as a store keeps it."""
+    """A scanned folder as a store holds it."""
     return writer.ImageColumns(
         keys=folder.keys,
         class_N=folder.class_N,
@@ -305,29 +310,31 @@ def image_columns(folder: images.ImageFolder) -> writer.ImageColumns:
     )
 
 
-def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Part[CropsSettings]]:
-    """The rounds there are, and a further one for the crops that are still wanted."""
+def _rounds(
+    store: Store, settings: GenerateSettings, drawing: Drawing
+) -> list[Part[CropsSettings]]:
+    """The existing rounds, and a new one if more crops are requested."""
     known = store.rounds()
     have = sum(part.settings.crops for part in known)
-    wanted = have if settings.crops is None else settings.crops
-    if wanted < have:
+    requested = have if settings.crops is None else settings.crops
+    if requested < have:
         raise StoreMismatchError(
-            f"{store.url} has {have} crops per image, {wanted} are asked for. Leave --crops out to "
-            "keep them; `fkdpipe thin` makes a store with fewer.",
+            f"{store.url} has {have} crops per image, more than the requested {requested}. Leave "
+            "--crops out to keep them; `fkdpipe thin` makes a store with fewer.",
             code="settings",
         )
     for part in known:
-        if wanted == have and part.settings.imported:
-            continue  # imported boxes: they are stored, and nothing is drawn
-        existing.check_drawing(store, part, drawn)
-    if wanted > have:
+        if requested == have and part.settings.imported:
+            continue  # imported boxes are stored, and nothing is drawn
+        existing.check_drawing(store, part, drawing)
+    if requested > have:
         known.append(
             writer.add_crops(
                 store,
-                drawn.distribution,
-                seed=drawn.seed,
-                count=wanted - have,
-                derived=drawn.derived,
+                drawing.distribution,
+                seed=drawing.seed,
+                count=requested - have,
+                derived=drawing.derived,
             )
         )
     return known
@@ -336,11 +343,11 @@ def _rounds(store: Store, settings: GenerateSettings, drawn: Drawing) -> list[Pa
 def _backend(
     store: Store, source: str, choice: BackendChoice, device: torch.device, root: Path
 ) -> Backend:
-    """The backend a source was begun with, or the one chosen for a new source."""
+    """The backend that a source was started with, or the one chosen for a new source."""
     ours = (part.settings for part in store.parts.values() if part.source == source)
-    begun = [settings.replay for settings in ours if settings.replay]  # unknown of imported labels
-    if begun and choice == "auto":
-        return begun[0]
+    recorded = [settings.replay for settings in ours if settings.replay]  # unknown for imports
+    if recorded and choice == "auto":
+        return recorded[0]
     return replay.choose_backend(choice, device, _sample(store, root))
 
 

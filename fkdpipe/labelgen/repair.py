@@ -1,4 +1,4 @@
-"""Making broken units again: found by checksums, made with what their markers record."""
+"""Repair broken units: find them by checksum, and make them again as their markers record."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restored:
-    """A store whose records are right again.
+    """A store whose records have been repaired.
 
     Attributes:
-        records: those that were put right from their copies.
+        records: those that were restored from their copies.
         broken: (part path, unit) that only a teacher can make again.
     """
 
@@ -33,12 +33,12 @@ class Restored:
 
 @dataclass(frozen=True)
 class Withdrawn:
-    """What a generation makes again.
+    """Units that will be made again.
 
     Attributes:
         units: (part path, unit) whose commits are withdrawn.
-        left: broken ones of other parts, which another teacher made; their commits stay.
-        batch_of: the teacher batch each unit was made with, where that is known.
+        left: broken units of other parts, which another teacher made; their commits are kept.
+        batch_of: the teacher batch that each unit was made with, if it is known.
     """
 
     units: tuple[tuple[str, int], ...]
@@ -48,7 +48,7 @@ class Withdrawn:
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did: records restored, (part path, unit) made again, and still broken."""
+    """The result of a repair: records restored, (part path, unit) made again, and still broken."""
 
     records: tuple[str, ...]
     units: tuple[tuple[str, int], ...]
@@ -56,17 +56,17 @@ class Repaired:
 
 
 def restore(location: Location, data: Path) -> Restored:
-    """Put records and the list of images right, and find the units that are broken.
+    """Repair records and the list of images, and find the broken units.
 
     Args:
-        data: the image folder, needed when the list of images itself is damaged.
+        data: the image folder, needed if the list of images itself is damaged.
 
     Raises:
-        StoreError: what is broken cannot be put right from here.
-        ClaimedError: another process writes the store.
+        StoreError: the damage cannot be repaired.
+        ClaimedError: another process is writing to the store.
     """
     if next(iter(location.list("commits")), None) is None:
-        Store(location)  # says that there is none
+        Store(location)  # raises: there is no store
     with Claim(location, 0, 1):
         records = store_repair.metadata(location)
         store = Store(location)
@@ -79,39 +79,40 @@ def restore(location: Location, data: Path) -> Restored:
 
 
 def withdraw(plan: Plan, restored: Restored) -> Withdrawn:
-    """Take back the commits of broken units that a plan makes; `generate` makes them again.
+    """Withdraw the commits of a plan's broken units, so that `generate` makes them again.
 
     Raises:
-        ClaimedError: another process writes the store.
+        ClaimedError: another process is writing to the store.
     """
     store, ours = plan.store, {part.path for part in plan.parts}
-    units = tuple(place for place in restored.broken if place[0] in ours)
+    units = tuple((path, unit) for path, unit in restored.broken if path in ours)
     batch_of = {}
     with Claim(store.location, 0, 1):
         for path, unit in units:
-            made = _made(store, store.part(path), unit)
-            if "batch" in made:
-                batch_of[path, unit] = int(made["batch"])
+            facts = _facts(store, store.part(path), unit)
+            if "batch" in facts:
+                batch_of[path, unit] = int(facts["batch"])
         for path, unit in units:
             store.location.delete(commits.manifest_key(path))
             store.location.delete(commits.marker_key(path, unit))
-            log.info("%s unit %d is made again", path, unit)
+            log.info("making %s unit %d again", path, unit)
     return Withdrawn(units, tuple(sorted({*restored.broken} - {*units})), batch_of)
 
 
-def _made(store: Store, part: Part, unit: int) -> dict:
+def _facts(store: Store, part: Part, unit: int) -> dict:
+    """`Marker.facts` of a unit, from its marker or else from the manifest."""
     marker = store.marker(part, unit)
     if marker is not None:
-        return marker.made
+        return marker.facts
     try:
         manifest = store.manifest(part)
     except DamagedStoreError:
         return {}
-    return manifest.made.get(unit, {}) if manifest is not None else {}
+    return manifest.facts.get(unit, {}) if manifest is not None else {}
 
 
 def _images(store: Store, data: Path) -> list[str]:
-    """Write the list of images again from the folder; it must come out as it was committed."""
+    """Write the list of images again from the folder; it must equal what was committed."""
     part = store.part(IMAGES)
     marker = store.marker(part, 0)
     folder = images.scan(data, need_classes=False)

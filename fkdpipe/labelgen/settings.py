@@ -1,4 +1,4 @@
-"""What a generation is: as flags, as a recipe, and as a store records it."""
+"""Settings of a generation, on the command line, in a recipe and in Python."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ class GenerateSettings:
     teacher: tuple[str, ...]
     """NAME or NAME=FILE, one or several."""
     teacher_weight: tuple[float, ...] = ()
-    """Relative shares of the teachers; by default all the same."""
+    """Relative weights of the teachers; by default, all are equal."""
     class_map: tuple[Path, ...] = ()
-    """Files that say which output is which class: none, one for all or one per teacher."""
+    """Files that map outputs to classes: none, one for all teachers or one per teacher."""
     form: str | None = None
-    """What is stored of the outputs, none for features only; by default what the store holds of
-    this source, or topk:10."""
+    """What is stored of the outputs, or none for features only; by default, as the store has it
+    for this source, or topk:10."""
     temperature: PositiveFloat = 1.0
     """Logits are divided by it before softmax."""
     features: tuple[str, ...] = ()
-    """pre or post (before or after the last activation), :D for the leading D components of basis,
-    or map (the last map after the final norm)."""
+    """pre or post (before or after the last activation), with :D for the leading D components of
+    basis, or map (the last feature map after the final norm)."""
     features_code: Literal["float16", "int8"] = "float16"
-    """float16, or int8 after a cube root."""
+    """How features are stored: float16, or int8 of the cube root."""
     basis: Path | None = None
-    """File of fit-basis, for leading components."""
+    """File written by fit-basis, for leading components."""
     crops: PositiveInt | None = None
-    """M, crops per image in all; by default what the store has."""
+    """M, crops per image in total; by default, as many as the store has."""
     crop: CropDistribution | None = None
-    """The distribution they are drawn from, colour jitter included; by default the store's, or
+    """The distribution of the crops, with colour jitter; by default, the store's, or
     RandomResizedCrop."""
     boxes: Literal["stored", "derived"] | None = None
-    """Stored, or derived from the seed with a checksum; by default as the store's, or stored."""
+    """Stored, or derived from the seed with a checksum; by default, as in the store, or stored."""
     source: str = ""
-    """Name of the labels within the store; by default the teachers' names."""
+    """Name of the labels within the store; by default, the teachers' names."""
     seed: Seed | None = None
-    """Of the crops and of the order of images; by default the store's, or 0."""
+    """Seed of the crops and of the order of images; by default, the store's, or 0."""
     precision: Precision = "float32"
-    """Of the teachers' forward passes."""
+    """Precision of the teachers' forward passes."""
     batch_size: PositiveInt = 64
     """Crops per teacher batch."""
     replay: Literal["auto", "cpu", "dali"] = "auto"
     """Backend that turns recorded crops into pixels."""
     threads: PositiveInt | None = None
-    """Of the replay; by default the machine's cores."""
+    """Threads of the replay; by default, the machine's cores."""
 
     @field_validator("teacher")
     @classmethod
@@ -81,7 +81,7 @@ class GenerateSettings:
         for text in texts:
             parse_features(text)
         if not texts and info.data.get("form") == "none":
-            raise UsageError("form none without features leaves nothing to generate")
+            raise UsageError("with form none and no features, there is nothing to generate")
         return texts
 
     @field_validator("basis")
@@ -91,7 +91,7 @@ class GenerateSettings:
             if basis is None and parse_features(text)[1] is not None:
                 raise UsageError(
                     f"features {text}: leading components need a basis. Fit one with fkdpipe "
-                    "fit-basis and name it with --basis FILE"
+                    "fit-basis and pass it with --basis FILE"
                 )
         return basis
 
@@ -104,5 +104,5 @@ class GenerateSettings:
 
     @property
     def needs(self) -> Needs:
-        """What is asked of the teachers beside logits."""
+        """What the teachers must return beside logits."""
         return feature_layers.needs_of({parse_features(text)[0] for text in self.features})

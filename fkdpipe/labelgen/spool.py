@@ -1,7 +1,7 @@
-"""Buffers of a unit in the making: memory, or local disk where they would not fit.
+"""Buffers of the unit in progress: in memory, or on local disk if they would not fit.
 
-Teachers see a unit crop by crop while wide arrays are written crop group by crop group, so a unit
-is held whole. Images are decoded once either way.
+Teachers run image by image, but wide arrays are written one crop group at a time, so the whole unit
+is buffered. This way each image is decoded only once.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ def buffers(parts: Sequence[Part], images: int, crops_M: int) -> Iterator[Buffer
         return
     with tempfile.TemporaryDirectory(prefix="fkdpipe-unit-") as folder:
         try:
-            made = {part.path: _on_disk(part, images, crops_M, Path(folder)) for part in parts}
+            arrays = {part.path: _on_disk(part, images, crops_M, Path(folder)) for part in parts}
         except OSError as error:
             raise FkdpipeError(
-                f"a unit in the making needs {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
+                f"the unit in progress needs {needed / 1e9:.1f} GB in {tempfile.gettempdir()}: "
                 f"{error.strerror or error}. Set TMPDIR to a local folder with more space.",
                 code="no-space",
             ) from error
-        yield made
+        yield arrays
 
 
 def _on_disk(part: Part, images: int, crops_M: int, folder: Path) -> dict[str, np.ndarray]:
-    made: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for field in part.fields:
         file = folder / f"{part.path.replace('/', '-')}-{field.name}"
         array = np.memmap(
             file, mode="w+", dtype=np.dtype(field.dtype), shape=(images, crops_M, *field.shape)
         )
-        # Take the space now: a mapped file on a disk that is full ends the process by a signal.
+        # Allocate the space now: if the disk filled up later, a signal would kill the process.
         descriptor = os.open(file, os.O_RDWR)
         try:
             os.posix_fallocate(descriptor, 0, array.nbytes)
         finally:
             os.close(descriptor)
-        for row in range(images):  # a row at a time, so that pages can leave memory
+        for row in range(images):  # one row at a time, so that pages can leave memory
             array[row] = field.fill
-        made[field.name] = array
-    return made
+        arrays[field.name] = array
+    return arrays

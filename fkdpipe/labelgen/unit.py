@@ -1,7 +1,7 @@
-"""One unit in the making: replay, teachers, encode, commit.
+"""Make one unit: replay, run the teachers, encode, commit.
 
-Nothing enters but the unit itself and the batch size: not the order of units, not how many
-processes there are, not where an earlier run was stopped.
+The result depends only on the unit and the batch size, not on the order of units, the number of
+processes or where an earlier run was interrupted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from fkdpipe.storage.store import Part, Store
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_SHARE = 0.1  # of a unit: more looks like a folder that went away, not like broken files
-FEW = 10  # broken images that a unit may have whatever its size, though not most of it
+MAX_FAILED_SHARE = 0.1  # of a unit: more looks like a missing folder, not like broken files
+FEW = 10  # broken images that a unit of any size may have, up to half of its images
 
-Failures = dict[int, tuple[str, str]]  # place within the unit to (code, detail)
+Failures = dict[int, tuple[str, str]]  # position within the unit to (code, detail)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Unit:
 
     Attributes:
         root: folder that keys are relative to. batch: crops per teacher batch.
-        before_commit: called before anything is committed; raises when this process must stop.
+        before_commit: called before every commit; raises if this process must stop.
     """
 
     store: Store
@@ -56,129 +56,129 @@ class Unit:
         """Commit the missing parts; returns key -> reason of images that failed.
 
         Raises:
-            torch.cuda.OutOfMemoryError: nothing of labels or features is committed then.
+            torch.cuda.OutOfMemoryError: no labels or features of the unit are committed.
             ImagesError: too many images cannot be used.
-            ReplayError: an image could not be read for a reason that may pass.
+            ReplayError: an image could not be read, perhaps temporarily.
         """
-        drawn = rounds.crops_of(self.store, self.plan.crops, self.number)
+        recorded = rounds.crops_of(self.store, self.plan.crops, self.number)
         if self.plan.crops in missing:
-            self._commit_crops(drawn)
-        taught = [part for part in missing if part.kind != "crops"]
-        if not taught:
+            self._commit_crops(recorded)
+        parts = [part for part in missing if part.kind != "crops"]
+        if not parts:
             return {}
-        images_, crops_M = drawn.flip_NM.shape
+        images_, crops_M = recorded.flip_NM.shape
         known = self._without_crops()
         failures = dict(known)
-        with spool.buffers(taught, images_, crops_M) as values:
-            for places_B, pixels in _Batches(self, drawn, replayer, failures):
-                made = outputs.teach(self.teachers, pixels, outputs.factors(drawn, places_B))
-                for part in taught:
-                    encoded = outputs.encode_part(part, made, self.teachers, self.basis)
+        with spool.buffers(parts, images_, crops_M) as values:
+            for index_B, pixels in _Batches(self, recorded, replayer, failures):
+                factors = outputs.factors(recorded, index_B)
+                results = outputs.teach(self.teachers, pixels, factors)
+                for part in parts:
+                    encoded = outputs.encode_part(part, results, self.teachers, self.basis)
                     for name, rows in encoded.items():
                         array = values[part.path][name]
-                        array.reshape(-1, *array.shape[2:])[places_B] = rows
-                advance(len(places_B))
-            return self._commit(taught, values, failures, known)
+                        array.reshape(-1, *array.shape[2:])[index_B] = rows
+                advance(len(index_B))
+            return self._commit(parts, values, failures, known)
 
-    def _commit_crops(self, drawn: Crops) -> None:
+    def _commit_crops(self, recorded: Crops) -> None:
         part = self.plan.crops
-        values = {} if not part.fields else rounds.values_of(drawn)
+        values = {} if not part.fields else rounds.values_of(recorded)
         self.before_commit()
         writer.commit_unit(
             self.store,
             part,
             self.number,
             values,
-            made={"crops_crc32c": rounds.checksum(drawn)},
+            facts={"crops_crc32c": rounds.checksum(recorded)},
         )
 
     def _without_crops(self) -> Failures:
-        """Images that an import brought no crops for."""
+        """Images that an import had no crops for."""
         marker = self.store.marker(self.plan.crops, self.number)
         first = self.store.unit_rows(self.number).start
         return {row - first: why for row, why in marker.failed.items()} if marker else {}
 
     def _commit(
-        self, taught: Sequence[Part], values: spool.Buffers, failures: Failures, known: Failures
+        self, parts: Sequence[Part], values: spool.Buffers, failures: Failures, known: Failures
     ) -> dict[str, str]:
         rows = self.store.unit_rows(self.number)
         count = rows.stop - rows.start
         keys = self.store.images.keys[rows]
-        broken = {place: why for place, why in failures.items() if place not in known}
+        broken = {position: why for position, why in failures.items() if position not in known}
         if len(broken) > max(MAX_FAILED_SHARE * count, min(FEW, count / 2)):
-            place, (code, detail) = next(iter(broken.items()))
+            position, (code, detail) = next(iter(broken.items()))
             raise ImagesError(
                 f"{len(broken)} of {count} images of unit {self.number} cannot be used, for "
-                f"example {keys[place]}: {code}, {detail}. Is {self.root} the folder this store "
-                "was made for, and all of it there?",
+                f"example {keys[position]}: {code}, {detail}. Check that {self.root} is complete "
+                "and the folder this store was made for.",
                 code="wrong-folder",
             )
-        made = {
+        facts = {
             "batch": self.batch,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
         }
-        failed = {rows.start + place: why for place, why in sorted(failures.items())}
-        for part in taught:
+        failed = {rows.start + position: why for position, why in sorted(failures.items())}
+        for part in parts:
             self.before_commit()
             writer.commit_unit(
-                self.store, part, self.number, values[part.path], failed=failed, made=made
+                self.store, part, self.number, values[part.path], failed=failed, facts=facts
             )
-        for place, (code, detail) in failures.items():
-            log.warning("%s is left out: %s, %s", keys[place], code, detail)
-        return {str(keys[place]): f"{code}: {detail}" for place, (code, detail) in failures.items()}
+        for position, (code, detail) in failures.items():
+            log.warning("%s is left out: %s, %s", keys[position], code, detail)
+        return {str(keys[k]): f"{code}: {detail}" for k, (code, detail) in failures.items()}
 
 
 @dataclass
 class _Batches:
-    """Teacher batches of exactly `batch` crops, the last one shorter; failed images left out.
+    """Teacher batches of exactly `batch` crops, except for the last one, without failed images.
 
-    Iterating gives (places image * M + crop within the unit, uint8 pixels of each view on the
-    device).
+    Yields (index image * M + crop within the unit, uint8 pixels of each view on the device).
     """
 
     unit: Unit
-    drawn: Crops
+    crops: Crops
     replayer: Replay
     failures: Failures
-    places: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    pending: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, dict[View, torch.Tensor]]]:
-        crops_M, batch = self.drawn.flip_NM.shape[1], self.unit.batch
+        crops_M, batch = self.crops.flip_NM.shape[1], self.unit.batch
         views = outputs.views_of(self.unit.teachers)
         held: list[list[torch.Tensor]] = [[] for _ in views]
         for pixels in self.replayer.run(self._requests()):
             refuse_passing(pixels)
-            taken: np.ndarray = pixels.request.tag  # type: ignore[assignment]
-            self.failures |= {int(taken[f.image]): (f.code, f.detail) for f in pixels.failures}
-            good = np.setdiff1d(np.arange(len(taken)), [f.image for f in pixels.failures])
+            images: np.ndarray = pixels.request.tag  # type: ignore[assignment]
+            self.failures |= {int(images[f.image]): (f.code, f.detail) for f in pixels.failures}
+            good = np.setdiff1d(np.arange(len(images)), [f.image for f in pixels.failures])
             rows = (good[:, None] * crops_M + np.arange(crops_M)).ravel()
-            here = (taken[good][:, None] * crops_M + np.arange(crops_M)).ravel()
-            self.places = np.concatenate([self.places, here])
+            index = (images[good][:, None] * crops_M + np.arange(crops_M)).ravel()
+            self.pending = np.concatenate([self.pending, index])
             for tensors, view_pixels in zip(held, pixels.views, strict=True):
-                whole = len(good) == len(taken)
+                whole = len(good) == len(images)
                 tensors.append(view_pixels if whole else view_pixels[torch.from_numpy(rows)])
-            while len(self.places) >= batch:
+            while len(self.pending) >= batch:
                 joined = [torch.cat(t) if len(t) > 1 else t[0] for t in held]
-                yield self._give(views, joined, batch)
+                yield self._take(views, joined, batch)
                 held = [[j[batch:]] for j in joined]
-        if len(self.places):
-            yield self._give(views, [torch.cat(t) for t in held], len(self.places))
+        if len(self.pending):
+            yield self._take(views, [torch.cat(t) for t in held], len(self.pending))
 
-    def _give(
+    def _take(
         self, views: list[View], joined: list[torch.Tensor], count: int
     ) -> tuple[np.ndarray, dict[View, torch.Tensor]]:
-        places, self.places = self.places[:count], self.places[count:]
+        index_B, self.pending = self.pending[:count], self.pending[count:]
         device = self.unit.device
         pixels = [pixels[:count].to(device, non_blocking=True) for pixels in joined]
-        return places, dict(zip(views, pixels, strict=True))
+        return index_B, dict(zip(views, pixels, strict=True))
 
     def _requests(self) -> Iterator[Request]:
         store = self.unit.store
         rows = store.unit_rows(self.unit.number)
         keys, sizes = store.images.keys[rows], store.images.size_N2[rows]
         usable = np.setdiff1d(np.arange(len(keys)), list(self.failures))
-        step = max(1, self.unit.batch // self.drawn.flip_NM.shape[1])
+        step = max(1, self.unit.batch // self.crops.flip_NM.shape[1])
         for first in range(0, len(usable), step):
             some = usable[first : first + step]
-            yield Request.of(self.unit.root, keys[some], sizes[some], self.drawn[some], tag=some)
+            yield Request.of(self.unit.root, keys[some], sizes[some], self.crops[some], tag=some)

@@ -1,1 +1,1 @@
-"""An encoded image, a recorded crop, and uint8 pixels: both phases replay crops through here."""
+"""From an encoded image and a recorded crop to uint8 pixels; both phases replay crops with this."""

@@ -1,12 +1,12 @@
-"""Recorded colour jitter, applied in torch on the device after replay: once for both phases.
+"""Recorded colour jitter, applied with torch on the device after replay, in both phases.
 
-The factors of a crop are part of its record (`crops.Jitter`), so the student sees the
-colours that the teacher saw. The operations are those of torchvision's ColorJitter, always in the
-order brightness, contrast, saturation, hue (torchvision draws an order each time), computed in
-float32 on levels 0 to 255, clamped after each and rounded to uint8 once, at the end.
+The factors of a crop are part of its record (`crops.Jitter`), so the student sees the same colours
+as the teacher. The operations are those of torchvision's ColorJitter, always in the order
+brightness, contrast, saturation, hue (torchvision draws a random order). They are computed in
+float32 on levels 0 to 255, clamped after each operation and rounded to uint8 once, at the end.
 
-The result does not depend on the batch: every step is one elementwise operation, and the mean that
-contrast needs is a sum of integers.
+The result does not depend on the batch: every step is elementwise, and the mean that contrast needs
+is a sum of integers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _FINE = 256  # steps of a grey level in the sum that contrast needs
 
 
 def jitter(pixels_B3HW: torch.Tensor, factor_B4: torch.Tensor | None) -> torch.Tensor:
-    """uint8 pixels of the same shape and memory format, colours changed as recorded.
+    """Change colours as recorded; returns uint8 pixels of the same shape and memory format.
 
     Args:
         pixels_B3HW: uint8, on any device.
         factor_B4: float32 brightness, contrast, saturation (1 changes nothing) and hue (in turns
-            of the colour circle, 0 changes nothing); None leaves the pixels as they are.
+            of the colour wheel, 0 changes nothing); None returns the pixels unchanged.
     """
     if factor_B4 is None:
         return pixels_B3HW
@@ -49,14 +49,14 @@ def _gray(x_B3HW: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(gray_B1HW: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 1, 1, 1), the same in any batch: integers add up alike in any order."""
+    """float32 (B, 1, 1, 1), the same in any batch: sums of integers do not depend on the order."""
     levels = gray_B1HW.mul(_FINE).round_().to(torch.int64).sum(dim=(1, 2, 3), keepdim=True)
     count = _FINE * gray_B1HW.shape[2] * gray_B1HW.shape[3]
     return (levels.to(torch.float64) / count).to(torch.float32)
 
 
 def _turn(x_B3HW: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Rotate hues; value and saturation of HSV stay.
+    """Rotate hues; value and saturation of HSV do not change.
 
     The hexagon formula of HSV (Smith 1978), one colour channel at a time: channel n (5, 3, 1 for
     red, green, blue) is v - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 hue) mod 6.

@@ -1,12 +1,12 @@
-"""What a recorded crop is, and the law it is drawn from.
+"""Recorded crops, and the distribution they are drawn from.
 
 Shapes: N images, M crops of each. A box is (top, left, height, width) in integer pixels of the
 decoded image, EXIF orientation not applied.
 
 Crops come from a counter-based generator keyed by (seed, image key, crop index, field, draw), so
-any process draws the same crop in any order, today and on another machine. That needs arithmetic
-that rounds the same everywhere: only +, -, *, / and square root of IEEE doubles are used. `exp` of
-a maths library is not, since one differing last bit can move a crop by a pixel; see `_exp`.
+any process on any machine draws the same crop, in any order. This needs arithmetic that rounds the
+same everywhere: only +, -, *, / and square root of IEEE doubles are used. The `exp` of a maths
+library is not, since a difference in the last bit can move a crop by a pixel; see `_exp`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fkdpipe.common.errors import UsageError
 
 DISTRIBUTION_NAME = "random-resized-crop"
 DISTRIBUTION_VERSION = 1
-TRIES = 10  # as torchvision's RandomResizedCrop before it falls back to the centre
+TRIES = 10  # as in torchvision's RandomResizedCrop, which then falls back to a centre crop
 
 _BOX, _FLIP, _JITTER = 0, 1, 2  # one stream of random numbers per recorded field
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -37,7 +37,7 @@ Range = tuple[float, float]
 
 @config.settings
 class Jitter:
-    """Strengths of recorded colour jitter, as torchvision's ColorJitter has them."""
+    """Strengths of recorded colour jitter, as in torchvision's ColorJitter."""
 
     brightness: Probability = 0.0
     """Factors are drawn from 1 - strength to 1 + strength."""
@@ -46,21 +46,21 @@ class Jitter:
     saturation: Probability = 0.0
     """Factors are drawn from 1 - strength to 1 + strength."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Turns of the colour circle are drawn from -hue to hue."""
+    """Turns of the colour wheel are drawn from -hue to hue."""
 
 
 @config.settings
 class CropDistribution:
-    """RandomResizedCrop, a horizontal flip, and colour jitter where asked for."""
+    """RandomResizedCrop, a horizontal flip, and optional colour jitter."""
 
     scale: Range = (0.08, 1.0)
-    """Smallest and largest area of the crop as a share of the image, above 0 and up to 1."""
+    """Smallest and largest area of the crop as a fraction of the image, above 0 and up to 1."""
     ratio: Range = (3 / 4, 4 / 3)
     """Smallest and largest width / height, drawn log-uniformly."""
     flip: Probability = 0.5
     """Probability of a horizontal flip."""
     jitter: Jitter | None = None
-    """Strengths of colour jitter; by default none is recorded."""
+    """Strengths of colour jitter; by default, none is recorded."""
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -86,13 +86,13 @@ class Crops:
     jitter_NM4: np.ndarray | None = None
 
     def __getitem__(self, index: Any) -> Crops:
-        """Some of them; indexed as an (N, M) array, what is left has both axes."""
+        """Index them as an (N, M) array; the result must keep both axes."""
         jitter = None if self.jitter_NM4 is None else self.jitter_NM4[index]
         return Crops(self.box_NM4[index], self.flip_NM[index], jitter)
 
 
 def join(parts: Sequence[Crops], axis: int = 0) -> Crops:
-    """Crops of more images (axis 0), or more crops of the same images (axis 1)."""
+    """Concatenate crops of different images (axis 0) or more crops of the same images (axis 1)."""
     if len(parts) == 1:
         return parts[0]
     jitters = [part.jitter_NM4 for part in parts if part.jitter_NM4 is not None]
@@ -104,7 +104,7 @@ def join(parts: Sequence[Crops], axis: int = 0) -> Crops:
 
 
 def image_ids(keys: Sequence[str]) -> np.ndarray:
-    """uint64 (N,): the 64-bit name of each image key that the generator is keyed by."""
+    """uint64 (N,): a 64-bit hash of each image key, with which the generator is keyed."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
@@ -123,7 +123,7 @@ def sample(
         seed: any non-negative integer below 2**63.
         image_id_N: uint64 from `image_ids`.
         size_N2: (height, width) of each decoded image.
-        crops_M: indices of the crops to draw: crop 7 is the same whatever else is drawn.
+        crops_M: indices of the crops to draw; crop 7 is the same whatever else is drawn.
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"the seed must be between 0 and 2**63 - 1; found {seed}.")
@@ -137,12 +137,12 @@ def sample(
 def sample_jitter(
     jitter: Jitter, *, seed: int, image_id_N: np.ndarray, crops_M: np.ndarray
 ) -> np.ndarray:
-    """float32 (N, M, 4): the factors that `sample` draws, alone."""
+    """float32 (N, M, 4): only the colour factors that `sample` draws."""
     return _factors(jitter, _states(seed, image_id_N, crops_M))
 
 
 def random_order(seed: int, image_id_N: np.ndarray) -> np.ndarray:
-    """int64 (N,): a permutation that depends on the seed and the images alone, not their order."""
+    """int64 (N,): a permutation that depends only on the seed and the images, not their order."""
     rank_N = _mix(_mix(seed) ^ np.asarray(image_id_N, dtype=np.uint64))
     return np.lexsort((image_id_N, rank_N))
 
@@ -151,25 +151,25 @@ def per_class(class_N: np.ndarray, order_N: np.ndarray, share: float) -> np.ndar
     """int64: the first ceil(share * n) of the n images of each class, in a given order.
 
     Args:
-        class_N: class of each image; -1 in a flat folder, which is one class.
+        class_N: class of each image; -1 in a flat folder, which counts as one class.
         order_N: a permutation of the images; the result keeps its order.
     """
     classes = class_N[order_N]
     grouped = np.argsort(classes, kind="stable")
     _, first, counts = np.unique(classes[grouped], return_index=True, return_counts=True)
-    place = np.empty(len(grouped), dtype=np.int64)  # among its class
-    place[grouped] = np.arange(len(grouped)) - np.repeat(first, counts)
-    wanted = np.ceil(share * counts - 1e-9)[np.searchsorted(np.unique(classes), classes)]
-    return order_N[place < wanted]
+    rank = np.empty(len(grouped), dtype=np.int64)  # within its class
+    rank[grouped] = np.arange(len(grouped)) - np.repeat(first, counts)
+    quota = np.ceil(share * counts - 1e-9)[np.searchsorted(np.unique(classes), classes)]
+    return order_N[rank < quota]
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """Another seed, one per number; for orders and mixing partners."""
+    """A further seed for each number; used for orders and mixing partners."""
     return int(_mix(_mix(seed) ^ np.uint64(number))) >> 2
 
 
 def boxes_outside(box_NM4: np.ndarray, size_N2: np.ndarray) -> np.ndarray:
-    """bool (N, M): crops that are empty or reach outside their image."""
+    """bool (N, M): which crops are empty or reach outside their image."""
     top, left, height, width = np.moveaxis(box_NM4.astype(np.int64), -1, 0)
     size = size_N2.astype(np.int64)
     return (
@@ -181,7 +181,7 @@ def boxes_outside(box_NM4: np.ndarray, size_N2: np.ndarray) -> np.ndarray:
 
 
 def _states(seed: int, image_id_N: np.ndarray, crops_M: np.ndarray) -> np.ndarray:
-    """uint64 (N, M): where the streams of each crop begin."""
+    """uint64 (N, M): the initial state of each crop's streams."""
     state_N1 = _mix(_mix(seed) ^ np.asarray(image_id_N, dtype=np.uint64))[:, None]
     return _mix(state_N1 ^ _mix(np.asarray(crops_M, dtype=np.uint64) + _GOLDEN))
 
@@ -197,7 +197,7 @@ def _factors(jitter: Jitter, state_NM: np.ndarray) -> np.ndarray:
 
 
 def _boxes(distribution: CropDistribution, state_NM: np.ndarray, size_N2: np.ndarray) -> np.ndarray:
-    """int64 (N, M, 4), the law of torchvision.transforms.RandomResizedCrop.get_params."""
+    """int64 (N, M, 4), distributed as torchvision.transforms.RandomResizedCrop.get_params."""
     shape = state_NM.shape
     box = _centre(distribution, size_N2)[:, None, :].repeat(shape[1], axis=1).reshape(-1, 4)
     state = state_NM.reshape(-1)
@@ -221,7 +221,7 @@ def _boxes(distribution: CropDistribution, state_NM: np.ndarray, size_N2: np.nda
 
 
 def _centre(distribution: CropDistribution, size_N2: np.ndarray) -> np.ndarray:
-    """int64 (N, 4): the whole image, cut in the middle to the allowed aspect range."""
+    """int64 (N, 4): the largest centre crop with an allowed aspect ratio."""
     H, W = size_N2[:, 0], size_N2[:, 1]
     low, high = distribution.ratio
     wide, tall = high * H < W, low * H > W
@@ -234,7 +234,7 @@ def _centre(distribution: CropDistribution, size_N2: np.ndarray) -> np.ndarray:
 def _mix(x: np.ndarray | int) -> np.ndarray:
     """The finaliser of splitmix64 (Steele et al. 2014, variant 13 by Stafford): bits to bits."""
     bits: np.ndarray = np.asarray(x, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # it wraps around on purpose
+    with np.errstate(over="ignore"):  # wraps around on purpose
         bits = np.asarray(bits + _GOLDEN)
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -261,12 +261,12 @@ def _below(bits: np.ndarray, limit: np.ndarray) -> np.ndarray:
 
 
 def _log(x: float) -> float:
-    """Natural logarithm, correctly rounded (decimal's `ln` is), so the same everywhere."""
+    """Natural logarithm, correctly rounded as decimal's `ln`, so the same on every machine."""
     return float(Context(prec=28).ln(Decimal(x)))
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
-    """e**x for |x| < 30, from additions and products only, so the same on every machine.
+    """e**x for |x| < 30, using only basic arithmetic, so the same on every machine.
 
     x = k ln 2 + r with |r| <= 0.35; a Taylor polynomial of degree 14 is exact to double precision
     there, and the factor 2**k is exact.

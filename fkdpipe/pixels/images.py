@@ -1,12 +1,11 @@
 """An image folder as an ordered, fingerprinted list.
 
-A folder is scanned once, by one process; a store keeps the result, so training never scans.
-Only headers are read here. An image that turns out to be truncated is found when phase 1 decodes
-it, and recorded then.
+A folder is scanned once, by one process; the store holds the result, so training never scans.
+Only headers are read here. A truncated image is found, and recorded, when phase 1 decodes it.
 
-Keys are paths relative to the split's root, with "/" between folders. They are text in every
-store, so bytes that are not UTF-8 are written as %XX and "%" itself as %25: reversible, and
-plain for ordinary names.
+Keys are paths relative to the split's root, with "/" between folders. Stores hold them as text, so
+bytes that are not UTF-8 are written as %XX and "%" itself as %25. This is reversible, and leaves
+ordinary names unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ MAX_SIDE = 65_535  # boxes are stored as uint16 pixels
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that is not used, and why. `reason` is a stable code, `detail` is for people."""
+    """A file that is left out, and why. `reason` is a stable code, `detail` is a message."""
 
     key: str
     reason: str
@@ -51,7 +50,7 @@ class ImageFolder:
     Attributes:
         root: the split's root; `keys` are relative to it.
         class_names: class folders in order of name (as torchvision's ImageFolder); empty for a
-            flat folder. A class folder without images keeps its place.
+            flat folder. A class folder without images keeps its index.
         keys: one per image, in order of class, then path.
         class_N: int32, index into `class_names`, -1 in a flat folder.
         size_N2: uint16, (height, width) of the decoded image, EXIF orientation not applied.
@@ -71,7 +70,7 @@ class ImageFolder:
         return len(self.keys)
 
     def take(self, rows: np.ndarray) -> ImageFolder:
-        """Some of the images, in the order of `rows`."""
+        """Select images, in the order of `rows`."""
         return replace(
             self,
             keys=tuple(self.keys[row] for row in rows.tolist()),
@@ -93,7 +92,7 @@ class ImageFolder:
 
 
 def fingerprint(keys: tuple[str, ...], bytes_N: np.ndarray) -> str:
-    """sha256 (hex) over the sorted pairs of key and file length; independent of order and place."""
+    """sha256 (hex) of the sorted pairs of key and file length; independent of order and folder."""
     digest = hashlib.sha256()
     for key, length in sorted(zip(keys, bytes_N.tolist(), strict=True)):
         digest.update(f"{key}\0{length}\n".encode())
@@ -101,16 +100,16 @@ def fingerprint(keys: tuple[str, ...], bytes_N: np.ndarray) -> str:
 
 
 def key_of(relative: str) -> str:
-    """A relative path (as `os` gives it, with surrogate escapes) as text that UTF-8 can hold."""
+    """The key of a relative path (from `os`, with surrogate escapes): text that UTF-8 can hold."""
     text = relative.replace("%", "%25").replace(os.sep, "/")
     return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
 
 
 def path_of(root: Path, key: str) -> bytes:
-    """The file behind a key, as the operating system's bytes.
+    """The path of a key's file, as the operating system's bytes.
 
     Raises:
-        ImagesError: the key points outside the folder (a store may come from anywhere).
+        ImagesError: the key points outside the folder (a store may come from others).
     """
     parts = (unquote_to_bytes(key) if "%" in key else key.encode()).split(b"/")
     if not all(parts) or b".." in parts or b"." in parts:
@@ -119,29 +118,29 @@ def path_of(root: Path, key: str) -> bytes:
 
 
 def split_root(data: Path, split: Split) -> Path:
-    """Where a split's class folders are: `data/<split>`, or for `train` `data` itself.
+    """The folder of a split's classes: `data/<split>`, or `data` itself for `train`.
 
     Raises:
-        ImagesError: no such folder, or the split is missing.
+        ImagesError: the folder or the split does not exist.
     """
     splits = splits_of(data)
     if split in splits or (split == "train" and not splits):
         return data / split if splits else data
-    found = " and ".join(f"{name}/" for name in sorted(splits)) or "class folders"
+    folders = " and ".join(f"{name}/" for name in sorted(splits)) or "class folders"
     what = "Held-out" if split == "val" else "Training"
     raise ImagesError(
-        f"{data} has {found}, but no {split}/ folder. {what} images belong under {data / split}.",
+        f"{data} has {folders}, but no {split}/ folder. {what} images belong in {data / split}.",
         code="no-split",
     )
 
 
 def splits_of(data: Path) -> frozenset[str]:
-    """Names of the splits that a folder holds; none where its folders are classes.
+    """Names of the splits in a folder; empty if its folders are classes.
 
-    Its folders are splits when `train/` and `val/` are there, or when all have names of splits.
+    Its folders are splits if they include `train/` and `val/`, or if all have names of splits.
 
     Raises:
-        ImagesError: no such folder.
+        ImagesError: the folder does not exist.
     """
     if not data.exists():
         raise ImagesError(f"{data}: no such folder.", code="no-folder")
@@ -159,14 +158,14 @@ def splits_of(data: Path) -> frozenset[str]:
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
-    """Names of the class folders below a split's root, sorted, as keys write them."""
+    """Sorted names of the class folders in a split's root, encoded as in keys."""
     entries = _from_disk(str(root), lambda: list(os.scandir(root)))
     names = [e.name for e in entries if _leads_to(e) and not e.name.startswith(".")]
     return tuple(key_of(name) for name in sorted(names))
 
 
 def _leads_to(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """The status of a folder; None for a file, and for a link that leads nowhere."""
+    """The status of a folder; None for a file or a broken link."""
     try:
         return _from_disk(entry.path, lambda: entry.stat() if entry.is_dir() else None)
     except OSError:  # a link to itself
@@ -184,13 +183,13 @@ def scan(
     """Read the list of images of one split: names, classes, sizes.
 
     Args:
-        data: `class/name.jpg`, any depth below the class, or `train/` and `val/` with that inside.
-        need_classes: when False, images directly in the folder are taken too.
-        threads: header readers.
+        data: `class/name.jpg`, any depth below the class, or `train/` and `val/` with the same.
+        need_classes: if False, images directly in the folder are accepted.
+        threads: number of threads that read headers.
         on_image: called with 1 after every file, for progress.
 
     Raises:
-        ImagesError: no folder, no class folders, or no usable image; or the disk failed twice.
+        ImagesError: no folder, no class folders or no usable image, or the disk failed twice.
     """
     root = split_root(Path(data), split)
     class_names = class_folders(root)
@@ -205,9 +204,9 @@ def scan(
 
     def header(relative: str) -> tuple[tuple[int, int], int] | Rejected:
         path, key = os.path.join(root, relative), key_of(relative)
-        found = _from_disk(path, lambda: _read_header(path, key))
+        result = _from_disk(path, lambda: _read_header(path, key))
         on_image(1)
-        return found
+        return result
 
     with ThreadPoolExecutor(threads) as pool:
         headers = list(pool.map(header, files))
@@ -215,18 +214,18 @@ def scan(
     classes: list[int] = []
     sizes: list[tuple[int, int]] = []
     lengths: list[int] = []
-    for relative, found in zip(files, headers, strict=True):
+    for relative, result in zip(files, headers, strict=True):
         key = key_of(relative)
         folder = key.split("/", 1)[0] if "/" in key else ""
-        if isinstance(found, Rejected):
-            rejected.append(found)
+        if isinstance(result, Rejected):
+            rejected.append(result)
         elif not folder and class_names:
-            rejected.append(Rejected(key, "outside-class", "lies beside the class folders"))
+            rejected.append(Rejected(key, "outside-class", "not in a class folder"))
         else:
             keys.append(key)
             classes.append(class_index.get(folder, -1))
-            sizes.append(found[0])
-            lengths.append(found[1])
+            sizes.append(result[0])
+            lengths.append(result[1])
     if not keys:
         raise ImagesError(_nothing_usable(root, rejected), code="no-images")
     return ImageFolder(
@@ -241,7 +240,7 @@ def scan(
 
 
 def remarks(folder: ImageFolder, most: int = 20) -> list[str]:
-    """What a user should know about a folder before days are spent on it, a line each."""
+    """Warnings about a folder for the user, one line each."""
     left_out = [f"{r.key} is left out: {r.reason}, {r.detail}" for r in folder.rejected]
     lines = left_out[:most]
     if len(left_out) > most:
@@ -252,7 +251,7 @@ def remarks(folder: ImageFolder, most: int = 20) -> list[str]:
 
 
 def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], *, where: str) -> None:
-    """Refuse a class list that differs, naming the first differences.
+    """Refuse a different list of classes, naming the first differences.
 
     Raises:
         ImagesError: with code "classes-differ".
@@ -267,7 +266,7 @@ def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], *, whe
         if names
     )
     raise ImagesError(
-        f"{where}: its {len(found)} classes are not the {len(expected)} expected: "
+        f"{where}: its {len(found)} classes are not the {len(expected)} expected ones: "
         f"{detail or 'their order differs'}.",
         code="classes-differ",
     )
@@ -314,10 +313,10 @@ def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
 
 
 def _from_disk(path: str, read: Callable[[], T]) -> T:
-    """The result of `read`; an error that may pass stops the scan and leaves nothing out for good.
+    """The result of `read`. A temporary error stops the scan, so that no file is left out for it.
 
     Raises:
-        ImagesError: the disk failed twice. OSError: something is wrong with the file.
+        ImagesError: the disk failed twice. OSError: the file itself is broken.
     """
     try:
         return disk.read_twice(read)
@@ -325,28 +324,28 @@ def _from_disk(path: str, read: Callable[[], T]) -> T:
         if not disk.may_pass(error):
             raise
         raise ImagesError(
-            f"{os.fsencode(path).decode(errors='replace')}: {error.strerror}. This may pass, so "
-            "it is not left out for good. Run the command again; if it fails again, mend the "
-            "disk or remove the file.",
+            f"{os.fsencode(path).decode(errors='replace')}: {error.strerror}. This error may be "
+            "temporary, so the file is not left out. Run the command again; if it fails again, "
+            "repair the disk or remove the file.",
             code="disk",
         ) from error
 
 
 def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
-    """((height, width), file length) of a JPEG, PNG or WebP, or why it is not used."""
+    """((height, width), file length) of a JPEG, PNG or WebP, or why it is left out."""
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             head = file.read(32)
             kind = _kind(head)
             if kind is None:
-                detail = "empty file" if not head else "neither JPEG, PNG nor WebP by content"
+                detail = "empty file" if not head else "its content is not JPEG, PNG or WebP"
                 return Rejected(key, "not-an-image", detail)
             if kind == "PNG" and head[24:25] == b"\x10":
                 return Rejected(key, "16-bit", "16-bit PNG; convert it to 8 bits per channel")
             file.seek(0)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # large images and odd EXIF data warn only
+                warnings.simplefilter("ignore")  # of large images and odd EXIF data
                 with Image.open(file) as image:
                     width, height = image.size
                     animated = kind != "JPEG" and getattr(image, "n_frames", 1) > 1
@@ -365,19 +364,20 @@ def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
     if animated:
         return Rejected(key, "animation", "animated image; keep one frame")
     if max(height, width) > MAX_SIDE or min(height, width) < 1:
-        return Rejected(key, "too-large", f"{width}x{height} pixels; a side may have {MAX_SIDE}")
+        detail = f"{width}x{height} pixels; the largest side is {MAX_SIDE}"
+        return Rejected(key, "too-large", detail)
     return (height, width), length
 
 
 def size_of(root: Path, key: str) -> tuple[int, int] | Rejected:
-    """(height, width) of the decoded image behind a key, from its header; or why it is not used.
+    """(height, width) of a key's decoded image, from its header, or why it is left out.
 
     Raises:
         ImagesError: the key points outside the folder, or the disk failed twice.
     """
     path = os.fsdecode(path_of(root, key))
-    found = _from_disk(path, lambda: _read_header(path, key))
-    return found if isinstance(found, Rejected) else found[0]
+    result = _from_disk(path, lambda: _read_header(path, key))
+    return result if isinstance(result, Rejected) else result[0]
 
 
 def _kind(head: bytes) -> str | None:

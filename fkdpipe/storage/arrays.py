@@ -1,9 +1,8 @@
-"""Zarr arrays in memory: where shards are encoded before they are written, and decoded after
-their checksum was compared.
+"""Zarr arrays in memory: shards are encoded here before they are written, and decoded after their
+checksums are verified.
 
-Zarr does the encoding, on an in-memory store; the bytes then travel through `location`, which
-knows how to make them durable and how to read them from a disk or an object store alike. So data
-are checked before they are decoded, and no code path writes part of a shard.
+Zarr encodes into an in-memory store; `location` reads and writes the bytes, on disk or in an object
+store. So checksums are verified before anything is decoded, and no code writes part of a shard.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from zarr.storage import MemoryStore
 
 from fkdpipe.storage.schema import Json
 
-_OPENING = threading.Lock()  # zarr.config is one for the whole process
+_OPENING = threading.Lock()  # zarr.config is global to the process
 
 
 class Arrays:
-    """A Zarr hierarchy of metadata; shards pass through it one region at a time.
+    """The metadata of a Zarr hierarchy; shards are encoded and decoded one region at a time.
 
-    Each thread opens an array for itself, so threads encode and decode side by side.
+    Each thread opens its own arrays, so threads encode and decode in parallel.
     """
 
     def __init__(self) -> None:
@@ -50,14 +49,14 @@ class Arrays:
         self._metadata[key] = data
 
     def encode(self, path: str, region: tuple[slice, ...], values: np.ndarray) -> dict[str, bytes]:
-        """Shards (key to bytes) of a region that is made of whole shards."""
+        """Encode a region of whole shards; returns key to bytes."""
         array, blobs = self._open(path)
         array[region] = values
         keys = [key for key in blobs if key.startswith(f"{path}/c")]
         return {key: blobs.pop(key).to_bytes() for key in keys}
 
     def decode(self, path: str, region: tuple[slice, ...], shards: dict[str, bytes]) -> np.ndarray:
-        """Values of a region from the shards it is made of; other shards read as fill."""
+        """Decode a region from its shards; missing shards read as the fill value."""
         array, blobs = self._open(path)
         blobs |= {key: cpu.Buffer.from_bytes(data) for key, data in shards.items()}
         try:
@@ -67,14 +66,14 @@ class Arrays:
                 del blobs[key]
 
     def _open(self, path: str) -> tuple[Any, dict[str, Any]]:
-        """The array, and the objects it is made of."""
+        """The array, and the objects behind it by key."""
         opened = self._thread.__dict__.setdefault("opened", {})
         if path not in opened:
             key = f"{path}/zarr.json"
             blobs: dict[str, Any] = {key: cpu.Buffer.from_bytes(self._metadata[key])}
             store = MemoryStore(store_dict=blobs)
-            # Not kept in the metadata, and open_array ignores its own `config`: without this, a
-            # shard of nothing but fill values would be dropped.
+            # The metadata does not hold this setting, and open_array ignores its `config` argument.
+            # Without it, a shard of only fill values would be dropped.
             with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):
                 opened[path] = (zarr.open_array(store=store, path=path, mode="r+"), blobs)
         return opened[path]

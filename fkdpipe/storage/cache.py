@@ -1,10 +1,11 @@
-"""The local cache: narrow arrays of a part as flat memory-mapped files, made once per node.
+"""The local cache: narrow arrays of a part as flat memory-mapped files, filled once per node.
 
-Training never asks Zarr for one image. Whole shards are read, their checksums compared, and their
-values laid out as `.npy` files that every rank and worker of the node maps. A cache belongs to one
-manifest: a store that changed has another manifest and so another cache. It is filled under a
-temporary name and renamed when complete, so a kill leaves nothing that could be used; a file lock
-lets one process fill it while the others wait. Its checksums are compared again at every start.
+Training never reads single images from Zarr. To fill the cache, whole shards are read, their
+checksums verified and their values written to `.npy` files, which every rank and worker of the node
+maps. A cache belongs to one manifest: a store that changes gets a new manifest, and so a new cache.
+It is filled under a temporary name and renamed when complete, so a killed process leaves no partial
+cache behind; a file lock lets one process fill it while the others wait. Its checksums are verified
+again at every start.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fkdpipe.storage.store import Part, Store
 
 log = logging.getLogger(__name__)
 
-THREADS = 2  # shards decoded at once; more gain nothing on the Python side
+THREADS = 2  # shards decoded in parallel; more threads are no faster
 _BLOCK = 2**24
 
 
@@ -43,7 +44,7 @@ def default_cache_dir() -> Path:
 
 
 def folder_of(cache_dir: Path, part: Part, manifest: Manifest) -> Path:
-    """Where the cache of this part in exactly this state lies."""
+    """The folder of the cache for this part in this state."""
     name = hashlib.sha256(manifest.to_bytes())
     for key, text in sorted(part.metadata.items()):
         name.update(key.encode() + text)
@@ -58,7 +59,7 @@ def fill(
     *,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> dict[str, np.ndarray]:
-    """Narrow fields of a part as read-only memory maps (N, M, ...), copied on first use.
+    """Narrow fields of a part as read-only memory maps (N, M, ...); the first call fills the cache.
 
     Rows of units that the manifest does not hold are zero.
 
@@ -66,7 +67,7 @@ def fill(
         on_images: called with the number of images that became available, for progress.
 
     Raises:
-        DamagedStoreError: a shard differs from what was committed; nothing of it is served.
+        DamagedStoreError: a shard differs from what was committed; no cache is left.
         StoreError: too little space for the cache.
     """
     fields = narrow_fields(part)
@@ -87,14 +88,14 @@ def fill(
 
 
 def narrow_fields(part: Part) -> list[Field]:
-    """Fields that are cached; of a round with derived boxes, what is derived."""
+    """Fields to cache; for a round with derived boxes, the fields that are derived."""
     if part.kind == "crops" and part.settings.derived:
         return rounds.fields_of(part.settings)
     return [field for field in part.fields if field.per_crop and not field.wide]
 
 
 def check(folder: Path) -> list[str]:
-    """What is wrong with a cache folder, in words; empty when its checksums hold."""
+    """Problems of a cache folder, as text; empty if all checksums match."""
     try:
         body = commits.open_record((folder / "cache.json").read_bytes())
     except (OSError, BrokenRecordError) as error:
@@ -104,9 +105,9 @@ def check(folder: Path) -> list[str]:
     problems = []
     for name, expected in body["files"].items():
         path = folder / name
-        found = _file_crc(path) if path.is_file() else None
-        if found != expected:
-            problems.append(f"{name} {'is missing' if found is None else 'has changed'}")
+        actual = _file_crc(path) if path.is_file() else None
+        if actual != expected:
+            problems.append(f"{name} {'is missing' if actual is None else 'has changed'}")
     return problems
 
 
@@ -121,7 +122,7 @@ def _copy(
     count = part.settings.crops
     _require_space(store, fields, count, folder.parent)
     for left in folder.parent.glob(f"{folder.name}.*.partial"):
-        shutil.rmtree(left)  # of a process that was killed: we hold the lock
+        shutil.rmtree(left)  # left by a killed process: we hold the lock
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
@@ -151,8 +152,8 @@ def _copy(
 
 
 def _new_map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """A mapped array whose space on disk is taken at once: a disk that fills up later would end
-    the process by a signal, without a word."""
+    """A new memory-mapped array, with its disk space allocated now: if the disk filled up later, a
+    signal would kill the process without a message."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -162,17 +163,17 @@ def _new_map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
 def _units(
     store: Store, part: Part, manifest: Manifest, fields: list[Field]
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Values of every unit the manifest holds, a few units read ahead."""
+    """Values of every unit in the manifest, reading a few units ahead."""
 
     def read(unit: int) -> tuple[int, dict[str, np.ndarray]]:
         if part.kind == "crops" and part.settings.derived:
-            return unit, rounds.values_of(rounds.derive(store, part, unit, manifest.made[unit]))
+            return unit, rounds.values_of(rounds.derive(store, part, unit, manifest.facts[unit]))
         values = {f.name: store.read(part, f.name, unit, files=manifest.files) for f in fields}
         return unit, values
 
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: deque = deque()
-        for unit in manifest.made:
+        for unit in manifest.facts:
             if len(waiting) == THREADS:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(read, unit))
@@ -186,7 +187,7 @@ def _require_space(store: Store, fields: list[Field], crops_M: int, folder: Path
     if needed > free:
         raise StoreError(
             f"the label cache needs {words.size(needed)} and {folder} has "
-            f"{words.size(free)} free. Name a larger local folder with --cache.",
+            f"{words.size(free)} free. Choose a larger local folder with --cache.",
             code="cache-full",
         )
 
@@ -201,25 +202,25 @@ def _file_crc(path: Path) -> str:
 
 @contextlib.contextmanager
 def _writable(cache_dir: Path) -> Iterator[None]:
-    """An error of the cache's disk in words; those of the store have theirs already."""
+    """Turn an OSError of the cache's disk into a StoreError; the store raises its own."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"the label cache {cache_dir} cannot be written: {error.strerror or error}. Name a "
-            "local folder with space, and of your own, with --cache.",
+            f"the label cache {cache_dir} cannot be written: {error.strerror or error}. Choose a "
+            "local folder of your own, with enough space, with --cache.",
             code="cache-full",
         ) from error
 
 
 @contextlib.contextmanager
 def _locked(cache_dir: Path, name: str) -> Iterator[None]:
-    """One process of the node at a time; the lock dies with its holder."""
+    """Let one process of the node in at a time; the lock is released when its holder exits."""
     cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(cache_dir / f"{name}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process fills the label cache %s; waiting for it", cache_dir)
+            log.info("another process is filling the label cache %s; waiting for it", cache_dir)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,8 @@
-"""Who is writing: one claim per part of the work, so that two writers never share units.
+"""Claims of running writers: one per share of the work, so that no unit has two writers.
 
-A claim is created only where none is (O_EXCL on disk, a create-only put on an object store) and
-renewed every minute. A claim whose process is gone, or which nobody has renewed for ten minutes,
-is taken over. Writers look at their claim before every commit, so one that lost it stops.
+A claim is created only if none exists (O_EXCL on disk, a create-only put on an object store) and
+renewed every minute. It is taken over if its process has exited, or if it has not been renewed for
+ten minutes. Writers check their claim before every commit and stop if they have lost it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STALE_SECONDS = 600.0
 
 
 class Claim:
-    """Units index, index + world, index + 2 world, ... belong to this process while it holds."""
+    """While it is held, units index, index + world, index + 2 world, ... belong to this process."""
 
     def __init__(self, location: Location, index: int, world: int) -> None:
         self._location = location
@@ -41,7 +41,7 @@ class Claim:
         """Take the claim.
 
         Raises:
-            ClaimedError: another live process holds it, or one that divides the work otherwise.
+            ClaimedError: another live process holds it, or divides the work differently.
         """
         self._refuse_other_divisions()
         data = canonical(self._body)
@@ -49,7 +49,7 @@ class Claim:
             holder = self._read(self._key)
             if holder is not None and self._alive(holder, self._key):
                 raise ClaimedError(self._message(holder, self._key), code="claimed")
-            log.info("taking over the claim of a process that is gone (%s)", _name(holder))
+            log.info("taking over the claim of a process that has exited (%s)", _name(holder))
             self._location.delete(self._key)
             if not self._location.create(self._key, data):
                 raise ClaimedError(self._message(self._read(self._key), self._key), code="claimed")
@@ -68,11 +68,11 @@ class Claim:
             self._location.delete(self._key)
 
     def check(self) -> None:
-        """Raises ClaimedError when another process has taken the claim over."""
+        """Raises ClaimedError if another process has taken over the claim."""
         if not self._held():
             raise ClaimedError(
                 f"{self._location.url}: another process has taken over part {self._index + 1} of "
-                f"{self._world}; this one stops. Nothing it committed is lost.",
+                f"{self._world}, so this one stops. Everything it committed is kept.",
                 code="claim-lost",
             )
 
@@ -86,18 +86,18 @@ class Claim:
                 if self._held():
                     self._location.write(self._key, canonical(self._body))
             except StoreError as error:  # a full disk or a lost connection may pass
-                log.warning("the claim could not be renewed and will be tried again: %s", error)
+                log.warning("cannot renew the claim, trying again: %s", error)
 
     def _refuse_other_divisions(self) -> None:
         for key, _ in list(self._location.list(FOLDER)):
             name = key.rsplit("/", 1)[-1].removesuffix(".json")
-            if not name.endswith((f"-of-{self._world}", PARTIAL)):  # those are no claims yet
+            if not name.endswith((f"-of-{self._world}", PARTIAL)):  # not claims yet
                 holder = self._read(key)
                 if holder is not None and self._alive(holder, key):
                     raise ClaimedError(
                         f"{self._message(holder, key)} It works on part {name.replace('-', ' ')}, "
                         f"this process on part {self._index + 1} of {self._world}: the same units "
-                        "would be made twice. Give all processes the same N in --part I/N.",
+                        "would be made twice. Use the same N in --part I/N for all processes.",
                         code="claimed",
                     )
                 self._location.delete(key)
@@ -113,13 +113,14 @@ class Claim:
         try:
             return json.loads(self._location.read(key))
         except (FileNotFoundError, ValueError):
-            return None  # gone, or cut off while it was created: nobody's
+            return None  # deleted, or truncated while it was created: nobody holds it
 
     def _message(self, holder: Json | None, key: str) -> str:
         return (
-            f"{self._location.url} is being written by {_name(holder)}. Wait for it; if that "
-            f"process no longer exists, it can be taken over {STALE_SECONDS / 60:.0f} minutes "
-            f"after its last sign of life, or at once when {key} is deleted."
+            f"{self._location.url} is being written by {_name(holder)}. Wait for it to finish. If "
+            "that process no longer exists, its claim can be taken over "
+            f"{STALE_SECONDS / 60:.0f} minutes after its last renewal, or at once if you delete "
+            f"{key}."
         )
 
 

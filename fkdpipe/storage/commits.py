@@ -1,4 +1,4 @@
-"""What says that a unit is complete: markers, manifests and the claims of running writers.
+"""Commit records: markers and manifests, which say what is complete, and claims of writers.
 
 Everything lies under `commits/`, beside the arrays:
 
@@ -7,9 +7,9 @@ Everything lies under `commits/`, beside the arrays:
     commits/<part>/manifest.json   every unit is committed; the part is sealed
     commits/claims/<i>-of-<n>.json who is writing
 
-All are JSON objects {"body": ..., "crc32c": ...}, the checksum taken over the canonical JSON of
-the body, so that a damaged marker cannot pass for another one. Bodies hold no times: equal units
-have equal markers.
+Records are JSON objects {"body": ..., "crc32c": ...}. The checksum is that of the canonical JSON of
+the body, so that a damaged marker cannot pass for a valid one. Bodies hold no timestamps: equal
+units have equal markers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Marker:
     Attributes:
         settings: digest of the part's settings.
         files: every object of the unit.
-        failed: row within the store -> (code, detail) of images that gave no labels.
-        made: what may differ between units without being a setting: batch, device, threads;
-            for derived boxes also their checksum.
+        failed: row within the store -> (code, detail) of images without labels.
+        facts: how the unit was made, which may differ between units: batch, device, threads; of
+            crops the checksum. Its key on disk is "made".
     """
 
     part: str
@@ -47,7 +47,7 @@ class Marker:
     settings: str
     files: FileTable
     failed: dict[int, tuple[str, str]]
-    made: Json
+    facts: Json
 
     def to_bytes(self) -> bytes:
         return seal_record(
@@ -57,19 +57,19 @@ class Marker:
                 "settings": self.settings,
                 "files": self.files,
                 "failed": {str(row): list(why) for row, why in self.failed.items()},
-                "made": self.made,
+                "made": self.facts,
             }
         )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A sealed part: the sum of its markers.
+    """A sealed part: all its markers combined.
 
     Attributes:
         markers: length and checksum of every marker, by unit.
         files: of all units together.
-        made: `Marker.made` by unit.
+        facts: `Marker.facts` by unit.
     """
 
     part: str
@@ -77,7 +77,7 @@ class Manifest:
     markers: FileTable
     files: FileTable
     failed: dict[int, tuple[str, str]]
-    made: dict[int, Json]
+    facts: dict[int, Json]
 
     def to_bytes(self) -> bytes:
         return seal_record(
@@ -87,7 +87,7 @@ class Manifest:
                 "markers": self.markers,
                 "files": self.files,
                 "failed": {str(row): list(why) for row, why in self.failed.items()},
-                "made": {str(unit): made for unit, made in self.made.items()},
+                "made": {str(unit): facts for unit, facts in self.facts.items()},
             }
         )
 
@@ -109,11 +109,11 @@ def crc(data: bytes) -> str:
 
 
 def entry(data: bytes) -> tuple[int, str]:
-    """(length, crc32) of an object, as file tables keep it.
+    """(length, crc32) of an object, as stored in file tables.
 
-    Zlib's CRC-32, not crc32c: shards end each chunk with its own crc32c, and the crc32c of data
-    that end so is the same number whatever the data are. It would tell a flipped bit, but not one
-    shard from another of the same lengths.
+    This is zlib's CRC-32, not crc32c: each chunk of a shard ends with its own crc32c, and the
+    crc32c of such data is the same number whatever the data are. It would detect a flipped bit, but
+    could not tell apart two shards of the same lengths.
     """
     return len(data), f"{zlib.crc32(data):08x}"
 
@@ -141,7 +141,7 @@ def open_record(data: bytes) -> Json:
 
 
 def marker_from(data: bytes) -> Marker:
-    """Raises BrokenRecordError."""
+    """Parse a marker; raises BrokenRecordError."""
     body = open_record(data)
     try:
         return Marker(
@@ -150,14 +150,14 @@ def marker_from(data: bytes) -> Marker:
             settings=body["settings"],
             files=_files(body["files"]),
             failed=_failed(body["failed"]),
-            made=body["made"],
+            facts=body["made"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrokenRecordError("not a marker") from error
 
 
 def manifest_from(data: bytes) -> Manifest:
-    """Raises BrokenRecordError."""
+    """Parse a manifest; raises BrokenRecordError."""
     body = open_record(data)
     try:
         return Manifest(
@@ -166,14 +166,14 @@ def manifest_from(data: bytes) -> Manifest:
             markers=_files(body["markers"]),
             files=_files(body["files"]),
             failed=_failed(body["failed"]),
-            made={int(unit): made for unit, made in body["made"].items()},
+            facts={int(unit): facts for unit, facts in body["made"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrokenRecordError("not a manifest") from error
 
 
 def manifest_of(part: str, settings: str, markers: Mapping[int, Marker]) -> Manifest:
-    """The manifest that a part's markers amount to, in order of unit."""
+    """Combine the markers of a part into its manifest, in order of unit."""
     files: FileTable = {}
     failed: dict[int, tuple[str, str]] = {}
     table: FileTable = {}
@@ -181,8 +181,8 @@ def manifest_of(part: str, settings: str, markers: Mapping[int, Marker]) -> Mani
         files |= markers[unit].files
         failed |= markers[unit].failed
         table[str(unit)] = entry(markers[unit].to_bytes())
-    made = {unit: markers[unit].made for unit in sorted(markers)}
-    return Manifest(part, settings, table, files, failed, made)
+    facts = {unit: markers[unit].facts for unit in sorted(markers)}
+    return Manifest(part, settings, table, files, failed, facts)
 
 
 def _files(table: Mapping[str, list]) -> FileTable:

@@ -1,11 +1,11 @@
-"""How feature vectors are kept: float16, or one byte after a cube root.
+"""How feature vectors are stored: as float16, or as int8 of the cube root.
 
     code      arrays                                    error
     float16   value (N, M, D) float16                   2^-11 of each value, at least 2^-25
     int8      code (N, M, D) int8, scale (N, M) float32 1.5/127 of the largest, far less near zero
 
-One byte is spent on the cube root of each value: KDEP's transformation has an infinite slope at
-zero, so bytes spread evenly over the values themselves would be forty times worse after it.
+The int8 code quantises the cube root of each value. KDEP's transformation has an infinite slope at
+zero, so quantising the values themselves would give a forty times larger error after it.
 Letters: N images, M crops, D dimensions, B rows.
 """
 
@@ -56,10 +56,10 @@ def decode(code: Code, stored: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def error_bound(code: Code) -> float:
-    """Largest error of a value, as a share of the largest value of its vector.
+    """Largest error of a value, as a fraction of the largest value of its vector.
 
-    float16 rounds each value by a relative 2^-11. The byte rounds the cube root u by 1/254, and u^3
-    then moves by at most 3 u^2 / 254, that is 3/254 at the largest value.
+    float16 has a relative rounding error of 2^-11. int8 rounds the cube root u by up to 1/254,
+    which changes u^3 by at most 3 u^2 / 254: 3/254 at the largest value.
     """
     if code == "float16":
         return 2.0**-11

@@ -9,10 +9,11 @@
 
 The targets are equations 3 to 7 of "A Fast Knowledge Distillation Framework for Visual
 Recognition" (FKD). Equation 5 as printed is ambiguous; outside the Top-K it is
-(1 - sum of the Top-K) / (C - K), as the authors' code has it.
+(1 - sum of the Top-K) / (C - K), as in the authors' code.
 
-Sparse labels hold, per crop, the kept class first that the teacher ranks first, and the others in
-order of class: that halves the stored ids. Letters: B rows, C classes, K kept classes.
+For each crop, sparse labels hold the teacher's top class first, then the other kept classes in
+order of class id, which halves the size of the stored ids. Letters: B rows, C classes, K kept
+classes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TargetKind = Literal[
     "ground-truth", "full", "hard", "smoothing", "marginal-smoothing", "marginal-renorm"
 ]
 
-LOWEST = -60_000.0  # float16 ends at -65504; e**-60000 is zero in any precision
+LOWEST = -60_000.0  # float16 reaches down to -65504; e**-60000 is zero in any precision
 _HALF_ULP = 2.0**-11  # relative rounding error of float16
 _STICK_STEPS = 255
 
@@ -40,7 +41,7 @@ class Form:
     """What is stored of an output; written `full`, `logits`, `hard`, `topk:K`, `topk:K:compact`.
 
     Attributes:
-        k: classes kept; 1 for `hard`, 0 where all are.
+        k: classes kept; 1 for `hard`, 0 if all are kept.
         compact: probabilities as one byte each (stick-breaking code) instead of float16.
     """
 
@@ -78,7 +79,7 @@ class Target:
 
 @dataclass(frozen=True)
 class SparseLabels:
-    """Kept classes of B crops; the rest of the probability is shared evenly by the other classes.
+    """Kept classes of B crops; the other classes share the remaining probability evenly.
 
     Attributes:
         ids_BK: int64 classes.
@@ -92,7 +93,7 @@ class SparseLabels:
 
 
 def parse_form(text: str) -> Form:
-    """Raises UsageError naming the forms there are."""
+    """Parse a form; raises UsageError that lists the valid forms."""
     name, *rest = text.split(":")
     if name in ("full", "logits") and not rest:
         return Form("full" if name == "full" else "logits")
@@ -108,7 +109,7 @@ def parse_form(text: str) -> Form:
 
 
 def parse_target(text: str) -> Target:
-    """Raises UsageError naming the targets there are."""
+    """Parse a target; raises UsageError that lists the valid targets."""
     name, _, k = text.partition(":")
     if name in ("ground-truth", "full", "hard", "smoothing") and not k:
         return Target(name)  # type: ignore[arg-type]
@@ -121,10 +122,10 @@ def parse_target(text: str) -> Target:
 
 
 def check_form(form: Form, classes: int) -> None:
-    """Raises UsageError when K is more than the teacher's classes."""
+    """Raises UsageError if K exceeds the teacher's number of classes."""
     if form.sparse and form.k > classes:
         raise UsageError(
-            f"form {form}: the teacher has {classes} classes, fewer than {form.k}. Take "
+            f"form {form}: the teacher has {classes} classes, fewer than {form.k}. Use "
             f"topk:{classes} or less, or full."
         )
 
@@ -133,8 +134,8 @@ def check_target(form: Form, target: Target, classes: int) -> None:
     """Refuse a target that a store of this form cannot serve.
 
     Raises:
-        UsageError: K is more than the classes.
-        StoreMismatchError: the form is too poor; the message lists what it serves.
+        UsageError: K exceeds the number of classes.
+        StoreMismatchError: the form holds too little; the message lists the targets it serves.
     """
     if target.k > classes:
         raise UsageError(f"target {target}: there are {classes} classes, fewer than {target.k}.")
@@ -151,7 +152,7 @@ def check_target(form: Form, target: Target, classes: int) -> None:
 
 
 def served_targets(form: Form) -> list[str]:
-    """Targets a form serves, for people; K stands for any number up to the one given."""
+    """The targets that a form serves, as text for messages."""
     if form.kind == "hard":
         return ["hard"]
     sparse = ["hard", "smoothing"]
@@ -177,14 +178,14 @@ def error_bound(form: Form, classes: int) -> float:
 
 
 def hybrid_order(ids_BK: np.ndarray, prob_BK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder rows given from most to least probable: first stays, the rest by class id."""
+    """Reorder rows sorted by probability: the top class stays first, the rest go by class id."""
     order = np.argsort(ids_BK[:, 1:], axis=1, kind="stable") + 1
     order = np.concatenate([np.zeros((len(order), 1), dtype=order.dtype), order], axis=1)
     return np.take_along_axis(ids_BK, order, 1), np.take_along_axis(prob_BK, order, 1)
 
 
 def id_dtype(classes: int) -> np.dtype:
-    """uint16 while every class id is below the fill value 65535, else uint32."""
+    """uint16 if every class id is below the fill value 65535, else uint32."""
     return np.dtype(np.uint16 if classes <= 65_535 else np.uint32)
 
 
@@ -236,7 +237,7 @@ def sparse_target(
     k = 1 if target.kind == "smoothing" else target.k
     if k < ids.shape[1]:
         rank = prob_BK.astype(np.float32, copy=True)
-        rank[:, 0] = np.inf  # quantisation may tie it with others; it stays the first
+        rank[:, 0] = np.inf  # the top class stays first, even if quantisation made a tie
         keep = np.argsort(-rank, axis=1, kind="stable")[:, :k]
         ids, prob = np.take_along_axis(ids, keep, 1), np.take_along_axis(prob_BK, keep, 1)
     else:
@@ -247,7 +248,7 @@ def sparse_target(
         even = np.float32(1 / k)  # all kept probabilities rounded to zero
         prob = np.where(total_B[:, None] > 0, prob / np.maximum(total_B[:, None], 1e-30), even)
         rest_B = np.zeros(len(ids), dtype=np.float32)
-    elif k == classes:  # no class is left to take the rest
+    elif k == classes:  # there is no other class to take the rest
         prob = prob / np.maximum(total_B[:, None], 1e-30)
         rest_B = np.zeros(len(ids), dtype=np.float32)
     else:

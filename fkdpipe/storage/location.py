@@ -1,7 +1,7 @@
-"""Where the bytes of a store live: a folder, or a prefix of an object store.
+"""Where the bytes of a store live: a folder, or a prefix in an object store.
 
-Six verbs are all the store needs. A write is complete or absent: on disk a temporary file, fsync,
-rename, fsync of the folders; on an object store a put is atomic as it is.
+A store needs only the methods of `Location`. Writes are atomic: on disk, a temporary file, fsync,
+rename, and fsync of the folders; in an object store, a put is atomic by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fkdpipe.common import disk
 from fkdpipe.common.errors import StoreError
 from fkdpipe.storage import process
 
-# Ends the names of files that are being written: `<name>.<machine>-<process>.partial`.
+# Suffix of files that are being written: `<name>.<machine>-<process>.partial`.
 PARTIAL = ".partial"
 
 
@@ -27,20 +27,20 @@ class Location(Protocol):
     url: str
 
     def read(self, key: str) -> bytes:
-        """The whole object. Raises FileNotFoundError when there is none, StoreError when it is
-        there and cannot be read."""
+        """The whole object. Raises FileNotFoundError if it does not exist, StoreError if it
+        exists but cannot be read."""
 
     def write(self, key: str, data: bytes) -> None:
         """Replace or create, durably and atomically."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create; False, and nothing changed, when the key exists."""
+        """Create an object; returns False and changes nothing if the key exists."""
 
     def length(self, key: str) -> int | None:
-        """Bytes of an object, None when there is none."""
+        """Length of an object in bytes, None if it does not exist."""
 
     def age_seconds(self, key: str) -> float | None:
-        """Seconds since an object was written, None when there is none."""
+        """Seconds since an object was written, None if it does not exist."""
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """(key, bytes) of every object below a prefix, in no particular order."""
@@ -49,9 +49,9 @@ class Location(Protocol):
         """Remove if present."""
 
 
-def open_location(place: str | os.PathLike[str]) -> Location:
-    """A folder path, or a URL (`s3://`, `gs://`, `az://`, `memory://`)."""
-    text = os.fspath(place)
+def open_location(url: str | os.PathLike[str]) -> Location:
+    """The location of a folder path, or of a URL (`s3://`, `gs://`, `az://`, `memory://`)."""
+    text = os.fspath(url)
     if "://" in text and not text.startswith("file://"):
         from fkdpipe.storage.remote import RemoteLocation
 
@@ -100,7 +100,7 @@ class LocalLocation:
         for folder, _, names in os.walk(top):
             for name in names:
                 path = Path(folder, name)
-                with contextlib.suppress(FileNotFoundError):  # renamed or swept meanwhile
+                with contextlib.suppress(FileNotFoundError):  # renamed or deleted meanwhile
                     yield path.relative_to(self.root).as_posix(), path.stat().st_size
 
     def delete(self, key: str) -> None:
@@ -110,12 +110,12 @@ class LocalLocation:
             raise _explained(error, self.root / key) from error
 
     def _publish(self, key: str, data: bytes, *, new: bool) -> bool:
-        """Write a temporary file, flush it, and give it its name; False when that is to be new and
-        is taken."""
+        """Write a temporary file, flush it and rename it; returns False if `new` and the key
+        exists."""
         path = self.root / key
         partial = path.with_name(f"{path.name}.{process.machine()}-{os.getpid()}{PARTIAL}")
         try:
-            made = _make_folders(path.parent)
+            changed = _make_folders(path.parent)
             with open(partial, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -124,28 +124,28 @@ class LocalLocation:
                 partial.unlink()
                 return False
             os.replace(partial, path)
-            partial.unlink(missing_ok=True)  # there still when the two were one file by hard link
-            self._sync_folders(path, made)
+            partial.unlink(missing_ok=True)  # still there if both names were links to one file
+            self._sync_folders(path, changed)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise _explained(error, path) from error
         return True
 
-    def _sync_folders(self, path: Path, made: Sequence[Path]) -> None:
-        """Make a name durable: with all folders above, since another process may have made one of
-        them and been stopped before it was flushed."""
+    def _sync_folders(self, path: Path, changed: Sequence[Path]) -> None:
+        """Flush the changed folders and all folders above a file: another process may have created
+        one of them and been stopped before it was flushed."""
         for folder in path.parents:
             _sync_folder(folder)
             if folder == self.root:
                 break
-        for folder in made:
+        for folder in changed:
             _sync_folder(folder)
 
 
 def _take_name(partial: Path, path: Path) -> bool:
-    """Is this name ours from now on? The file has it in one step where there are hard links; else
-    the name is taken by an empty file, until the replacement that follows."""
+    """Claim a file name; False if it exists. A hard link claims it in one step. Without hard links
+    an empty file does, until `os.replace` overwrites it."""
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -159,7 +159,7 @@ def _take_name(partial: Path, path: Path) -> bool:
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Create a folder and those above; returns the parents whose entries changed."""
+    """Create a folder and its parents; returns the folders whose entries changed."""
     missing = []
     while not folder.exists():
         missing.append(folder)

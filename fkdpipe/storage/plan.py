@@ -1,11 +1,11 @@
-"""What a store that is not made yet would take: bytes, hours, reading, memory.
+"""Estimate what a planned store takes: bytes, hours, read bandwidth, memory.
 
 Boxes, flips, `full`, `logits` and features do not depend on the teacher. Kept classes and their
-probabilities do: `MEASURED` are stores of simulated labels of a 1,000-class teacher, written by
-`storage.writer` and measured by `storage.report` (1,024 images x 200 crops; median largest
-probability 0.72, top-5 mass 0.87, entropy 1.6 nats, 6.9 first choices an image). A sharper teacher
-takes less, one whose labels vary more between crops takes more; 30 % either way is usual. Of `ids`
-the number of classes matters too (`BY_CLASSES`, measured alike at K = 10); of probabilities it
+probabilities do: `MEASURED` are the sizes of stores with simulated labels of a 1,000-class teacher
+(1,024 images x 200 crops; median largest probability 0.72, top-5 mass 0.87, entropy 1.6 nats, 6.9
+different top classes per image). Labels of a more confident teacher take less space, labels that
+vary more between crops take more; expect up to 30 % either way. The size of `ids` also depends on
+the number of classes (`BY_CLASSES`, measured in the same way at K = 10); that of the probabilities
 hardly does.
 
 Letters: N images, M crops of each, C classes, K kept classes, D feature dimensions.
@@ -35,7 +35,7 @@ MEASURED = {
     50: (31.26, 84.54, 31.37),
     100: (56.25, 166.30, 57.77),
 }
-BY_CLASSES = {100: 0.66, 1000: 1.0, 10_000: 1.7}  # times as many bytes of ids
+BY_CLASSES = {100: 0.66, 1000: 1.0, 10_000: 1.7}  # factor on the bytes of ids
 BOX_BYTES, FLIP_BYTES, SCALE_BYTES = 4.38, 0.14, 3.6
 IMAGE_BYTES = 25  # of an image in the list, and its share of the records of a unit
 FIXED_BYTES = 30_000  # zarr.json files and their copies in the records
@@ -43,7 +43,7 @@ FIXED_BYTES = 30_000  # zarr.json files and their copies in the records
 
 @dataclass(frozen=True)
 class Features:
-    """Feature vectors to keep; written `D`, `D:float16` or `D:int8`."""
+    """Feature vectors to store; written `D`, `D:float16` or `D:int8`."""
 
     dims: int
     code: Code = "float16"
@@ -53,7 +53,7 @@ class Features:
 
 
 def parse_features(text: str) -> Features:
-    """Raises UsageError saying how they are written."""
+    """Parse feature vectors to store; raises UsageError that states the syntax."""
     dims, colon, code = text.partition(":")
     code = code if colon else "float16"
     if dims.isdigit() and int(dims) > 0 and code in ("float16", "int8"):
@@ -66,11 +66,11 @@ class Wanted:
     """A store to plan.
 
     Attributes:
-        forms: each is planned as a store of its own.
-        features: kept beside the labels in each of them.
-        teacher_throughput: crops/s that all teachers together label, on all machines.
-        train_throughput: crops/s that one node's training consumes.
-        derived_boxes: keep the seed instead of boxes and flips.
+        forms: each is planned as a separate store.
+        features: stored beside the labels in each of them.
+        teacher_throughput: crops/s that all machines label together.
+        train_throughput: crops/s that training consumes on one node.
+        derived_boxes: store the seed instead of boxes and flips.
     """
 
     images: int
@@ -87,7 +87,7 @@ class Wanted:
             raise UsageError("a plan needs at least 1 image, 1 crop and 1 class.")
         for rate in (self.teacher_throughput, self.train_throughput):
             if rate is not None and rate <= 0:
-                raise UsageError("throughputs are crops per second, above 0.")
+                raise UsageError("throughputs must be above 0 crops per second.")
         for form in self.forms:
             if form.k > self.classes:
                 raise UsageError(f"{form} keeps {form.k} of {self.classes} classes.")
@@ -95,15 +95,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class PlannedStore:
-    """What one form takes.
+    """The estimate for one form.
 
     Attributes:
         fields: bytes per crop of each array.
-        stored_bytes: all arrays, the list of images and the records.
-        cache_bytes: local space that training lays the narrow arrays out in, once per node.
+        stored_bytes: of all arrays, the list of images and the records.
+        cache_bytes: local disk space of the training cache, once per node.
         streamed_bytes_per_crop: of wide arrays, read from the store for every crop used.
-        teacher_hours: to label every crop; None without a throughput.
-        read_bytes_per_second: from the store while training; None without a throughput.
+        teacher_hours: time to label every crop; None without a throughput.
+        read_bytes_per_second: read from the store while training; None without a throughput.
     """
 
     form: str
@@ -134,39 +134,38 @@ class Plan:
         }
 
 
-def plan(wanted: Wanted) -> Plan:
-    """Predict a store for each form (or, without one, of features alone)."""
-    forms: Sequence[Form | None] = wanted.forms or (None,)
-    return Plan(wanted, tuple(_store(wanted, form) for form in forms))
+def plan(request: Wanted) -> Plan:
+    """Estimate a store for each form, or a store of features alone if there is no form."""
+    forms: Sequence[Form | None] = request.forms or (None,)
+    return Plan(request, tuple(_store(request, form) for form in forms))
 
 
-def _store(wanted: Wanted, form: Form | None) -> PlannedStore:
-    fields = {} if wanted.derived_boxes else {"box": BOX_BYTES, "flip": FLIP_BYTES}
-    parts = schema.crop_fields()
+def _store(request: Wanted, form: Form | None) -> PlannedStore:
+    sizes = {} if request.derived_boxes else {"box": BOX_BYTES, "flip": FLIP_BYTES}
+    fields = schema.crop_fields()
     if form is not None:
-        fields |= label_bytes(form, wanted.classes)
-        parts = [*parts, *schema.label_fields(form, wanted.classes)]
-    for each in wanted.features:
-        added = features.fields(each.dims, each.code)
-        parts = [*parts, *added]
+        sizes |= label_bytes(form, request.classes)
+        fields += schema.label_fields(form, request.classes)
+    for each in request.features:
+        fields += features.fields(each.dims, each.code)
         size = 2.0 * each.dims if each.code == "float16" else each.dims + SCALE_BYTES
-        fields[str(each)] = size
-    per_crop = sum(fields.values())
-    crops = wanted.images * wanted.crops
-    streamed = schema.bytes_per_image([field for field in parts if field.wide], 1)
-    cached = schema.bytes_per_image([field for field in parts if not field.wide], wanted.crops)
-    records = FIXED_BYTES + IMAGE_BYTES * wanted.images
+        sizes[str(each)] = size
+    per_crop = sum(sizes.values())
+    crops = request.images * request.crops
+    streamed = schema.bytes_per_image([field for field in fields if field.wide], 1)
+    cached = schema.bytes_per_image([field for field in fields if not field.wide], request.crops)
+    records = FIXED_BYTES + IMAGE_BYTES * request.images
     stored = per_crop * crops + records
-    hours = wanted.teacher_throughput and crops / wanted.teacher_throughput / 3600
+    hours = request.teacher_throughput and crops / request.teacher_throughput / 3600
     return PlannedStore(
         form=str(form) if form else "features",
-        fields=fields,
+        fields=sizes,
         bytes_per_crop=stored / crops,
         stored_bytes=round(stored),
-        cache_bytes=cached * wanted.images,
+        cache_bytes=cached * request.images,
         streamed_bytes_per_crop=float(streamed),
         teacher_hours=hours,
-        read_bytes_per_second=wanted.train_throughput and streamed * wanted.train_throughput,
+        read_bytes_per_second=request.train_throughput and streamed * request.train_throughput,
     )
 
 
@@ -176,25 +175,25 @@ def label_bytes(form: Form, classes: int) -> dict[str, float]:
         scores = {form.value_field: 2.0 * classes}
         return scores if form.kind == "full" else {**scores, "logit_max": SCALE_BYTES}
     ids, prob, stick = (_at(form.k, column) for column in range(3))
-    places = np.log(list(BY_CLASSES))
-    ids *= float(np.interp(np.log(classes), places, list(BY_CLASSES.values())))
+    log_classes = np.log(list(BY_CLASSES))
+    ids *= float(np.interp(np.log(classes), log_classes, list(BY_CLASSES.values())))
     if form.kind == "hard":
         return {"ids": ids}
     return {"ids": ids, form.value_field: stick if form.compact else prob}
 
 
 def _at(k: int, column: int) -> float:
-    """Between measured K on a straight line, beyond them along the last one."""
-    places = np.array(list(MEASURED), dtype=np.float64)
+    """Interpolate linearly between the measured K; beyond them, extend the last segment."""
+    ks = np.array(list(MEASURED), dtype=np.float64)
     sizes = np.array([row[column] for row in MEASURED.values()])
-    if k <= places[-1]:
-        return float(np.interp(k, places, sizes))
-    slope = (sizes[-1] - sizes[-2]) / (places[-1] - places[-2])
-    return float(sizes[-1] + slope * (k - places[-1]))
+    if k <= ks[-1]:
+        return float(np.interp(k, ks, sizes))
+    slope = (sizes[-1] - sizes[-2]) / (ks[-1] - ks[-2])
+    return float(sizes[-1] + slope * (k - ks[-1]))
 
 
 def paper_form(target: labels.Target) -> Form:
-    """The poorest form that serves a target of the paper's Table 2."""
+    """The smallest form that serves a target of the paper's Table 2."""
     if target.kind in ("full", "hard"):
         return labels.parse_form(target.kind)
     return Form("topk", max(target.k, 1))

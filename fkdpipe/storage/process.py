@@ -1,4 +1,4 @@
-"""Which process this is, among those of all machines that may write a store."""
+"""Identify this process among those on all machines that may write a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def facts() -> dict[str, Any]:
-    """What tells this process from any other, on any machine."""
+    """What distinguishes this process from any other, on any machine."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -24,18 +24,18 @@ def facts() -> dict[str, Any]:
 
 @functools.cache
 def machine() -> str:
-    """Eight hex digits for this machine (or container): where a process number means something."""
+    """Eight hex digits for this machine (or container), within which a process id is unique."""
     ours = facts()
     return f"{zlib.crc32(repr([ours[k] for k in ('host', 'boot', 'space')]).encode()):08x}"
 
 
 def started(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks; None when there is none."""
+    """When a process on this machine was started, in clock ticks; None if it does not exist."""
     status = _text(f"/proc/{pid}/stat")
     if status:
         return status.rpartition(")")[2].split()[19]
     try:
-        os.kill(pid, 0)  # no /proc here: being there must do
+        os.kill(pid, 0)  # without /proc, only its existence can be checked
     except (OSError, OverflowError):
         return None
     return "there"

@@ -1,9 +1,9 @@
-"""Reading a store for training: boxes and labels by (image, crop).
+"""Read a store for training: boxes and labels by (image, crop).
 
 Narrow arrays come from the local cache (`cache`), wide ones are streamed a crop group at a time.
-All rounds of a store count as one long list of crops per image.
+The rounds of a store form one long list of crops per image.
 
-Letters: I images asked for, m crops of each.
+Letters: I requested images, m crops of each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Segment:
-    """One round's share of the crops: crop c of an image is crop c - first of this part."""
+    """One round of the crops: crop c of an image is crop c - first of this part."""
 
     part: Part
     manifest: Manifest
@@ -45,13 +45,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Finished:
-    """What of a store can be read: which crops, and which images.
+    """The crops and images of a store that can be read.
 
     Attributes:
-        crops: segments of the boxes, in order. labels: of the labels or features, one each.
+        crops: segments of the boxes, in order. labels: those of each source of labels or features.
         rows: int64, rows of the store whose unit is committed in every segment and whose image
             did not fail in any.
-        failed: row to (code, detail) of the images that did.
+        failed: row to (code, detail) of images that failed.
         crops_per_image: M over all segments.
     """
 
@@ -69,17 +69,17 @@ def finished(
     allow_partial: bool = False,
     crops: int | None = None,
 ) -> Finished:
-    """Find what can be read of the crops and of some sources.
+    """Find the crops and images that can be read from some sources.
 
-    A round that is still being made does not stand in the way of those before it.
+    A round that is not finished does not block the rounds before it.
 
     Args:
-        parts: (kind, source, layer) of each source wanted: ("labels", "teacher", "").
+        parts: (kind, source, layer) of each source: ("labels", "teacher", "").
         allow_partial: read the finished units of an unsealed store.
-        crops: read only the first rounds, until they have so many crops per image.
+        crops: read only the first rounds, until they hold this many crops per image.
 
     Raises:
-        UnsealedStoreError: something of the first round is missing, unless `allow_partial`.
+        UnsealedStoreError: the first round is not finished, unless `allow_partial`.
         StoreError: no such source.
     """
     columns = zip(*_readable_rounds(store, parts, crops), strict=True)
@@ -87,7 +87,7 @@ def finished(
     everything = [*boxes, *itertools.chain(*labels_)]
     failed = {row: why for segment in everything for row, why in segment.manifest.failed.items()}
     usable = np.zeros(store.num_images, dtype=bool)
-    for unit in set.intersection(*(set(segment.manifest.made) for segment in everything)):
+    for unit in set.intersection(*(set(segment.manifest.facts) for segment in everything)):
         usable[store.unit_rows(unit)] = True
     usable[list(failed)] = False
     crops_M = sum(segment.count for segment in boxes)
@@ -95,16 +95,16 @@ def finished(
 
 
 def _readable_rounds(
-    store: Store, wanted: Sequence[tuple[str, str, str]], crops: int | None
+    store: Store, sources: Sequence[tuple[str, str, str]], crops: int | None
 ) -> list[list[Part]]:
-    """Of each round that can be read: its crops, then the part of each source wanted.
+    """For each round that can be read: its crops, then the part of each source.
 
-    Later rounds end where a source has no part in one, where one is still being made, or where
-    the crops are as many as are asked for.
+    Ends before the first round that lacks a source or is not finished, and where the rounds hold
+    as many crops as requested.
     """
     if not store.rounds():
         raise UnsealedStoreError(f"{store.url} has no crops yet; run `fkdpipe generate`.")
-    for kind, source, layer in wanted:
+    for kind, source, layer in sources:
         known = store.sources(kind, layer)
         if source not in known:
             raise StoreError(
@@ -114,19 +114,19 @@ def _readable_rounds(
     readable: list[list[Part]] = []
     count = 0
     for boxes in store.rounds():
-        paths = [boxes.path, *(_path(boxes.round, *each) for each in wanted)]
+        paths = [boxes.path, *(_path(boxes.round, *each) for each in sources)]
         if count == crops or not all(path in store.parts for path in paths):
             break
         parts = [store.part(path) for path in paths]
         if readable and any(store.manifest(part) is None for part in parts):
             log.warning(
-                "%s is still growing; its first %d crops of each image are read", store.url, count
+                "%s is still growing; using the first %d crops of each image", store.url, count
             )
             break
         readable.append(parts)
         count += boxes.settings.crops
     if not readable:
-        raise StoreError(f"{store.url}: no round has all of {wanted}.", code="no-source")
+        raise StoreError(f"{store.url}: no round has all of {sources}.", code="no-source")
     return readable
 
 
@@ -135,7 +135,7 @@ def _path(round_: int, kind: str, source: str, layer: str) -> str:
 
 
 def _segments(store: Store, parts: Sequence[Part], *, allow_partial: bool) -> tuple[Segment, ...]:
-    """The parts of one source, round after round."""
+    """The segments of one source, in order of round."""
     segments: list[Segment] = []
     first = 0
     for part in parts:
@@ -149,20 +149,20 @@ def _manifest(store: Store, part: Part, *, allow_partial: bool) -> Manifest:
         return store.sealed(part)
     manifest = store.manifest(part)
     if manifest is None:
-        found = {unit: marker for unit, marker in store.markers(part) if marker is not None}
-        manifest = commits.manifest_of(part.path, part.settings_digest, found)
+        markers = {unit: marker for unit, marker in store.markers(part) if marker is not None}
+        manifest = commits.manifest_of(part.path, part.settings_digest, markers)
     return manifest
 
 
-def choose_source(store: Store, asked: str | None, kind: str = "labels", layer: str = "") -> str:
-    """The source asked for, or the only one.
+def choose_source(store: Store, source: str | None, kind: str = "labels", layer: str = "") -> str:
+    """The requested source, or the only one.
 
     Raises:
-        StoreError: several and none was asked for, or none at all.
+        StoreError: none is requested, and the store has several or none.
     """
     known = store.sources(kind, layer)
-    if asked is not None:
-        return asked
+    if source is not None:
+        return source
     if len(known) == 1:
         return known[0]
     what = f"{kind} {layer}".strip()
@@ -205,10 +205,10 @@ def read_unit(
 
 
 def read_crops(store: Store, segments: Sequence[Segment], unit: int, count: int) -> Crops:
-    """The first crops of each of a unit's images, stored or derived (`rounds.crops_of`)."""
+    """The first `count` crops of each image of a unit, stored or derived (`rounds.crops_of`)."""
     needed = (segment for segment in segments if segment.first < count)
-    drawn = [rounds.crops_of(store, segment.part, unit) for segment in needed]
-    return join(drawn, axis=1)[:, :count]
+    parts = [rounds.crops_of(store, segment.part, unit) for segment in needed]
+    return join(parts, axis=1)[:, :count]
 
 
 class CachedFields:
@@ -249,8 +249,8 @@ class CropReader:
         self._fields = CachedFields(store, segments, cache_dir, on_images)
 
     def take(self, rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
-        """The record of some crops of some images, (I, m)."""
-        # All rounds of a store follow one distribution.
+        """The recorded crops, (I, m)."""
+        # All rounds of a store have the same distribution.
         fields = rounds.fields_of(self._fields.segments[0].part.settings)
         return rounds.of_values(
             {field.name: self._fields.take(field.name, rows_I, crops_m) for field in fields}
@@ -258,7 +258,7 @@ class CropReader:
 
 
 class SparseReader:
-    """Labels of form `topk` or `hard`, as a target asks for them."""
+    """Labels of form `topk` or `hard`, converted to a target."""
 
     def __init__(
         self,
@@ -282,7 +282,7 @@ class SparseReader:
 
 
 class WideReader:
-    """A wide field, streamed: the crop groups that a few crops of a unit's images lie in."""
+    """A wide field, streamed: only the crop groups that hold the requested crops are read."""
 
     def __init__(self, store: Store, segments: Sequence[Segment], field: str) -> None:
         self.store, self.segments, self.field_name = store, segments, field
@@ -296,19 +296,19 @@ class WideReader:
         return read_unit(self.store, self.segments, self.field_name, unit, crops_m)
 
     def units(self, units: Sequence[int], crops_m: np.ndarray) -> dict[int, np.ndarray]:
-        """`unit` of several units; the next one is read while one is decoded."""
+        """`unit` for several units; the next one is read while one is decoded."""
         with ThreadPoolExecutor(2, thread_name_prefix="wide") as pool:
             values = pool.map(lambda unit: self.unit(unit, crops_m), units)
             return dict(zip(units, values, strict=True))
 
 
 def label_form(segments: Sequence[Segment]) -> Form:
-    """The form the segments of a source share (a source has one form)."""
+    """The form of a source, which all its segments share."""
     return segments[0].part.settings.form
 
 
-def check_temperature(segments: Sequence[Segment], asked: float | None) -> float:
-    """The factor a stored score is divided by to get labels at the temperature asked for.
+def check_temperature(segments: Sequence[Segment], requested: float | None) -> float:
+    """The factor to divide stored scores by to get labels at the requested temperature.
 
     Raises:
         StoreMismatchError: the stored form fixes the temperature.
@@ -316,20 +316,20 @@ def check_temperature(segments: Sequence[Segment], asked: float | None) -> float
     settings: LabelSettings = segments[0].part.settings
     form, stored = settings.form, settings.temperature
     if form.kind == "logits":
-        return 1.0 if asked is None else asked
-    if asked is None or asked == stored:
+        return 1.0 if requested is None else requested
+    if requested is None or requested == stored:
         return 1.0
     if stored is None:
         raise StoreMismatchError(
-            f"these labels were imported and their temperature is unknown, so they cannot be "
-            f"turned to {asked:g}. Leave it out to take them as they are.",
+            "these labels were imported and their temperature is unknown, so it cannot be changed "
+            f"to {requested:g}. Leave the temperature out to use the labels as they are.",
             code="temperature",
         )
     if form.kind == "full" and len(settings.teachers) == 1:
-        return asked / stored
+        return requested / stored
     raise StoreMismatchError(
-        f"these labels were made at temperature {stored:g} and form {form}"
-        f"{' of several teachers' if form.kind == 'full' else ''} cannot be turned to "
-        f"{asked:g}. Generate with --form logits to choose it at training time.",
+        f"these labels were made at temperature {stored:g}, and form {form}"
+        f"{' of several teachers' if form.kind == 'full' else ''} cannot be changed to "
+        f"{requested:g}. Generate with --form logits to choose it at training time.",
         code="temperature",
     )

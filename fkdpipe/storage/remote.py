@@ -1,7 +1,7 @@
 """Stores under a URL, through obstore: `s3://`, `gs://`, `az://`, and `memory://` in one process.
 
-Credentials and endpoints come from the environment, as each cloud's own tools read them. A put is
-complete or absent; the marker of a unit is put last; `create` is a create-only put.
+Credentials and endpoints come from the environment variables that each cloud's own tools read. A
+put is atomic; the marker of a unit is put last; `create` is a create-only put.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from fkdpipe.common.errors import StoreError, UsageError
 
-_memory: dict[str, Any] = {}  # memory:// places of this process
+_memory: dict[str, Any] = {}  # memory:// stores of this process
 
 
 class RemoteLocation:
     """See `fkdpipe.storage.location.Location`."""
 
     def __init__(self, url: str) -> None:
-        """Raises UsageError when obstore is missing or knows no such kind of URL."""
+        """Raises UsageError if obstore is missing or does not support the URL."""
         try:
             import obstore.store
         except ImportError as error:
@@ -31,7 +31,7 @@ class RemoteLocation:
             else:
                 self._store = obstore.store.from_url(self.url)
         except Exception as error:  # obstore has no common base for a bad URL
-            raise UsageError(f"{url} is not a place obstore can open: {_first(error)}") from error
+            raise UsageError(f"obstore cannot open {url}: {_first(error)}") from error
 
     def read(self, key: str) -> bytes:
         import obstore

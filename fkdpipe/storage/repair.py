@@ -1,4 +1,4 @@
-"""Putting records right that need no teacher: each is kept twice, so one copy restores the other.
+"""Repair records, which needs no teacher: each is stored twice, so one copy restores the other.
 
     broken                restored from
     zarr.json             the copy in part.json
@@ -6,7 +6,7 @@
     a unit's marker       the manifest
     manifest              the markers
 
-Shards cannot be restored; `fkdpipe.labelgen.repair` makes their units again.
+Shards cannot be restored; `fkdpipe.labelgen.repair` regenerates their units.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def metadata(location: Location) -> list[str]:
 
 
 def _belongs(key: str, part: str) -> bool:
-    """Is this a zarr.json that the record of a part keeps?"""
+    """Is this a zarr.json that the record of a part holds a copy of?"""
     if not key.endswith("zarr.json"):
         return False
     folder = key.removesuffix("zarr.json").rstrip("/")
@@ -69,14 +69,13 @@ def records(store: Store) -> list[str]:
                     written.append(key)
         if manifest is None:
             key = commits.manifest_key(part.path)
-            found = dict(store.markers(part))
-            whole = {unit: marker for unit, marker in found.items() if marker is not None}
-            if len(whole) == len(found):
-                data = commits.manifest_of(part.path, part.settings_digest, whole).to_bytes()
+            markers = {unit: m for unit, m in store.markers(part) if m is not None}
+            if len(markers) == store.units_of(part):
+                data = commits.manifest_of(part.path, part.settings_digest, markers).to_bytes()
                 store.location.write(key, data)
                 written.append(key)
             else:
-                store.location.delete(key)  # broken, if there: its part has to be finished anew
+                store.location.delete(key)  # broken, if it exists; the part must be finished again
     return written
 
 
@@ -91,7 +90,7 @@ def _manifest(store: Store, part: Part) -> Manifest | None:
 
 
 def _from_manifest(store: Store, part: Part, manifest: Manifest, unit: int) -> Marker | None:
-    """A unit's marker as the manifest remembers it; None when that does not add up."""
+    """A unit's marker, rebuilt from the manifest; None if it does not match the checksum there."""
     rows = store.unit_rows(unit)
     everything = part.kind == "images"
     prefixes = tuple(f"{part.path}/{field.name}/c/{unit}/" for field in part.fields)
@@ -101,7 +100,7 @@ def _from_manifest(store: Store, part: Part, manifest: Manifest, unit: int) -> M
         settings=part.settings_digest,
         files={k: v for k, v in manifest.files.items() if everything or k.startswith(prefixes)},
         failed={r: why for r, why in manifest.failed.items() if rows.start <= r < rows.stop},
-        made=manifest.made.get(unit, {}),
+        facts=manifest.facts.get(unit, {}),
     )
     entry = manifest.markers.get(str(unit))
     return marker if entry == commits.entry(marker.to_bytes()) else None

@@ -1,7 +1,7 @@
 """A round: M crops of every image, drawn from one distribution with one seed.
 
-Rounds follow one another in an endless sequence of crops, so crop 7 of an image is the same crop
-whether a store was made in one round or grew by several.
+Rounds continue one endless sequence of crops, so crop 7 of an image is the same crop whether the
+store was made in one round or grew over several.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def crops_of(store: Store, part: Part[CropsSettings], unit: int) -> Crops:
 
     Raises:
         DamagedStoreError: committed boxes differ from their checksum.
-        StoreError: not committed, and of a distribution that cannot be drawn here (imported boxes).
+        StoreError: not committed, and this version cannot draw them (imported boxes).
     """
     marker = store.marker(part, unit)
     if marker is None:
         return draw(store, part, unit)
     if part.settings.derived:
-        return derive(store, part, unit, marker.made)
+        return derive(store, part, unit, marker.facts)
     names = [field.name for field in fields_of(part.settings)]
     return of_values({n: store.read(part, n, unit, files=marker.files) for n in names})
 
@@ -44,21 +44,21 @@ def of_values(values: dict[str, np.ndarray]) -> Crops:
     return Crops(values["box"], values["flip"], values.get("jitter"))
 
 
-def values_of(drawn: Crops) -> dict[str, np.ndarray]:
+def values_of(recorded: Crops) -> dict[str, np.ndarray]:
     """Crops as the arrays of a round."""
-    values = {"box": drawn.box_NM4, "flip": drawn.flip_NM}
-    return values if drawn.jitter_NM4 is None else {**values, "jitter": drawn.jitter_NM4}
+    values = {"box": recorded.box_NM4, "flip": recorded.flip_NM}
+    return values if recorded.jitter_NM4 is None else {**values, "jitter": recorded.jitter_NM4}
 
 
 def draw(store: Store, part: Part[CropsSettings], unit: int) -> Crops:
-    """The crops of a unit, drawn anew from the seed of its round.
+    """Draw the crops of a unit from the seed of its round.
 
     Raises:
-        StoreError: of a distribution that cannot be drawn here.
+        StoreError: this version cannot draw from the distribution.
     """
     rows, settings = store.unit_rows(unit), part.settings
     distribution = settings.distribution
-    assert settings.seed is not None  # a distribution that is known has one
+    assert settings.seed is not None  # every known distribution has one
     return crops.sample(
         distribution,
         seed=settings.seed,
@@ -68,24 +68,24 @@ def draw(store: Store, part: Part[CropsSettings], unit: int) -> Crops:
     )
 
 
-def derive(store: Store, part: Part[CropsSettings], unit: int, made: Json) -> Crops:
-    """The crops of a committed unit that keeps only their checksum.
+def derive(store: Store, part: Part[CropsSettings], unit: int, facts: Json) -> Crops:
+    """Draw the crops of a committed unit that stores only their checksum.
 
     Args:
-        made: of the unit's marker.
+        facts: of the unit's marker.
 
     Raises:
-        DamagedStoreError: other crops come out.
+        DamagedStoreError: the crops do not match the checksum.
     """
-    drawn = draw(store, part, unit)
-    if checksum(drawn) != made.get("crops_crc32c"):
-        raise store.damaged(part.path, "its boxes cannot be derived again", unit)
-    return drawn
+    result = draw(store, part, unit)
+    if checksum(result) != facts.get("crops_crc32c"):
+        raise store.damaged(part.path, "has boxes that cannot be derived again", unit)
+    return result
 
 
-def checksum(drawn: Crops) -> str:
-    """crc32c (hex) over boxes, flips and jitter of a unit: what a derived round stores of them."""
-    recorded = drawn.box_NM4.astype("<u2").tobytes() + drawn.flip_NM.tobytes()
-    if drawn.jitter_NM4 is not None:
-        recorded += drawn.jitter_NM4.astype("<f4").tobytes()
-    return commits.crc(recorded)
+def checksum(recorded: Crops) -> str:
+    """crc32c (hex) of boxes, flips and jitter of a unit; a derived round stores nothing else."""
+    data = recorded.box_NM4.astype("<u2").tobytes() + recorded.flip_NM.tobytes()
+    if recorded.jitter_NM4 is not None:
+        data += recorded.jitter_NM4.astype("<f4").tobytes()
+    return commits.crc(data)

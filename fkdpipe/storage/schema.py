@@ -1,7 +1,7 @@
 """Arrays of a store: names, shapes, dtypes, chunks, shards, codecs. `docs/format.md` in code.
 
 A store is a Zarr v3 hierarchy, one array per field, with codecs of the Zarr specification only and
-crc32c last in every chain. A *part* is what is made, committed and sealed together:
+crc32c last in every chain. A *part* is written, committed and sealed as a whole:
 
     images                              the list of images
     rounds/<r>/crops                    boxes and flips of one round
@@ -30,13 +30,13 @@ from fkdpipe.storage.labels import Form, id_dtype
 
 FORMAT = "fkdpipe"
 FORMAT_VERSION = 1
-ATTRIBUTE = "fkdpipe"  # every group keeps its facts under this one attribute
+ATTRIBUTE = "fkdpipe"  # the attribute of every group that holds our metadata
 
 UNIT_IMAGES = 1024
 UNIT_BUFFER_BYTES = 2**30
 LEAST_UNIT_IMAGES = 32
 CHUNK_IMAGES = 128  # inner chunk; arrays are read a shard at a time
-FEW_CLASSES = 16  # up to so many, ids are worth zstd's slow levels
+FEW_CLASSES = 16  # up to this many, zstd's slow levels are worth it for ids
 GROUP_CROPS = 4  # crop group of wide arrays
 
 Json = dict[str, Any]
@@ -49,9 +49,9 @@ class Field:
     Attributes:
         shape: per row: () or (2,) in `images`, per crop elsewhere.
         per_crop: axis 1 of the array is the crop; else there is one row per image.
-        wide: sharded by crop group, read by streaming; else by unit, read whole.
+        wide: sharded by crop group and streamed; else sharded by unit and read whole.
         codec: "bitshuffle", "planar", "zstd" or "raw"; see `_codecs`.
-        fill: fill value, which no valid row holds where one is set.
+        fill: fill value, found in the rows of failed images.
     """
 
     name: str
@@ -153,12 +153,12 @@ def _tail_names(tail: tuple[int, ...]) -> list[str]:
 
 
 def _codecs(field: Field, chunks: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
-    """(array to array, bytes to bytes). Measured choices: benchmarks/footprint.py."""
+    """(array-to-array, bytes-to-bytes) codecs, chosen by measurement: benchmarks/footprint.py."""
     from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
     size = 1 if field.dtype in ("bool", "str") else np.dtype(field.dtype).itemsize
     if field.codec.startswith("planar"):
-        # One plane per coordinate or kept class, each a block with statistics of its own.
+        # One plane per coordinate or kept class, each compressed as a block of its own.
         order = (len(chunks) - 1, *range(len(chunks) - 1))
         shuffle: Any = "noshuffle" if field.codec == "planar-bytes" else "bitshuffle"
         plane = BloscCodec(
@@ -176,14 +176,14 @@ def _codecs(field: Field, chunks: tuple[int, ...]) -> tuple[list[Any], list[Any]
 
 
 def shard_key(part: str, field: Field, unit: int, group: int) -> str:
-    """Key of the object that holds a field of a unit (and, of a wide one, of a crop group)."""
+    """Key of the object that holds a field of a unit (for a wide field, of one crop group)."""
     if not field.per_crop:
         return "/".join([part, field.name, "c", *["0"] * (1 + len(field.shape))])
     return "/".join([part, field.name, "c", str(unit), str(group), *["0"] * len(field.shape)])
 
 
 def unit_images(bytes_per_image: int) -> int:
-    """Images of a unit: 1,024, halved until a unit's buffers fit `UNIT_BUFFER_BYTES`."""
+    """Images per unit: 1,024, halved until a unit's buffers fit in `UNIT_BUFFER_BYTES`."""
     images = UNIT_IMAGES
     while images > LEAST_UNIT_IMAGES and images * bytes_per_image > UNIT_BUFFER_BYTES:
         images //= 2
@@ -200,10 +200,10 @@ def bytes_per_image(fields: list[Field], crops: int) -> int:
 
 
 def check_source_name(name: str) -> str:
-    """A source is a folder name; Raises UsageError for anything else."""
+    """Returns a valid source name, which is also a folder name; raises UsageError for others."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
         raise UsageError(
-            f"{name!r} cannot name a source: take letters, digits, '.', '_', '+' and '-'."
+            f"{name!r} cannot name a source: use letters, digits, '.', '_', '+' and '-'."
         )
     return name
 
@@ -242,11 +242,11 @@ def check_version(attributes: Mapping[str, Any], where: str) -> Json:
     """The facts of a store's root group.
 
     Raises:
-        StoreError: not a store of ours, or of a format this version cannot read.
+        StoreError: not an fkdpipe store, or of a format version that cannot be read.
     """
     facts = attributes.get(ATTRIBUTE)
     if not isinstance(facts, Mapping) or facts.get("format") != FORMAT:
-        raise StoreError(f"{where} is a Zarr group, but not a store of fkdpipe.", code="no-store")
+        raise StoreError(f"{where} is a Zarr group, but not an fkdpipe store.", code="no-store")
     if facts.get("version") != FORMAT_VERSION:
         raise StoreError(
             f"{where} has format version {facts.get('version')}; this fkdpipe reads "

@@ -1,7 +1,7 @@
-"""Settings of a part: what two starts of it must agree on, as its `zarr.json` keeps them.
+"""Settings of a part, as stored in its `zarr.json`: what two runs must agree on.
 
-Parsed once, when a part is loaded or begun. `to_json` gives back exactly what was read: a marker
-carries the digest of it. `others` holds keys that have no name here, such as an import's origin.
+They are parsed once, when a part is loaded or started. `to_json` returns exactly what was read,
+since markers hold its digest. `others` holds keys without a field here, such as an import's origin.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class CropsSettings:
     """Of a round of crops: their distribution, and which crops of the endless sequence it holds.
 
     Attributes:
-        name, version: of the distribution; "imported:<format>" where boxes came with labels.
-        scale, ratio, flip, seed: None where an import does not know them.
+        name, version: of the distribution; "imported:<format>" if the boxes came with labels.
+        scale, ratio, flip, seed: None if an import does not know them.
         derived: only a checksum is stored, and crops are drawn again from the seed.
         first, crops: the round holds crops `first` to `first + crops - 1`.
-        jitter: strengths of recorded colour jitter; None where none is recorded.
+        jitter: strengths of recorded colour jitter; None if none is recorded.
     """
 
     kind: ClassVar[Kind] = "crops"
@@ -76,7 +76,7 @@ class CropsSettings:
         first: int = 0,
         derived: bool = False,
     ) -> Self:
-        """Settings of crops that are drawn here."""
+        """Settings of crops that fkdpipe draws."""
         return cls(
             name=drawing.DISTRIBUTION_NAME,
             version=drawing.DISTRIBUTION_VERSION,
@@ -92,7 +92,7 @@ class CropsSettings:
 
     @property
     def imported(self) -> bool:
-        """Did the boxes come with labels from elsewhere?"""
+        """Were the boxes imported with their labels?"""
         return self.name != drawing.DISTRIBUTION_NAME
 
     @property
@@ -102,15 +102,15 @@ class CropsSettings:
 
     @property
     def distribution(self) -> CropDistribution:
-        """What the crops are drawn from.
+        """The distribution the crops are drawn from.
 
         Raises:
-            StoreError: a distribution, or a version of it, that this fkdpipe does not know.
+            StoreError: this version of fkdpipe does not know the distribution or its version.
         """
         if not self.known or self.scale is None or self.ratio is None or self.flip is None:
             raise StoreError(
-                f"these crops are of the distribution {self.name} (version {self.version}), which "
-                "this fkdpipe cannot draw.",
+                f"these crops come from the distribution {self.name} (version {self.version}), "
+                "which this version of fkdpipe cannot draw from.",
                 code="unknown-law",
             )
         return CropDistribution(self.scale, self.ratio, self.flip, self.jitter)
@@ -131,14 +131,14 @@ class CropsSettings:
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """Of one source's labels of a round; None is what an import does not know.
+    """Of one source's labels in a round; None is what an import does not know.
 
     Attributes:
         classes: C, width of the teacher's output. crops: M.
         temperature: logits were divided by it before the softmax.
         precision: of the teacher's computation. replay: backend of the pixels.
         teachers: facts of each (`fkdpipe.networks.teachers.Teacher.facts`).
-        imported_from: the label files' format and fingerprint; None for labels made here.
+        imported_from: the label files' format and fingerprint; None for generated labels.
     """
 
     kind: ClassVar[Kind] = "labels"
@@ -164,12 +164,12 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """Of one source's feature vectors of a round.
+    """Of one source's feature vectors in a round.
 
     Attributes:
-        layer: "pre", "post" or "map". dims: D. width: of the teacher. code: how they are kept.
+        layer: "pre", "post" or "map". dims: D. width: of the teacher. code: how they are stored.
         basis: digest of the basis whose leading D components these are; None for raw vectors.
-        pre_is_post: the teacher has no last activation, so that "pre" serves as "post".
+        pre_is_post: the teacher has no last activation, so "pre" also serves as "post".
         shape: (C, H, W) of a map, else None.
     """
 
@@ -208,12 +208,12 @@ _BY_KIND: dict[str, type[Settings]] = {
 
 
 def parse(kind: str, facts: Mapping[str, Any]) -> Settings:
-    """Raises KeyError, TypeError or ValueError for settings that are none of this kind."""
+    """Parse settings; raises KeyError, TypeError or ValueError if they are not of this kind."""
     return _BY_KIND[kind].from_json(facts)
 
 
 def _to_json(settings: Any, *, optional: str) -> Json:
-    """JSON values by field; without the optional one where it is None."""
+    """JSON values by field, without the optional one if it is None."""
     facts = asdict(settings)
     facts |= facts.pop("others")
     if facts[optional] is None:
@@ -225,8 +225,8 @@ def _from_json(cls: Any, facts: Mapping[str, Any], *, optional: str, **keys: str
     """Arguments of a settings class. keys: field to key, where they differ.
 
     Raises:
-        KeyError: a key is missing that is not optional. A default in its place would be written
-            back, and change the digest.
+        KeyError: a required key is missing. A default in its place would be written back and
+            change the digest.
     """
     others = {optional: None, **facts}
     names = [f.name for f in fields(cls) if f.name != "others"]

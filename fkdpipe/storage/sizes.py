@@ -1,4 +1,4 @@
-"""Bytes that a store takes, by the name of the field they belong to."""
+"""Bytes that a store takes, by field."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fkdpipe.storage.store import Store
 
 
 def stored_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
-    """Every byte under the store, by field; "images" and "commits" hold what is of no crop.
+    """All bytes of a store by field; "images" and "commits" count what does not belong to crops.
 
     Args:
-        names: of `field_names`.
+        names: from `field_names`.
     """
     stored: Counter[str] = Counter()
     for key, length in store.location.list():
@@ -20,9 +20,9 @@ def stored_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
 
 
 def field_names(store: Store) -> dict[str, str]:
-    """Array path to the name it is reported under; a source's name only where there are several."""
-    taught = [p for p in store.parts.values() if p.kind in ("labels", "features")]
-    several = len({(p.kind, p.source, p.layer) for p in taught}) > 1
+    """Array path to the name it is reported under, with its source if there are several."""
+    outputs = [p for p in store.parts.values() if p.kind in ("labels", "features")]
+    several = len({(p.kind, p.source, p.layer) for p in outputs}) > 1
     names = {}
     for part in store.parts.values():
         for field in part.fields:

@@ -1,6 +1,6 @@
-"""A store on disk, opened: its facts, its list of images and its parts.
+"""An opened store: its metadata, its list of images and its parts.
 
-Small files only. What reads labels is `reader`, what fills a store is `writer`.
+`reader` joins the rounds of a store for training, `writer` fills a store.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Part(Generic[S]):
-    """One thing that is made, committed and sealed together.
+    """A part of a store, which is written, committed and sealed as a whole.
 
     Attributes:
         path: "images", "rounds/0/crops", "rounds/0/labels/<source>", ...
@@ -37,10 +37,10 @@ class Part(Generic[S]):
         round: number of the round, -1 for `images`.
         source: name of the source, "" for images and crops.
         layer: "pre", "post" or "map" for features, else "".
-        settings: what two starts of this part must agree on; a class for each kind.
-        provenance: what else is known of its making.
+        settings: what two runs must agree on; a class for each kind.
+        provenance: what else is known about how it was made.
         fields: its arrays.
-        metadata: its zarr.json files, as its record keeps them.
+        metadata: its zarr.json files, as stored in its record.
     """
 
     path: str
@@ -85,7 +85,7 @@ class Images:
 
 
 class Store:
-    """An opened store. Cheap to make; arrays are read when asked for.
+    """An opened store. Opening is cheap; arrays are read on demand.
 
     Attributes:
         facts: of the root group: images (N), unit (U), group (g), fingerprint, order_seed.
@@ -137,17 +137,14 @@ class Store:
     @cached_property
     def parts(self) -> dict[str, Part]:
         """Every part that has been started, by path."""
-        found = {}
-        for path in sorted(self._part_paths()):
-            found[path] = self._load_part(path)
-        return found
+        return {path: self._load_part(path) for path in sorted(self._part_paths())}
 
     def refresh(self) -> None:
-        """Look again for parts, which this or another process may have added."""
+        """Reload the parts: this or another process may have added some."""
         self.__dict__.pop("parts", None)
 
     def part(self, path: str) -> Part:
-        """Raises StoreError when the part does not exist."""
+        """Raises StoreError if the part does not exist."""
         if path not in self.parts:
             raise StoreError(
                 f"{self.url} has no {path}; it has {', '.join(sorted(self.parts)) or 'nothing'}.",
@@ -172,7 +169,7 @@ class Store:
         marker = self.marker(part, 0)
         if marker is None:
             raise UnsealedStoreError(
-                f"{self.url}: its list of images is not finished; start `fkdpipe generate` again.",
+                f"{self.url}: its list of images is not finished; run `fkdpipe generate` again.",
                 code="unsealed",
             )
         values = {}
@@ -196,7 +193,7 @@ class Store:
         )
 
     def marker(self, part: Part, unit: int) -> Marker | None:
-        """A unit's marker, None when there is none that belongs to this part."""
+        """A unit's marker; None if it is missing, broken or of another part."""
         try:
             marker = commits.marker_from(self.location.read(commits.marker_key(part.path, unit)))
         except (FileNotFoundError, BrokenRecordError):
@@ -215,7 +212,7 @@ class Store:
         """The part's manifest, None while it is not sealed.
 
         Raises:
-            DamagedStoreError: there is one, and it is broken or belongs elsewhere.
+            DamagedStoreError: the manifest is broken or belongs to another part.
         """
         key = commits.manifest_key(part.path)
         try:
@@ -240,10 +237,10 @@ class Store:
             units = words.count(self.units_of(part), "unit")
             state = f"{done} of {units}"
             if done == self.units_of(part):
-                state = f"{units} made, and what closes it is missing"
+                state = f"{units} committed, but the manifest is missing"
             raise UnsealedStoreError(
                 f"{self.url}: {part.path} is not finished ({state}). "
-                "Start the same `fkdpipe generate` again: it makes the rest.",
+                "Run the same `fkdpipe generate` again: it makes the rest.",
                 code="unsealed",
             )
         return manifest
@@ -259,13 +256,13 @@ class Store:
     ) -> np.ndarray:
         """A field of a unit: (images of the unit, crops, ...) in the dtype it is stored in.
 
-        Rows of images that failed hold fill values. Threads may read side by side.
+        Rows of images that failed hold fill values. Several threads may read at once.
 
         Args:
             part: of crops, labels or features.
-            crops: of the part's M crops, in the order wanted; None reads all. Of a wide field only
-                the crop groups that they lie in are read.
-            files: of the part's manifest, where it is at hand; else the unit's marker is read.
+            crops: indices into the part's M crops, in any order; None reads all. Of a wide field,
+                only the crop groups that hold them are read.
+            files: of the part's manifest, if it is loaded; by default the unit's marker is read.
 
         Raises:
             UnsealedStoreError: the unit is not committed.
@@ -280,8 +277,8 @@ class Store:
             files = marker.files
         field, count = part.field(name), part.settings.crops
         span = min(self.group_size, count) if field.wide else count
-        wanted = np.arange(count) if crops is None else np.asarray(crops)
-        groups = np.unique(wanted // span)
+        crops_m = np.arange(count) if crops is None else np.asarray(crops)
+        groups = np.unique(crops_m // span)
         blocks = []
         for group in groups.tolist():
             key = schema.shard_key(part.path, field, unit, group)
@@ -291,13 +288,13 @@ class Store:
         joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
         if crops is None:
             return joined
-        return joined[:, np.searchsorted(groups, wanted // span) * span + wanted % span]
+        return joined[:, np.searchsorted(groups, crops_m // span) * span + crops_m % span]
 
     def read_checked(self, key: str, files: commits.FileTable, unit: int | None = None) -> bytes:
-        """An object whose length and checksum are those of the file table.
+        """Read an object and compare its length and checksum with the file table.
 
         Raises:
-            DamagedStoreError: naming the unit and the command that mends it.
+            DamagedStoreError: they differ; names the unit and the command that repairs it.
         """
         if key not in files:
             raise self.damaged(key, "is not in any commit record", unit)
@@ -339,22 +336,22 @@ class Store:
                 metadata=metadata,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise self.damaged(key, f"cannot be understood ({error!r})") from None
+            raise self.damaged(key, f"is invalid ({error!r})") from None
 
     def damaged(self, key: str, what: str, unit: int | None = None) -> DamagedStoreError:
-        """The error for an object that is not what was committed."""
+        """The error for an object that differs from what was committed."""
         where = "" if unit is None else f" (unit {unit})"
         return DamagedStoreError(
-            f"{self.url}: {key}{where} {what}. See `fkdpipe verify {self.url} --full`; "
+            f"{self.url}: {key}{where} {what}. Run `fkdpipe verify {self.url} --full` for details; "
             "`fkdpipe generate ... --repair` makes broken units again.",
             unit=unit,
         )
 
 
-def open_store(place: str | os.PathLike[str]) -> Store:
+def open_store(url: str | os.PathLike[str]) -> Store:
     """Open a store; see `Store`.
 
     Raises:
-        StoreError: no store there, or of another format version.
+        StoreError: there is no store, or its format version cannot be read.
     """
-    return Store(open_location(place))
+    return Store(open_location(url))

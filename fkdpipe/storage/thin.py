@@ -1,4 +1,4 @@
-"""A smaller store from a larger one, without a teacher: fewer crops, smaller K, a poorer form."""
+"""A subset of a store, without a teacher: fewer crops, a smaller K or a smaller form."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Failed = dict[int, tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Thinning:
-    """What to keep.
+class Subset:
+    """What to keep of a store.
 
     Attributes:
-        crops: the first so many of each image; None keeps all.
-        form: of the labels; None keeps theirs.
-        source: which labels; None takes the only ones.
-        derived_boxes: keep a checksum of the boxes instead of the boxes.
+        crops: how many crops of each image, the first ones; None keeps all.
+        form: of the labels; None keeps the stored one.
+        source: of the labels; None takes the only one.
+        derived_boxes: store a checksum of the boxes instead of the boxes.
     """
 
     crops: int | None = None
@@ -38,114 +38,116 @@ class Thinning:
 def thin(
     store: Store,
     location: Location,
-    wanted: Thinning,
+    subset: Subset,
     *,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> Store:
-    """Write a new store with one round and one source, unit by unit; started again, it goes on.
+    """Write a new store with one round and one source, unit by unit; a second call resumes.
 
     Args:
         location: of the new store.
 
     Raises:
-        UsageError: more crops than there are.
-        StoreMismatchError: the stored form cannot become the one asked for, or the place holds a
-            store of other images or settings.
+        UsageError: more crops than the store has.
+        StoreMismatchError: the stored form cannot be reduced to the requested one, or the location
+            holds a store of other images or settings.
         UnsealedStoreError, DamagedStoreError: of the store that is read.
     """
-    source = reader.choose_source(store, wanted.source)
-    found = reader.finished(store, [("labels", source, "")])
-    old: Part[LabelSettings] = found.labels[0][0].part
+    source = reader.choose_source(store, subset.source)
+    finished = reader.finished(store, [("labels", source, "")])
+    old: Part[LabelSettings] = finished.labels[0][0].part
     form, classes = old.settings.form, old.settings.classes
-    new_form = wanted.form or form
+    new_form = subset.form or form
     _check(form, new_form, classes)
-    count = wanted.crops or found.crops_per_image
-    if not 1 <= count <= found.crops_per_image:
-        raise UsageError(f"the store has {found.crops_per_image} crops per image; found {count}.")
+    most = finished.crops_per_image
+    count = subset.crops or most
+    if not 1 <= count <= most:
+        raise UsageError(f"the store has {most} crops per image; found {count}.")
     crops_settings: CropsSettings = replace(
-        found.crops[0].part.settings, crops=count, derived=wanted.derived_boxes
+        finished.crops[0].part.settings, crops=count, derived=subset.derived_boxes
     )
     labels_settings = replace(old.settings, form=new_form, crops=count)
-    if wanted.derived_boxes:
-        _ = crops_settings.distribution  # boxes of an import cannot be drawn again
+    if subset.derived_boxes:
+        _ = crops_settings.distribution  # raises for imported boxes, which cannot be drawn
     path = f"rounds/0/labels/{source}"
-    _check_place(store, location, {"rounds/0/crops": crops_settings, path: labels_settings})
-    made = _create(store, location)
-    crop_fields = [] if wanted.derived_boxes else rounds.fields_of(crops_settings)
-    crops_part = writer.add_part(made, "rounds/0/crops", crops_settings, crop_fields)
+    _check_location(store, location, {"rounds/0/crops": crops_settings, path: labels_settings})
+    result = _create(store, location)
+    crop_fields = [] if subset.derived_boxes else rounds.fields_of(crops_settings)
+    crops_part = writer.add_part(result, "rounds/0/crops", crops_settings, crop_fields)
     labels_part = writer.add_part(
-        made,
+        result,
         path,
         labels_settings,
         schema.label_fields(new_form, classes),
         provenance={**old.provenance, "thinned_from": str(form)},
     )
-    done = writer.committed_units(made, labels_part, range(store.num_units))
-    source_labels = _Labels(store, found.labels[0], new_form)
+    done = writer.committed_units(result, labels_part, range(store.num_units))
+    source_labels = _Labels(store, finished.labels[0], new_form)
     for unit in range(store.num_units):
         rows = store.unit_rows(unit)
         if unit not in done:
-            failed = {r: w for r, w in found.failed.items() if rows.start <= r < rows.stop}
-            drawn = reader.read_crops(store, found.crops, unit, count)
-            values = {} if wanted.derived_boxes else rounds.values_of(drawn)
-            facts = {"crops_crc32c": rounds.checksum(drawn)}
-            without = _crops_failed(found.crops, failed)
-            writer.commit_unit(made, crops_part, unit, values, failed=without, made=facts)
+            failed = {r: why for r, why in finished.failed.items() if rows.start <= r < rows.stop}
+            recorded = reader.read_crops(store, finished.crops, unit, count)
+            values = {} if subset.derived_boxes else rounds.values_of(recorded)
+            facts = {"crops_crc32c": rounds.checksum(recorded)}
+            without = _crops_failed(finished.crops, failed)
+            writer.commit_unit(result, crops_part, unit, values, failed=without, facts=facts)
             kept = source_labels.unit(unit, count, failed)
-            facts = found.labels[0][0].manifest.made.get(unit, {})
-            writer.commit_unit(made, labels_part, unit, kept, failed=failed, made=facts)
+            facts = finished.labels[0][0].manifest.facts.get(unit, {})
+            writer.commit_unit(result, labels_part, unit, kept, failed=failed, facts=facts)
         on_images(rows.stop - rows.start)
-    for part in (made.part(IMAGES), crops_part, labels_part):
-        writer.seal(made, part)
-    return made
+    for part in (result.part(IMAGES), crops_part, labels_part):
+        writer.seal(result, part)
+    return result
 
 
-def _check_place(store: Store, location: Location, wanted: dict[str, Settings]) -> None:
-    """Refuse to write where another store is, or a store that is no smaller.
+def _check_location(store: Store, location: Location, settings: dict[str, Settings]) -> None:
+    """Refuse to overwrite another store, and to write a store that is no smaller.
 
     Args:
-        wanted: settings of the new store's parts, by path.
+        settings: of the new store's parts, by path.
 
     Raises:
         UsageError: it is the store itself, or would hold all that the store holds.
-        StoreMismatchError: another store is there.
+        StoreMismatchError: the location holds another store.
     """
     if location.url == store.url:
-        raise UsageError(f"{store.url} is the store itself; name a new folder for the smaller one.")
+        raise UsageError(f"{store.url} is the store itself; choose a new folder for the subset.")
     parts = {path: part.settings for path, part in store.parts.items() if path != IMAGES}
-    if parts == wanted:
+    if parts == settings:
         raise UsageError(
-            f"nothing of {store.url} would be left out. Say what is to be smaller: --crops M, a "
-            "poorer --form, or --derive-boxes."
+            f"the subset would hold everything in {store.url}. Choose what to reduce: --crops M, a "
+            "smaller --form, or --derive-boxes."
         )
-    there = begin.find_store(location)  # refuses what is no store of ours
-    if there is None or there.facts["fingerprint"] != store.facts["fingerprint"]:
-        return  # of other images: refused where the list of images is begun
-    for path, part in there.parts.items():
-        if path != IMAGES and part.settings != wanted.get(path):
+    existing = begin.find_store(location)  # raises if it is not a store
+    if existing is None or existing.facts["fingerprint"] != store.facts["fingerprint"]:
+        return  # create_store refuses a store of other images
+    for path, part in existing.parts.items():
+        if path != IMAGES and part.settings != settings.get(path):
             raise StoreMismatchError(
-                f"{location.url} holds a store with another {path}. Name a new folder, or give "
-                "the options it was begun with to go on with it.",
+                f"{location.url} holds a store with another {path}. Choose a new folder, or use "
+                "the options it was started with to resume it.",
                 code="settings",
             )
 
 
 def _check(form: Form, new: Form, classes: int) -> None:
+    """Refuse a form that needs more than the stored one holds."""
     labels.check_form(new, classes)
-    richness = {"hard": 0, "topk": 1, "full": 2, "logits": 3}
-    poorer = richness[new.kind] <= richness[form.kind]
+    size = {"hard": 0, "topk": 1, "full": 2, "logits": 3}
+    smaller = size[new.kind] <= size[form.kind]
     if new.kind == form.kind == "topk":
-        poorer = new.k <= form.k and (new.compact or not form.compact)
-    if not poorer:
+        smaller = new.k <= form.k and (new.compact or not form.compact)
+    if not smaller:
         raise StoreMismatchError(
-            f"labels of form {form} cannot become {new}; thinning goes from logits to full to "
-            "topk:K to topk:K:compact to hard, and to smaller K.",
+            f"labels of form {form} cannot be reduced to {new}. Forms can be reduced in the order "
+            "logits, full, topk:K, topk:K:compact, hard, and to a smaller K.",
             code="form-too-poor",
         )
 
 
 def _create(store: Store, location: Location) -> Store:
-    """A store of the same images in the same order, or the one that was begun there."""
+    """Create a store of the same images in the same order, or open the one that was started."""
     seed = int(store.facts["order_seed"])
     unit, group = store.unit_size, store.group_size
     return writer.create_store(location, _columns(store), seed=seed, unit=unit, group=group)
@@ -165,14 +167,14 @@ def _columns(store: Store) -> writer.ImageColumns:
 
 
 def _crops_failed(segments: Sequence[Segment], failed: Failed) -> Failed:
-    """Of the failed images of a unit, those that an import brought no crops for."""
+    """Of the failed images of a unit, those that an import had no crops for."""
     return {
         row: why for row, why in failed.items() if any(row in s.manifest.failed for s in segments)
     }
 
 
 class _Labels:
-    """Labels of a source, unit by unit, turned into another form."""
+    """Labels of a source, converted to another form unit by unit."""
 
     def __init__(self, store: Store, segments: Sequence[Segment], new: Form) -> None:
         self.store, self.segments, self.new = store, segments, new
@@ -180,7 +182,7 @@ class _Labels:
         self.old, self.classes = self.part.settings.form, self.part.settings.classes
 
     def unit(self, unit: int, count: int, failed: dict) -> dict[str, np.ndarray]:
-        """Stored fields of the new form, rows of failed images with fill values."""
+        """Stored fields of the new form; rows of failed images hold fill values."""
         old = {
             field.name: reader.read_unit(
                 self.store, self.segments, field.name, unit, np.arange(count)
@@ -191,12 +193,12 @@ class _Labels:
         good = np.ones(rows.stop - rows.start, dtype=bool)
         good[[row - rows.start for row in failed]] = False
         fields = schema.label_fields(self.new, self.classes)
-        made = {f.name: writer.fill_rows(f, len(good), count) for f in fields}
+        new = {f.name: writer.fill_rows(f, len(good), count) for f in fields}
         if good.any():
             flat = {n: v[good].reshape(-1, *v.shape[2:]) for n, v in old.items()}
             for name, values in self._convert(flat).items():
-                made[name][good] = values.reshape(int(good.sum()), count, *values.shape[1:])
-        return made
+                new[name][good] = values.reshape(int(good.sum()), count, *values.shape[1:])
+        return new
 
     def _convert(self, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.new == self.old:
@@ -209,7 +211,7 @@ class _Labels:
         kept = labels.sparse_target(
             Target("marginal-smoothing", self.new.k), old["ids"], prob, self.classes
         )
-        if self.new.k == self.classes:  # every class is kept; nothing was renormalised away
+        if self.new.k == self.classes:  # all classes are kept, and sparse_target would renormalise
             return self._sparse(old["ids"], prob)
         return self._sparse(kept.ids_BK, kept.prob_BK)
 
@@ -224,7 +226,7 @@ class _Labels:
         return self._sparse(ids, kept)
 
     def _sparse(self, ids: np.ndarray, prob: np.ndarray) -> dict[str, np.ndarray]:
-        """ids and probabilities with the first class first; the others in any order."""
+        """Stored fields of ids and probabilities, top class first, the others in any order."""
         ids, prob = labels.hybrid_order(ids, prob)
         dtype = labels.id_dtype(self.classes)
         if self.new.kind == "hard":

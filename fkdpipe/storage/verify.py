@@ -1,4 +1,4 @@
-"""A store against its own claims: a list of problems, each with a stable code and a unit."""
+"""Check a store against its records; each problem has a stable code and a unit."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from fkdpipe.storage.store import IMAGES, Part, Store
 CODES = {
     "no-record": "part.json, a zarr.json or a manifest is missing, damaged or foreign",
     "missing-unit": "a unit of a sealed part has no marker",
-    "marker-changed": "a marker is damaged, belongs elsewhere, or is not the sealed one",
-    "missing-file": "an object of a committed unit is gone",
-    "length": "an object has another length",
-    "unreadable": "an object is there and cannot be read",
-    "checksum": "an object's checksum differs, or boxes are not those committed",
+    "marker-changed": "a marker is damaged, of another unit, or differs from the sealed one",
+    "missing-file": "an object of a committed unit is missing",
+    "length": "an object has the wrong length",
+    "unreadable": "an object exists but cannot be read",
+    "checksum": "an object's checksum differs, or boxes differ from those committed",
     "unknown-file": "an object that is not in any commit record",
     "not-sealed": "the part is not finished",
-    "box-outside": "a crop is empty or leaves its image",
-    "id-range": "a class id beyond the classes",
-    "probability": "NaN, negative, or a sum above 1",
-    "unfilled": "a row without a value that no failure explains",
-    "duplicate": "a key listed twice, or a class kept twice in one label",
-    "cache": "the local cache differs from what it was filled with",
-    "teacher-differs": "the teacher, run again, gives other labels or features",
+    "box-outside": "a crop is empty or reaches outside its image",
+    "id-range": "a class id exceeds the number of classes",
+    "probability": "a probability is NaN or negative, or a sum is above 1",
+    "unfilled": "a row has no value, but its image did not fail",
+    "duplicate": "a key is listed twice, or a label has the same class twice",
+    "cache": "the local cache has changed since it was filled",
+    "teacher-differs": "the teacher gives different labels or features when it runs again",
     "image-missing": "an image of the list is not in the folder",
     "image-extra": "an image of the folder is not in the list",
-    "image-changed": "an image of the folder has another length",
+    "image-changed": "an image file has another length",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. unit: -1 where no single unit is concerned."""
+    """A problem of a store. unit: -1 if it does not concern a single unit."""
 
     code: str
     part: str
@@ -61,8 +61,8 @@ def verify(
     """Compare a store with its records.
 
     Args:
-        full: read every object, compare its checksum and look at the values.
-        cache_dir: with `full`, also check the local cache of this store there.
+        full: read every object, verify its checksum and check its values.
+        cache_dir: with `full`, also check the store's local cache in this folder.
         on_unit: called with 1 after each unit of each part.
     """
     try:
@@ -102,10 +102,10 @@ def _verify_part(
         known |= set(files)
         sound = True
         for key, expected in files.items():
-            found = _compare(store, key, expected, full=full)
-            if found is not None:
+            code = _compare(store, key, expected, full=full)
+            if code is not None:
                 sound = False
-                yield Problem(found, part.path, unit, key)
+                yield Problem(code, part.path, unit, key)
         if full and sound and marker is not None:
             try:
                 yield from _values(store, part, marker)
@@ -129,14 +129,14 @@ def _marker(
         return None, Problem("marker-changed", part.path, unit, f"{key}: {error}")
     own = (marker.part, marker.unit, marker.settings) == (part.path, unit, part.settings_digest)
     if not own:
-        return None, Problem("marker-changed", part.path, unit, f"{key} belongs elsewhere")
+        return None, Problem("marker-changed", part.path, unit, f"{key} is of another unit")
     if manifest is not None and manifest.markers.get(str(unit)) != commits.entry(data):
-        return None, Problem("marker-changed", part.path, unit, f"{key} is not the sealed one")
+        return None, Problem("marker-changed", part.path, unit, f"{key} differs from the manifest")
     return marker, None
 
 
 def _files_of(store: Store, part: Part, unit: int, manifest: Manifest | None) -> commits.FileTable:
-    """What the manifest says of a unit whose marker is gone."""
+    """The files of a unit whose marker is missing, from the manifest."""
     if manifest is None:
         return {}
     prefix = tuple(f"{part.path}/{field.name}/c/{unit}/" for field in part.fields)
@@ -159,7 +159,7 @@ def _compare(store: Store, key: str, expected: tuple[int, str], *, full: bool) -
 
 
 def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
-    """Look at a unit's numbers; its checksums hold."""
+    """Check a unit's values; its checksums match."""
     unit = marker.unit
     if part.kind == "crops":
         yield from _crop_values(store, part, marker)
@@ -170,7 +170,7 @@ def _values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
         for field in part.fields:
             values = store.read(part, field.name, unit, files=marker.files)[good]
             if values.dtype.kind == "f" and not np.isfinite(values).all():
-                yield Problem("unfilled", part.path, unit, f"{field.name} that is not finite")
+                yield Problem("unfilled", part.path, unit, f"{field.name} is not finite")
 
 
 def _good_rows(store: Store, marker: Marker) -> np.ndarray:
@@ -184,17 +184,18 @@ def _good_rows(store: Store, marker: Marker) -> np.ndarray:
 def _crop_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
     unit = marker.unit
     if part.settings.derived:
-        drawn, wrong = rounds.draw(store, part, unit), "boxes cannot be derived again"
+        recorded, detail = rounds.draw(store, part, unit), "boxes cannot be derived again"
     else:
-        drawn, wrong = rounds.crops_of(store, part, unit), "boxes are not those that were committed"
-    if rounds.checksum(drawn) != marker.made.get("crops_crc32c"):
-        yield Problem("checksum", part.path, unit, wrong)
-    outside = boxes_outside(drawn.box_NM4, store.images.size_N2[store.unit_rows(unit)])
+        recorded = rounds.crops_of(store, part, unit)
+        detail = "boxes differ from those that were committed"
+    if rounds.checksum(recorded) != marker.facts.get("crops_crc32c"):
+        yield Problem("checksum", part.path, unit, detail)
+    outside = boxes_outside(recorded.box_NM4, store.images.size_N2[store.unit_rows(unit)])
     outside[[row - store.unit_rows(unit).start for row in marker.failed]] = False
     if outside.any():
         yield Problem("box-outside", part.path, unit, f"{int(outside.sum())} crops")
-    if drawn.jitter_NM4 is not None and not np.isfinite(drawn.jitter_NM4).all():
-        yield Problem("unfilled", part.path, unit, "colour factors that are not finite")
+    if recorded.jitter_NM4 is not None and not np.isfinite(recorded.jitter_NM4).all():
+        yield Problem("unfilled", part.path, unit, "colour factors are not finite")
 
 
 def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]:
@@ -207,12 +208,12 @@ def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]
     if not form.sparse:
         scores = read(form.value_field).astype(np.float32)
         if not np.isfinite(scores).all():
-            yield Problem("unfilled", part.path, unit, "scores that are not finite")
+            yield Problem("unfilled", part.path, unit, "scores are not finite")
         elif form.kind == "full":
             total = np.exp(scores).sum(axis=-1)
             bound = 2 * labels.error_bound(form, classes) + 1e-3
             if (np.abs(total - 1) > bound).any():
-                yield Problem("probability", part.path, unit, "rows that do not sum to 1")
+                yield Problem("probability", part.path, unit, "rows do not sum to 1")
         return
     ids = read("ids")
     fill = int(np.iinfo(ids.dtype).max)
@@ -221,7 +222,7 @@ def _label_values(store: Store, part: Part, marker: Marker) -> Iterator[Problem]
     elif (ids >= classes).any():
         yield Problem("id-range", part.path, unit, f"class {int(ids.max())} of {classes}")
     elif form.k > 1 and (np.diff(np.sort(ids, axis=-1), axis=-1) == 0).any():
-        yield Problem("duplicate", part.path, unit, "a class kept twice in one label")
+        yield Problem("duplicate", part.path, unit, "a label has the same class twice")
     if form.kind == "topk" and not form.compact:
         prob = read("prob").astype(np.float32)
         ceiling = 1 + form.k * 2.0**-11

@@ -1,8 +1,8 @@
-"""Filling a store, one unit at a time: complete or absent.
+"""Fill a store, one unit at a time; a unit is complete or absent.
 
 A unit's shards are encoded in memory, written and flushed to disk, read back, and only then
 committed by a marker. When the last unit of a part is committed, a manifest seals it. Nothing here
-depends on how many processes there are: whoever owns a unit commits it, the last one seals.
+depends on the number of processes: each commits its own units, and the last one seals the part.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ def create_store(
     unit: int,
     group: int = schema.GROUP_CROPS,
 ) -> Store:
-    """Make a store that holds a list of images and no round yet, or find it made of the same list.
+    """Create a store with a list of images and no rounds, or open one with the same list.
 
-    Images are put into a random order that depends on `seed` and their keys alone, so that reading
-    unit after unit is fair to all classes.
+    Images are put into a random order that depends only on `seed` and their keys, so that units
+    hold all classes alike.
 
     Args:
         seed: of the order. unit: U, images per unit. group: g, crops per crop group.
 
     Raises:
-        StoreMismatchError: a store of other images, or of another order, is there.
-        StoreError, DamagedStoreError: of `begin.find_store`.
+        StoreMismatchError: the location holds a store of other images or in another order.
+        StoreError, DamagedStoreError: as `begin.find_store`.
     """
     fields = schema.image_fields()
     values = _image_values(columns, seed)
@@ -112,7 +112,7 @@ def create_store(
 
 
 def image_shards(arrays: Arrays, columns: ImageColumns, seed: int) -> dict[str, bytes]:
-    """The objects of `images`, key to bytes; the same list gives the same bytes."""
+    """The objects of `images`, key to bytes; equal lists give equal bytes."""
     shards: dict[str, bytes] = {}
     for name, column in _image_values(columns, seed).items():
         if len(column):
@@ -151,7 +151,7 @@ def add_crops(
         )
         if changed:
             raise StoreMismatchError(
-                f"{store.url} was drawn by another distribution: {'; '.join(changed)}.",
+                f"{store.url} was drawn from another distribution: {'; '.join(changed)}.",
                 code="settings",
             )
     fields = [] if derived else fields_of(settings)
@@ -166,20 +166,20 @@ def add_part(
     *,
     provenance: Json | None = None,
 ) -> Part[P]:
-    """Start a part, or find it started with the same settings.
+    """Start a part, or return it if it was started with the same settings.
 
     Args:
-        path: where it lies. settings: two starts must agree on them.
-        provenance: kept from the first start.
+        path: of the part in the store. settings: what two runs must agree on.
+        provenance: recorded by the first run.
 
     Raises:
-        StoreMismatchError: started before with other settings; says which.
+        StoreMismatchError: it was started with other settings; says which.
     """
     if path in store.parts:
         changed = schema.differences(store.part(path).settings.to_json(), settings.to_json())
         if changed:
             raise StoreMismatchError(
-                f"{store.url}: {path} was made with other settings: {'; '.join(changed)}. Take "
+                f"{store.url}: {path} was made with other settings: {'; '.join(changed)}. Use "
                 "the old settings to finish it, another --source name to add labels beside it, "
                 "or another store.",
                 code="settings",
@@ -214,18 +214,18 @@ def commit_unit(
     values: Mapping[str, np.ndarray],
     *,
     failed: Mapping[int, tuple[str, str]] | None = None,
-    made: Json | None = None,
+    facts: Json | None = None,
 ) -> Marker:
     """Write a unit's arrays, read them back, and commit them.
 
     Args:
         values: field name to (images of the unit, M, ...); rows of failed images hold fill values.
         failed: row within the store to (code, detail).
-        made: batch, device and whatever else is recorded per unit.
+        facts: batch, device and whatever else is recorded per unit (`Marker.facts`).
 
     Raises:
         StoreError: the location cannot be written.
-        DamagedStoreError: what was written does not read back.
+        DamagedStoreError: the data read back differ from what was written.
     """
     rows = store.unit_rows(unit)
     files: commits.FileTable = {}
@@ -237,7 +237,7 @@ def commit_unit(
             for key, blob in shards.items():
                 files[key] = _write_and_read_back(store.location, key, blob)
     marker = Marker(
-        part.path, unit, part.settings_digest, files, dict(failed or {}), dict(made or {})
+        part.path, unit, part.settings_digest, files, dict(failed or {}), dict(facts or {})
     )
     store.location.write(commits.marker_key(part.path, unit), marker.to_bytes())
     return marker
@@ -249,27 +249,26 @@ def fill_rows(field: Field, images: int, crops_M: int) -> np.ndarray:
 
 
 def seal(store: Store, part: Part) -> bool:
-    """Write the manifest when every unit is committed; True when the part is sealed after it.
+    """Write the manifest if every unit is committed; returns whether the part is sealed.
 
     Raises:
-        DamagedStoreError: a committed file is gone or has another length; nothing is sealed.
+        DamagedStoreError: a committed file is missing or has another length; nothing is sealed.
     """
-    found: dict[int, Marker] = {}
+    markers: dict[int, Marker] = {}
     for unit, marker in store.markers(part):
         if marker is None:
             return False
-        found[unit] = marker
+        markers[unit] = marker
     lengths = dict(store.location.list(part.path))
-    for unit, marker in found.items():
+    for unit, marker in markers.items():
         for key, (length, _) in marker.files.items():
             if lengths.get(key) != length:
                 raise DamagedStoreError(
-                    f"{store.url}: {key} (unit {unit}) was committed, and something else has "
-                    "removed or changed it since. Start the same `fkdpipe generate` again: it "
-                    "makes that unit again.",
+                    f"{store.url}: {key} (unit {unit}) was removed or changed after it was "
+                    "committed. Run the same `fkdpipe generate` again: it makes that unit again.",
                     unit=unit,
                 )
-    data = commits.manifest_of(part.path, part.settings_digest, found).to_bytes()
+    data = commits.manifest_of(part.path, part.settings_digest, markers).to_bytes()
     key = commits.manifest_key(part.path)
     if begin.read_or_none(store.location, key) != data:
         store.location.write(key, data)
@@ -277,7 +276,7 @@ def seal(store: Store, part: Part) -> bool:
 
 
 def committed_units(store: Store, part: Part, units: Iterable[int]) -> set[int]:
-    """Units whose marker is valid and whose files are all there at their full length."""
+    """Units with a valid marker whose files all exist with the recorded length."""
     done = set()
     for unit in units:
         marker = store.marker(part, unit)
@@ -291,8 +290,9 @@ def committed_units(store: Store, part: Part, units: Iterable[int]) -> set[int]:
 def sweep(store: Store, index: int, world: int) -> int:
     """Remove partial files that killed writers left behind; returns how many.
 
-    The caller holds the claim of part `index` of `world`, so nobody is writing those of its units.
-    Part 0 also removes those of no unit, where their writer is gone: others may be starting a part.
+    The caller holds the claim of part `index` of `world`, so no other process writes its units.
+    Part 0 also removes partial files of no unit, if their writer has exited: another process may be
+    starting a part.
     """
     swept = 0
     for key, _ in list(store.location.list()):
@@ -306,7 +306,7 @@ def sweep(store: Store, index: int, world: int) -> int:
 
 
 def _abandoned(location: Location, key: str) -> bool:
-    """Is the writer of a partial file gone: dead on this machine, or silent for long elsewhere?"""
+    """Has the writer of a partial file exited (this machine) or been silent for long (others)?"""
     name = re.search(r"\.([0-9a-f]{8})-(\d+)\.partial$", key)
     if name and name[1] == process.machine():
         return process.started(int(name[2])) is None
@@ -315,15 +315,15 @@ def _abandoned(location: Location, key: str) -> bool:
 
 
 def package_versions() -> Json:
-    """Versions of the packages that have a say in what a store holds."""
+    """Versions of the packages that determine what a store holds."""
     names = ("fkdpipe", "numpy", "zarr", "numcodecs", "torch", "torchvision", "timm")
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _part_facts(

@@ -139,5 +139,5 @@ def test_a_full_cache_and_an_open_store_say_what_is_so(tmp_path, folder, teacher
         cache._require_space(store, schema.crop_fields(), 4, tmp_path)
     part = store.part("rounds/0/crops")
     store.location.delete("commits/rounds/0/crops/manifest.json")
-    with pytest.raises(UnsealedStoreError, match=r"1 unit made, and what closes it is missing"):
+    with pytest.raises(UnsealedStoreError, match=r"1 unit committed, but the manifest is missing"):
         Store(store.location).sealed(part)

@@ -325,7 +325,7 @@ def make_features_store(place):
 
     drawn = rounds.draw(store, part, 0)
     values = {"box": drawn.box_NM4, "flip": drawn.flip_NM}
-    writer.commit_unit(store, part, 0, values, made={"crops_crc32c": rounds.checksum(drawn)})
+    writer.commit_unit(store, part, 0, values, facts={"crops_crc32c": rounds.checksum(drawn)})
     writer.commit_unit(store, taught, 0, {"value": np.ones((2, 2, 3), dtype=np.float16)})
     assert writer.seal(store, part)
     assert writer.seal(store, taught)

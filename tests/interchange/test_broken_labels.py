@@ -102,7 +102,7 @@ def test_mldr_configurations_of_another_shape(tmp_path, few, crop):
     named = {"random_resized_crop": crop, "random_horizontal_flip": {"enable": True}}
     config = {"num_classes": 1000, "reinforce": {"image_augmentation": named}}
     torch.save(config, tmp_path / "labels" / "config.pth.tar")
-    with pytest.raises(LabelsError, match="not as ml-dr writes it"):
+    with pytest.raises(LabelsError, match="not in ml-dr's format"):
         bring("ml-dr", tmp_path / "labels", few, tmp_path / "store")
 
 

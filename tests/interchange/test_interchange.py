@@ -292,7 +292,7 @@ def test_fkd_reads_what_is_exported_to_it(tmp_path, few):
         assert abs(dense.sum() - 1) < 1e-6
     with pytest.raises(LabelsError, match="not empty"):
         send("fkd", store, tmp_path / "out")
-    with pytest.raises(UsageError, match="keeps 3 classes"):
+    with pytest.raises(UsageError, match="holds 3 classes"):
         send("fkd", store, tmp_path / "new", keep=4)
 
 
@@ -337,7 +337,7 @@ def test_the_commands_say_what_they_did(tmp_path, few):
     assert "fkd" in wrong.stderr
     wrong = run.invoke(cli, [*words, "--keep", "3"])
     assert wrong.exit_code == 2
-    assert "--keep means nothing for fkd; it is for relabel" in wrong.stderr
+    assert "--keep does not apply to fkd, only to relabel" in wrong.stderr
 
 
 def test_float16_boxes_that_leave_the_image_by_rounding_are_moved_back_and_counted():

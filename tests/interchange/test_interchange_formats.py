@@ -171,7 +171,7 @@ def test_tinyvit_says_what_it_cannot_know(tmp_path, few, truth, order):
         bring("tinyvit", place, few, tmp_path / "store", assume_plain=True, classes=999, crops=9)
     values = place / "logits_top3_epoch1" / "rank1-values.bin"
     values.write_bytes(values.read_bytes()[:-5])
-    with pytest.raises(LabelsError, match="cut off"):
+    with pytest.raises(LabelsError, match="truncated"):
         bring("tinyvit", place, few, tmp_path / "store", assume_plain=True, classes=1000)
     with pytest.raises(LabelsError, match="no folder logits_top"):
         bring("tinyvit", few, few, tmp_path / "store", assume_plain=True)

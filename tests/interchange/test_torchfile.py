@@ -183,7 +183,7 @@ def test_what_plain_data_do_not_need_is_refused(name, text):
         b"\x80\x02h\x07.",  # nothing remembered
         b"\x80\x02K\x01",  # no end
         b"\x80\x02X\xff\xff\xff\x7fa.",  # a length beyond the end
-        b"\x80\x02K\x01Q.",  # a reference that is no storage
+        b"\x80\x02K\x01Q.",  # a reference that is not a storage
         b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x04\x00\x00\x00../1X\x03\x00\x00\x00cpuK\x01tQ.",
         b"\x80\x02]\x95\xff.",  # a frame that is cut off
         pickle.dumps(np.zeros(3), 2).replace(b"K\x03", b"K\x04", 1),
@@ -267,7 +267,7 @@ def test_every_truncation_and_any_changed_byte_of_the_numbers_is_noticed():
 
 
 def test_what_is_no_torch_file_says_so():
-    assert "no torch file" in str(refused(b"hello"))
+    assert "not a torch file" in str(refused(b"hello"))
     assert "before 1.6" in str(refused(saved([1], _use_new_zipfile_serialization=False)))
     assert "big-endian" in str(refused(packed(b"\x80\x02N.", [("byteorder", b"big")])))
     empty = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The teacher run again: a random sample, near ties are equal, damage is a problem like others."""
+"""Rerun the teacher: a random sample, near ties count as equal, damage is reported as a problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def store(tmp_path_factory, folder, teacher):
 
 def test_the_sample_is_as_large_as_asked_for_and_lies_anywhere(store, folder, teacher, monkeypatch):
     part = store.part("rounds/0/labels/t")
-    seen = [(u, r, c) for u, rows, crops in check._places(store, part, 100) for r, c in
+    seen = [(u, r, c) for u, rows, crops in check._positions(store, part, 100) for r, c in
             zip(rows.tolist(), crops.tolist(), strict=True)]  # fmt: skip
     assert len(set(seen)) == 100
     assert {unit for unit, _, _ in seen} == set(range(store.num_units))

@@ -222,7 +222,7 @@ def test_a_folder_that_goes_away_in_part_is_noticed(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", data, [teacher])
     for key in store.images.keys[20:32]:
         os.remove(images.path_of(data / "train", key))
-    with pytest.raises(ImagesError, match=r"12 of 51 images .* and all of it there"):
+    with pytest.raises(ImagesError, match=r"12 of 51 images .* Check that .* is complete"):
         make_store(tmp_path / "store", data, [teacher], crops=6)
 
 
@@ -260,7 +260,7 @@ def test_several_teachers_are_averaged_at_their_own_sizes(tmp_path, folder, chec
         logits = one.logits(replay.normalise(pixels.views[0], p.mean, p.std))
         parts.append(one.weight * (logits / 2).softmax(1).numpy())
     assert variation(made, sum(parts)).max() <= labels.error_bound(form, 5) + 1e-4
-    with pytest.raises(UsageError, match="form logits keeps one teacher"):
+    with pytest.raises(UsageError, match="form logits stores one teacher"):
         make_store(tmp_path / "other", folder, pair, form="logits")
 
 
@@ -318,7 +318,7 @@ def test_provenance_says_what_made_the_store(full_store, teacher):
     assert {"torch", "zarr"} <= set(part.provenance["packages"])
     crops = full_store.part("rounds/0/crops").settings
     assert (crops.name, crops.version, crops.seed) == ("random-resized-crop", 1, 0)
-    assert full_store.marker(part, 0).made == {
+    assert full_store.marker(part, 0).facts == {
         "batch": 16,
         "device": "cpu",
         "threads": torch.get_num_threads(),

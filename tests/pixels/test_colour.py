@@ -21,7 +21,7 @@ from fkdpipe.pixels.crops import CropDistribution, Jitter
 from fkdpipe.storage import rounds, verify
 from fkdpipe.storage.location import open_location
 from fkdpipe.storage.store import open_store
-from fkdpipe.storage.thin import Thinning, thin
+from fkdpipe.storage.thin import Subset, thin
 from fkdpipe.train import step
 
 JITTER = Jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
@@ -220,7 +220,7 @@ def test_the_teacher_check_notices_other_colours(stores, folder, checkpoint, mon
 
 @pytest.mark.parametrize("derived", [False, True])
 def test_thinning_keeps_the_colours(stores, tmp_path, derived):
-    wanted = Thinning(crops=2, derived_boxes=derived)
+    wanted = Subset(crops=2, derived_boxes=derived)
     small = thin(stores[1], open_location(tmp_path / "small"), wanted)
     assert not verify.verify(small, full=True)
     part = small.rounds()[0]

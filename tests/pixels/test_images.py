@@ -137,7 +137,9 @@ def test_an_error_of_the_disk_leaves_no_file_or_folder_out(tmp_path, cut, monkey
     if times == 1:
         assert images.scan(tmp_path).keys == ("a/0.jpg", "b/0.jpg", "b/1.jpg")
     else:
-        with pytest.raises(ImagesError, match=f"{name}: Input/output error. This may pass"):
+        with pytest.raises(
+            ImagesError, match=f"{name}: Input/output error. This error may be temporary"
+        ):
             images.scan(tmp_path)
 
 

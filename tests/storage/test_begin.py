@@ -13,7 +13,7 @@ from fkdpipe.pixels import images
 from fkdpipe.storage import thin, verify, writer
 from fkdpipe.storage.location import LocalLocation, open_location
 from fkdpipe.storage.store import open_store
-from fkdpipe.storage.thin import Thinning
+from fkdpipe.storage.thin import Subset
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_thinning_onto_another_store_is_refused_and_leaves_it_alone(
     make_store(tmp_path / "second", renamed, [teacher])
     before = contents(tmp_path / "second")
     with pytest.raises(StoreMismatchError, match="fingerprint"):
-        thin.thin(first, open_location(tmp_path / "second"), Thinning(crops=2))
+        thin.thin(first, open_location(tmp_path / "second"), Subset(crops=2))
     assert contents(tmp_path / "second") == before
     assert not verify.verify(open_store(tmp_path / "second"), full=True)
 
@@ -45,10 +45,10 @@ def test_thinning_onto_another_store_is_refused_and_leaves_it_alone(
 def test_a_thinned_store_is_not_taken_for_that_of_other_images(tmp_path, folder, teacher, renamed):
     first = make_store(tmp_path / "first", folder, [teacher])
     second = make_store(tmp_path / "second", renamed, [teacher])
-    thin.thin(first, open_location(tmp_path / "thin"), Thinning(crops=2))
+    thin.thin(first, open_location(tmp_path / "thin"), Subset(crops=2))
     before = contents(tmp_path / "thin")
     with pytest.raises(StoreMismatchError, match="fingerprint"):
-        thin.thin(second, open_location(tmp_path / "thin"), Thinning(crops=2))
+        thin.thin(second, open_location(tmp_path / "thin"), Subset(crops=2))
     assert contents(tmp_path / "thin") == before
 
 

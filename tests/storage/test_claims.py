@@ -38,7 +38,7 @@ def test_the_same_part_is_refused_while_it_is_held(location):
 
 
 def test_another_division_of_the_work_is_refused(location):
-    with Claim(location, 0, 2), pytest.raises(ClaimedError, match="Give all processes the same N"):
+    with Claim(location, 0, 2), pytest.raises(ClaimedError, match="Use the same N in --part"):
         Claim(location, 1, 3).__enter__()
 
 
@@ -112,7 +112,7 @@ def test_a_renewal_that_failed_is_tried_again(location, monkeypatch, caplog):
     with Claim(location, 0, 1) as claim:
         assert renewed.wait(30)
         claim.check()
-    assert "will be tried again: the disk is full" in caplog.text
+    assert "cannot renew the claim, trying again: the disk is full" in caplog.text
 
 
 def test_only_partial_files_of_writers_that_are_gone_are_swept(tmp_path, monkeypatch):

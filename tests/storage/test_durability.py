@@ -178,7 +178,7 @@ def test_an_object_that_cannot_be_read_is_a_problem_and_an_error(tmp_path, whole
         reader.SparseReader(whole, found.labels[0], tmp_path / "cache")
 
 
-def hydrated(whole: Store, cache_dir: Path) -> Path:
+def filled(whole: Store, cache_dir: Path) -> Path:
     """The cache folder of the boxes, filled."""
     found = reader.finished(whole, [])
     reader.CropReader(whole, found.crops, cache_dir)
@@ -186,7 +186,7 @@ def hydrated(whole: Store, cache_dir: Path) -> Path:
 
 
 def test_verify_full_reports_damage_of_the_cache(tmp_path, whole):
-    folder = hydrated(whole, tmp_path / "cache")
+    folder = filled(whole, tmp_path / "cache")
     words = ["verify", whole.url, "--full", "--json", "--cache", str(tmp_path / "cache")]
     assert CliRunner().invoke(cli, words).exit_code == 0
     data = bytearray((folder / "flip.npy").read_bytes())
@@ -200,7 +200,7 @@ def test_verify_full_reports_damage_of_the_cache(tmp_path, whole):
 
 
 def test_a_cache_in_the_place_of_another_is_refused_and_filled_again(tmp_path, whole):
-    folder = hydrated(whole, tmp_path / "cache")
+    folder = filled(whole, tmp_path / "cache")
     other = folder.with_name("0" * 32)
     folder.rename(other)
     shutil.copytree(other, folder)
@@ -209,26 +209,26 @@ def test_a_cache_in_the_place_of_another_is_refused_and_filled_again(tmp_path, w
 
 
 def test_what_a_killed_reader_left_is_swept(tmp_path, whole):
-    folder = hydrated(whole, tmp_path / "cache")
+    folder = filled(whole, tmp_path / "cache")
     shutil.rmtree(folder)
     left = folder.with_name(f"{folder.name}.999999999.partial")
     left.mkdir()
     (left / "box.npy").write_bytes(b"half")
-    assert hydrated(whole, tmp_path / "cache") == folder
+    assert filled(whole, tmp_path / "cache") == folder
     assert not left.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, whole, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match=r"cannot be written.*--cache"):
-        hydrated(whole, tmp_path / "file")
+        filled(whole, tmp_path / "file")
 
     def full(descriptor, offset, length):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StoreError, match=r"No space left on device.*--cache"):
-        hydrated(whole, tmp_path / "cache")
+        filled(whole, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
@@ -239,7 +239,7 @@ def test_a_unit_that_fits_neither_memory_nor_disk_is_said(tmp_path, folder, teac
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(FkdpipeError, match=r"unit in the making needs .* TMPDIR"):
+    with pytest.raises(FkdpipeError, match=r"unit in progress needs .* TMPDIR"):
         make_store(tmp_path / "store", folder, [teacher], form="full")
 
 
@@ -251,7 +251,7 @@ def test_features_without_a_value_are_found(tmp_path, folder, checkpoint, few_im
     marker = store.marker(part, 1)
     values = store.read(part, "value", 1)
     values[3, 2, 1] = np.nan
-    writer.commit_unit(store, part, 1, {"value": values}, made=marker.made)
+    writer.commit_unit(store, part, 1, {"value": values}, facts=marker.facts)
     writer.seal(store, part)
     (problem,) = verify.verify(store, full=True)
     assert (problem.code, problem.part, problem.unit) == ("unfilled", part.path, 1)

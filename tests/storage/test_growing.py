@@ -147,7 +147,7 @@ def test_int8_after_a_cube_root_is_far_better_for_power_scaling_than_plain_int8(
 def test_components_need_a_basis(tmp_path, folder, teacher):
     with pytest.raises(UsageError, match="leading components need a basis"):
         GenerateSettings(teacher=("t",), features=("pre:8",))
-    with pytest.raises(UsageError, match="leaves nothing to generate"):
+    with pytest.raises(UsageError, match="there is nothing to generate"):
         GenerateSettings(teacher=("t",), form="none")
     with pytest.raises(UsageError, match="names no features"):
         GenerateSettings(teacher=("t",), features=("middle",))
@@ -212,8 +212,8 @@ def test_out_of_gpu_memory_halves_the_batch_and_records_it(
     store = make_store(tmp_path / "store", folder, [teacher], batch=32)
     assert [n for n in tried if n > 10] == [32, 16]
     part = store.part("rounds/0/labels/t")
-    assert {m.made["batch"] for _, m in store.markers(part)} == {8}
-    assert "a teacher batch is 16 crops, not 32" in caplog.text
+    assert {m.facts["batch"] for _, m in store.markers(part)} == {8}
+    assert "a teacher batch has 16 crops instead of 32" in caplog.text
     a, b = arrays_of(whole), arrays_of(store)
     assert all(np.array_equal(a[name], b[name]) for name in a)
     monkeypatch.setattr(
@@ -319,7 +319,7 @@ def test_a_store_that_grows_can_be_read_as_far_as_it_was_finished(growing, caplo
     found = reader.finished(growing, [("labels", "t", "")], allow_partial=allow_partial)
     assert found.crops_per_image == 4
     assert len(found.rows) == growing.num_images
-    assert "still growing; its first 4 crops" in caplog.text
+    assert "still growing; using the first 4 crops" in caplog.text
 
 
 def test_a_run_goes_on_with_the_crops_it_began_with(tmp_path, folder, teacher):

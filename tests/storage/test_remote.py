@@ -108,7 +108,7 @@ def test_plain_zarr_opens_it(folder, teacher, url):
 def test_what_cannot_be_reached_is_said(server):
     with pytest.raises(StoreError, match="s3://no-such-bucket/x"):
         open_store("s3://no-such-bucket/x")
-    with pytest.raises(UsageError, match="is not a place obstore can open"):
+    with pytest.raises(UsageError, match="obstore cannot open"):
         open_location("gopher://x/y")
 
 

@@ -81,7 +81,7 @@ def test_a_part_that_cannot_be_understood_is_named(tmp_path, key, value):
     store.location.write(name, metadata[name].encode())
     record = commits.seal_record({"metadata": metadata})
     store.location.write(commits.part_key(part.path), record)
-    with pytest.raises(DamagedStoreError, match=rf"part\.json cannot be understood.*{key}"):
+    with pytest.raises(DamagedStoreError, match=rf"part\.json is invalid.*{key}"):
         _ = open_store(tmp_path / "store").parts
 
 

@@ -140,7 +140,7 @@ def test_no_store_no_traceback(tmp_path):
     with pytest.raises(StoreError, match="is not a store"):
         open_store(tmp_path)
     zarr.create_group(store=str(tmp_path / "other"))
-    with pytest.raises(StoreError, match="not a store of fkdpipe"):
+    with pytest.raises(StoreError, match="not an fkdpipe store"):
         open_store(tmp_path / "other")
 
 
@@ -210,7 +210,7 @@ def test_rounds_follow_one_another(tmp_path):
         drawn = rounds.draw(store, part, unit)
         values = {"box": drawn.box_NM4, "flip": drawn.flip_NM}
         made = {"crops_crc32c": rounds.checksum(drawn)}
-        writer.commit_unit(store, part, unit, values, made=made)
+        writer.commit_unit(store, part, unit, values, facts=made)
         values = random_labels(store, taught, unit, random)
         writer.commit_unit(store, taught, unit, {k: v[:, :4] for k, v in values.items()})
     assert writer.seal(store, part)

@@ -11,7 +11,7 @@ from fkdpipe.common.errors import StoreMismatchError, UsageError
 from fkdpipe.storage import labels, reader, thin, verify
 from fkdpipe.storage.labels import Target
 from fkdpipe.storage.location import LocalLocation
-from fkdpipe.storage.thin import Thinning
+from fkdpipe.storage.thin import Subset
 
 THINNINGS = [
     ("logits", "full"),
@@ -30,7 +30,7 @@ THINNINGS = [
 @pytest.mark.parametrize(("form", "poorer"), THINNINGS)
 def test_thinning_gives_what_the_poorer_store_would_hold(tmp_path, folder, teacher, form, poorer):
     store = make_store(tmp_path / "rich", folder, [teacher], form=form, crops=6)
-    wanted = Thinning(crops=4, form=labels.parse_form(poorer))
+    wanted = Subset(crops=4, form=labels.parse_form(poorer))
     small = thin.thin(store, LocalLocation(tmp_path / "thin"), wanted)
     assert not verify.verify(small, full=True)
     direct = make_store(tmp_path / "direct", folder, [teacher], form=poorer, crops=4)
@@ -59,7 +59,7 @@ def dense(store, tmp_path) -> np.ndarray:
 def test_thinning_across_rounds_derives_boxes_and_goes_on_after_a_stop(tmp_path, folder, teacher):
     make_store(tmp_path / "rich", folder, [teacher], crops=3)
     store = make_store(tmp_path / "rich", folder, [teacher], crops=6)
-    wanted = Thinning(crops=5, derived_boxes=True)
+    wanted = Subset(crops=5, derived_boxes=True)
     small = thin.thin(store, LocalLocation(tmp_path / "thin"), wanted)
     assert small.rounds()[0].settings.derived
     before = stamps(small)
@@ -80,23 +80,23 @@ def test_thinning_cannot_make_a_richer_store(tmp_path, folder, teacher):
     place = LocalLocation(tmp_path / "thin")
     for form in ("full", "topk:4:compact", "topk:3"):
         with pytest.raises(StoreMismatchError, match="cannot become"):
-            thin.thin(store, place, Thinning(form=labels.parse_form(form)))
+            thin.thin(store, place, Subset(form=labels.parse_form(form)))
     with pytest.raises(UsageError, match="has 4 crops per image"):
-        thin.thin(store, place, Thinning(crops=9))
+        thin.thin(store, place, Subset(crops=9))
     assert not (tmp_path / "thin").exists()
 
 
 def test_a_store_is_not_thinned_onto_another_or_to_itself(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", folder, [teacher])
     before = stamps(store)
-    small = Thinning(crops=2)
+    small = Subset(crops=2)
     with pytest.raises(UsageError, match="is the store itself"):
         thin.thin(store, store.location, small)
-    with pytest.raises(UsageError, match=r"nothing of .* Say what is to be smaller: --crops"):
-        thin.thin(store, LocalLocation(tmp_path / "same"), Thinning())
+    with pytest.raises(UsageError, match=r"everything in .* Choose what to reduce: --crops"):
+        thin.thin(store, LocalLocation(tmp_path / "same"), Subset())
     assert not (tmp_path / "same").exists()
     thin.thin(store, LocalLocation(tmp_path / "thin"), small)
-    with pytest.raises(StoreMismatchError, match="Name a new folder") as raised:
-        thin.thin(store, LocalLocation(tmp_path / "thin"), Thinning(crops=3))
+    with pytest.raises(StoreMismatchError, match="Choose a new folder") as raised:
+        thin.thin(store, LocalLocation(tmp_path / "thin"), Subset(crops=3))
     assert "--source" not in str(raised.value)
     assert unchanged(before, store)

@@ -119,7 +119,7 @@ def test_scores_are_no_classes(tmp_path, folder, files):
     store = make_store(tmp_path / "store", folder, [load("moco", files)], form="logits")
     with pytest.raises(UsageError, match="--method selfsup"):
         prepare_run(tmp_path / "run", folder, store, train_settings(target="full"))
-    with pytest.raises(UsageError, match="take --form logits"):
+    with pytest.raises(UsageError, match="use --form logits"):
         make_store(tmp_path / "other", folder, [load("moco", files)], form="topk:3")
 
 

@@ -1,10 +1,10 @@
-"""Encoded images and recorded crops become pixels: the one place where that happens.
+"""Replay: turn encoded images and recorded crops into pixels.
 
-Both phases replay through here, which is what makes "the student sees exactly what the teacher
-saw" true by construction. Two backends, one meaning: `cpu` (decode, then torch's uint8 antialias
-resize in threads) and `dali` (one DALI graph). Within a backend the pixels of a crop are
-bit-identical whatever its batch, order, company or thread count; between backends they differ
-slightly, so a store names the one that made its labels.
+Both phases use this package, so the student sees exactly the pixels that the teacher saw. There are
+two backends: `cpu` (decode, then torch's uint8 antialias resize in threads) and `dali` (one DALI
+graph). Within a backend, the pixels of a crop are bit-identical whatever its batch, the order and
+the number of threads. Between backends they differ slightly, so a store records the one that made
+its labels.
 
 Pixels are uint8; `normalise` runs on the device afterwards, once for both backends.
 
@@ -35,7 +35,7 @@ from fkdpipe.pixels.crops import Crops, boxes_outside
 Backend = Literal["cpu", "dali"]
 BackendChoice = Literal["auto", "cpu", "dali"]
 Interpolation = Literal["bilinear", "bicubic"]
-# "not-the-file": the disk or the decoder failed; the next run may well read the same file.
+# "not-the-file": the disk or the decoder failed; the next run may be able to read the file.
 FailureCode = Literal["unreadable", "size-differs", "16-bit", "not-the-file"]
 
 # Whatever Pillow's parsers raise on a damaged file.
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 class Preprocessing(Protocol):
-    """What `View` needs to know of `fkdpipe.networks.models.Preprocessing`."""
+    """What `View` needs from `fkdpipe.networks.models.Preprocessing`."""
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -59,10 +59,10 @@ class Preprocessing(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """What a network wants to see of a crop.
+    """How a crop is resized for a network.
 
     Attributes:
-        size: (height, width) in pixels the crop is resized to.
+        size: (height, width) in pixels that the crop is resized to.
         interpolation: kernel of the resize; both antialias.
     """
 
@@ -71,7 +71,7 @@ class View:
 
     @classmethod
     def of(cls, preprocessing: Preprocessing) -> Self:
-        """What a network's preprocessing asks for."""
+        """The view of a network's preprocessing."""
         return cls(preprocessing.size, preprocessing.interpolation)
 
     def __post_init__(self) -> None:
@@ -89,10 +89,10 @@ class Request:
 
     Attributes:
         paths: the image files, as the operating system's bytes.
-        size_I2: recorded (height, width) of each decoded image; another size is a failure.
+        size_I2: recorded (height, width) of each decoded image; other sizes are failures.
         box_Im4: (top, left, height, width) in pixels.
         flip_Im: mirror horizontally after resizing.
-        tag: anything the caller wants back with the pixels.
+        tag: any value, returned with the pixels.
     """
 
     paths: Sequence[bytes]
@@ -121,7 +121,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Failure:
-    """An image of a request that gave no pixels; its rows are zero."""
+    """An image of a request without pixels; its rows are zero."""
 
     image: int
     code: FailureCode
@@ -148,7 +148,7 @@ class Replay(Protocol):
     backend: Backend
 
     def run(self, requests: Iterable[Request]) -> Iterator[Pixels]:
-        """Replay requests in order, reading ahead of the consumer by a bounded amount."""
+        """Replay requests in order, prefetching a bounded number of them."""
 
     def close(self) -> None: ...
 
@@ -174,13 +174,13 @@ def open_replay(
 
     Args:
         views: every crop is resized to each of them.
-        threads: decoding (and, on the CPU, resizing) threads.
-        prefetch: requests made ahead of the consumer.
-        device: where the `dali` graph resizes; a CUDA device also decodes there.
+        threads: threads that decode (and, on the CPU, resize).
+        prefetch: requests replayed ahead of the consumer.
+        device: where the `dali` graph resizes and, if it is a CUDA device, decodes.
 
     Raises:
         UsageError: unknown backend.
-        ReplayError: DALI is asked for and not installed.
+        ReplayError: DALI is requested but not installed.
     """
     if backend == "cpu":
         from fkdpipe.pixels.replay.cpu import CpuReplay
@@ -192,7 +192,7 @@ def open_replay(
         except ImportError as error:
             raise ReplayError(
                 f"the dali backend needs NVIDIA DALI ({error}). Install fkdpipe[cuda13] or "
-                "fkdpipe[cuda12], whichever CUDA your torch has, or take --replay cpu.",
+                "fkdpipe[cuda12], whichever CUDA your torch has, or use --replay cpu.",
                 code="no-dali",
             ) from error
         return DaliReplay(views, threads=threads, prefetch=prefetch, device=device)
@@ -200,10 +200,10 @@ def open_replay(
 
 
 def check(request: Request) -> None:
-    """Refuse boxes that reach outside their image; a slice would cut them silently.
+    """Refuse boxes that reach outside their image; a slice would clip them silently.
 
     Raises:
-        ReplayError: naming the first image concerned.
+        ReplayError: names the first such image.
     """
     bad = boxes_outside(request.box_Im4, request.size_I2)
     if bad.any():
@@ -217,26 +217,26 @@ def check(request: Request) -> None:
 
 
 def refuse_passing(pixels: Pixels) -> None:
-    """For what is made once and kept: only what is wrong with a file itself may be recorded of it.
+    """Refuse temporary failures, for results that are stored: only a broken file may be recorded.
 
     Raises:
-        ReplayError: naming the first image whose failure may pass.
+        ReplayError: names the first image whose failure may be temporary.
     """
     for failure in pixels.failures:
         if failure.code == "not-the-file":
             raise ReplayError(
-                f"{os.fsdecode(pixels.request.paths[failure.image])}: {failure.detail}. This may "
-                "pass, so the image is not left out for good. The same command goes on from here; "
-                "if it fails again, mend the file or remove it.",
+                f"{os.fsdecode(pixels.request.paths[failure.image])}: {failure.detail}. This error "
+                "may be temporary, so the image is not left out. Run the same command again to "
+                "resume; if it fails again, repair or remove the file.",
                 code=failure.code,
             )
 
 
 def choose_backend(choice: BackendChoice, device: torch.device, sample: Request) -> Backend:
-    """Resolve `auto`: `dali` on a GPU when it proves itself on a few crops, else `cpu`.
+    """Resolve `auto`: `dali` on a GPU if it passes a self-check on a few crops, else `cpu`.
 
     Args:
-        sample: a few crops of the data at hand, for the self-check.
+        sample: a few crops of the data, for the self-check.
     """
     if choice != "auto":
         return choice
@@ -244,16 +244,16 @@ def choose_backend(choice: BackendChoice, device: torch.device, sample: Request)
         return "cpu"
     problem = self_check(sample, device)
     if problem:
-        log.warning("replay: taking the cpu backend; dali: %s", problem)
+        log.warning("replay: using the cpu backend; dali: %s", problem)
         return "cpu"
     return "dali"
 
 
 def self_check(sample: Request, device: torch.device, view: View | None = None) -> str | None:
-    """Do crops keep their pixels alone, in other company and in another order (dali backend)?
+    """Check that the dali backend gives the same pixels alone, in a batch and in another order.
 
     Returns:
-        What is wrong, or None.
+        The problem as text, or None.
     """
     view = view or View((64, 64))
     count = len(sample.paths)
@@ -266,19 +266,19 @@ def self_check(sample: Request, device: torch.device, view: View | None = None) 
             ):
                 failed = {failure.image for failure in pixels.failures}
                 rows = pixels.views[0].unflatten(0, (len(order), -1))
-                for place, image in enumerate(order):
-                    if place in failed:
+                for row, image in enumerate(order):
+                    if row in failed:
                         continue
-                    first = seen.setdefault(image, rows[place].clone())
-                    if not torch.equal(first, rows[place]):
-                        return f"{sample.paths[image]!r} changes its pixels with its batch"
+                    first = seen.setdefault(image, rows[row].clone())
+                    if not torch.equal(first, rows[row]):
+                        return f"the pixels of {sample.paths[image]!r} depend on its batch"
     except (ReplayError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
 
 
 def subset(request: Request, images: list[int]) -> Request:
-    """The same request for some of its images."""
+    """A request for some of the images of another."""
     return Request(
         paths=[request.paths[k] for k in images],
         size_I2=request.size_I2[images],
@@ -289,7 +289,7 @@ def subset(request: Request, images: list[int]) -> Request:
 
 
 def size_failure(image: int, found: tuple[int, ...], recorded: tuple[int, ...]) -> Failure:
-    """An image that decodes to another (height, width) than the record says."""
+    """The failure of an image that decodes to another (height, width) than was recorded."""
     now, then = (f"{height}x{width}" for height, width in (found, recorded))
     return Failure(image, "size-differs", f"decodes to {now} (height x width), recorded {then}")
 
@@ -309,7 +309,7 @@ def normalise(
 
 
 def versions(backend: Backend) -> dict[str, str]:
-    """Package versions that decide a backend's pixels, for provenance."""
+    """Package versions that determine a backend's pixels, for provenance."""
     names = {
         "cpu": ("torch", "torchvision", "nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
         "dali": (
@@ -319,10 +319,10 @@ def versions(backend: Backend) -> dict[str, str]:
             "nvidia-nvimgcodec-cu12",
         ),
     }[backend]
-    found = {}
+    installed = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

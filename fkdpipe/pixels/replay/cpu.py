@@ -1,10 +1,10 @@
 """Replay on the CPU: decode once, then torch's uint8 antialias resize, in threads.
 
-torchvision decodes JPEG and WebP, Pillow PNG: torchvision's PNG decoder crashes the process on
-damaged files. All give the pixels of DALI's CPU decoder. A crop is a view of the decoded image,
-and the resize writes straight into one row of the batch, without worker processes.
-For a single crop of a JPEG only its region is decoded, where nvImageCodec is installed (it comes
-with DALI); the pixels are the same. `benchmarks/feed.py` measures both.
+torchvision decodes JPEG and WebP; Pillow decodes PNG, since torchvision's PNG decoder crashes the
+process on damaged files. Both give the same pixels as DALI's CPU decoder. A crop is a view of the
+decoded image, and the resize writes directly into one row of the batch, without worker processes.
+For a single crop of a JPEG, only its region is decoded if nvImageCodec is installed (it comes with
+DALI); the pixels are the same. `benchmarks/feed.py` measures both.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from fkdpipe.pixels.replay import (
 
 try:
     from fkdpipe.pixels.replay.region import decode_region
-except ImportError:  # without nvImageCodec whole images are decoded: the same pixels, later
+except ImportError:  # without nvImageCodec, whole images are decoded: same pixels, slower
     decode_region = None  # type: ignore[assignment]
 
 # The kernels behind F.interpolate(antialias=True) and torchvision's resize, called with `out=` so
-# that no crop is copied. A test holds them equal to torchvision.transforms.v2.functional.
+# that no crop is copied. A test compares them with torchvision.transforms.v2.functional.
 _KERNELS = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
@@ -60,7 +60,7 @@ _BROKEN: tuple[type[Exception], ...] = (RuntimeError, *DECODE_ERRORS)  # what de
 
 
 class CpuReplay:
-    """See `replay.Replay`. Memory: `prefetch` + 1 requests and `threads` decoded images."""
+    """See `replay.Replay`. Holds `prefetch` + 1 requests and `threads` decoded images in memory."""
 
     backend: Backend = "cpu"
 
@@ -110,7 +110,7 @@ class CpuReplay:
 
 
 class _Job:
-    """A request whose images are being made."""
+    """A request whose images are being replayed."""
 
     def __init__(
         self,
@@ -130,10 +130,10 @@ class _Job:
 
 
 class _Buffers:
-    """Batches used again once nobody holds a tensor over them.
+    """Batches that are reused once no tensor refers to them.
 
-    A torch tensor over a numpy array keeps one reference to it, shared by all its views, so the
-    array's reference count says whether any of them is alive. With a GPU, torch's pinned
+    A torch tensor over a numpy array holds one reference to it, shared by all its views, so the
+    array's reference count tells whether any of them is alive. With a GPU, torch's pinned
     allocator does the same and also waits for copies in flight.
     """
 
@@ -146,11 +146,11 @@ class _Buffers:
         if self._pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True).permute(0, 3, 1, 2)
         idle = _idle(self._arrays)
-        for place in idle:
-            if self._arrays[place].shape == shape:
-                return torch.from_numpy(self._arrays[place]).permute(0, 3, 1, 2)
-        for place in reversed(idle):  # of a size no longer asked for
-            del self._arrays[place]
+        for k in idle:
+            if self._arrays[k].shape == shape:
+                return torch.from_numpy(self._arrays[k]).permute(0, 3, 1, 2)
+        for k in reversed(idle):  # of a size that is no longer used
+            del self._arrays[k]
         self._arrays.append(np.empty(shape, dtype=np.uint8))
         return torch.from_numpy(self._arrays[-1]).permute(0, 3, 1, 2)
 
@@ -159,18 +159,18 @@ def _reference_counts(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-_UNSHARED = _reference_counts([np.empty(1)])[0]  # what the interpreter itself holds, measured
+_UNSHARED = _reference_counts([np.empty(1)])[0]  # references of the interpreter itself, measured
 
 
 def _idle(arrays: list[np.ndarray]) -> list[int]:
-    """Places of the arrays that nothing but the list refers to."""
+    """Indices of the arrays that only the list refers to."""
     return [k for k, count in enumerate(_reference_counts(arrays)) if count <= _UNSHARED]
 
 
 def _replay_image(
     request: Request, image: int, views: tuple[View, ...], batches: tuple[torch.Tensor, ...]
 ) -> Failure | None:
-    """Fill the rows of one image, or zero them and say why."""
+    """Fill the rows of one image, or set them to zero and return the failure."""
     m = request.box_Im4.shape[1]
     boxes = [tuple(box) for box in request.box_Im4[image].tolist()]
     flips = request.flip_Im[image].tolist()
@@ -224,7 +224,7 @@ def _read(path: bytes) -> np.ndarray | tuple[FailureCode, str]:
 
 
 def _load(path: bytes) -> np.ndarray:
-    """uint8 content of a file. Unlike np.fromfile, an error in the middle is no shorter file."""
+    """uint8 content of a file. Unlike np.fromfile, a read error does not return a shorter array."""
     with open(path, "rb") as file:
         encoded = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8)
         return encoded[: file.readinto(encoded.data)]
@@ -243,7 +243,7 @@ def _decode_whole(
     except _BROKEN as error:
         return "unreadable", _plain(str(error) or type(error).__name__)
     if image.dim() != 3:
-        return "unreadable", "an animation, not an image"
+        return "unreadable", "an animation, not a still image"
     if tuple(image.shape[1:]) != size:
         failure = size_failure(0, tuple(image.shape[1:]), size)
         return failure.code, failure.detail
@@ -262,22 +262,22 @@ def _decode_other(encoded: np.ndarray) -> torch.Tensor:
 
 
 def _plain(message: str) -> str:
-    """A decoder's message without the place in its source code, a system's without the path."""
+    """An error message without the position in a decoder's source code and without the path."""
     words = re.sub(r"^\w+, \S+:\d+, |^\[Errno \d+\] ", "", message.splitlines()[0])
     return re.sub(r": b(['\"]).*\1$", "", words)
 
 
 def _run_single_threaded(pool: ThreadPoolExecutor, threads: int) -> None:
-    """Give every pool thread one intra-operation thread, and leave the caller its own.
+    """Set one intra-op thread for every thread of the pool, and keep the caller's number.
 
-    torch keeps the count per thread but initialises it lazily from a global, so it is read back
-    right after each change: without that, the workers' 1 becomes the main thread's too.
+    torch keeps the number per thread but initialises it lazily from a global, so it is read back
+    after each change. Otherwise the main thread would get the workers' 1.
     """
     ours = torch.get_num_threads()
     together = threading.Barrier(threads)
 
     def one() -> None:
-        together.wait()  # so that every thread of the pool takes exactly one of these
+        together.wait()  # so that every thread of the pool runs this exactly once
         torch.set_num_threads(1)
         torch.get_num_threads()
 

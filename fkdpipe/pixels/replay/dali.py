@@ -1,11 +1,11 @@
 """Replay as one DALI graph: read, decode once, then slice, resize and flip each crop.
 
-The only file that imports nvidia.dali. On a GPU nvJPEG decodes with the hardware split pinned to
-zero and fancy upsampling on: with DALI's default split an image's pixels depend on which other
-images share its batch. On the CPU the same graph is built, which is how it is tested there.
+Only this file imports nvidia.dali. On a GPU, nvJPEG decodes with `hw_decoder_load` 0 and fancy
+upsampling: with DALI's default load, an image's pixels depend on the other images of its batch. On
+the CPU the same graph is built, so that it can be tested there.
 
-The graph is unrolled over the m crops, so it is built anew when m changes. Order and content come
-from `external_source`: which crops are replayed is decided outside, image files are read by DALI.
+The graph is unrolled over the m crops, so it is rebuilt when m changes. `external_source` feeds it
+the paths and boxes of the requests; DALI reads the image files.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ class DaliReplay:
         device: torch.device | None = None,
         hw_decoder_load: float = 0.0,
     ) -> None:
-        """hw_decoder_load: share of a batch for the hardware JPEG decoder; keep it at 0 (above)."""
+        """hw_decoder_load: share of a batch for the hardware JPEG decoder; keep it at 0."""
         self.views = tuple(views)
         self.threads, self.prefetch = threads, max(1, prefetch)
         self.device = device if device is not None and device.type == "cuda" else None
         self.hw_decoder_load = hw_decoder_load
 
     def run(self, requests: Iterable[Request]) -> Iterator[Pixels]:
-        """Groups of equal m share one graph; a failing batch is taken apart and made again."""
+        """Groups of equal m share one graph; a failed batch is replayed image by image."""
         for m, group in itertools.groupby(requests, key=lambda r: r.box_Im4.shape[1]):
             yield from self._run_group(m, group)
 
     def close(self) -> None:
-        """Nothing outlives `run`: each graph ends with its group."""
+        """Nothing to close: each graph ends with its group of requests."""
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +89,7 @@ class DaliReplay:
         self.close()
 
     def _run_group(self, m: int, requests: Iterator[Request]) -> Iterator[Pixels]:
-        fed: deque[Request] = deque()  # given to the graph, not yet delivered
+        fed: deque[Request] = deque()  # fed to the graph, not yet delivered
         source = _Source(requests, fed)
         while source.more():
             graph = self._build(m, source.begin(), source)
@@ -97,9 +97,9 @@ class DaliReplay:
                 try:
                     outputs = self._step(graph)
                 except torch.cuda.OutOfMemoryError:
-                    raise  # no file's fault; phase 1 goes on with a smaller batch
+                    raise  # not caused by a file; phase 1 retries with a smaller batch
                 except RuntimeError as error:
-                    # DALI neither names the file nor skips it: make this request image by image.
+                    # DALI does not name or skip the file: replay this request image by image.
                     log.debug("dali: %s", error)
                     if not fed:
                         raise
@@ -173,7 +173,7 @@ class DaliReplay:
         return Pixels(request, views, tuple(failures))
 
     def _one_by_one(self, request: Request) -> Pixels:
-        """Make a request image by image; rows of those that fail stay zero."""
+        """Replay a request image by image; rows of images that fail stay zero."""
         images, m = request.box_Im4.shape[:2]
         views = tuple(
             torch.zeros((images * m, *view.size, 3), dtype=torch.uint8, device=self.device)
@@ -189,7 +189,7 @@ class DaliReplay:
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # the other backend says in its own words what is wrong with the file, if it is that
+                # The cpu backend describes what is wrong with the file, if it is the file.
                 problem = decode(request.paths[image], tuple(request.size_I2[image].tolist()))
                 if not isinstance(problem, tuple):
                     why = str(error).splitlines()[0]
@@ -197,15 +197,15 @@ class DaliReplay:
                 failures.append(Failure(image, *problem))
                 continue
             assert outputs is not None
-            made = self._deliver(alone, outputs)
-            failures += [Failure(image, f.code, f.detail) for f in made.failures]
-            for view, pixels in zip(views, made.views, strict=True):
+            result = self._deliver(alone, outputs)
+            failures += [Failure(image, f.code, f.detail) for f in result.failures]
+            for view, pixels in zip(views, result.views, strict=True):
                 view[image * m : (image + 1) * m] = pixels
         return Pixels(request, views, tuple(failures))
 
 
 class _Source:
-    """Feeds requests to a graph, and again to the next graph if one was lost to an error."""
+    """Feeds requests to a graph, and feeds them again to the next graph after an error."""
 
     def __init__(self, requests: Iterator[Request], fed: deque[Request]) -> None:
         self._requests = requests
@@ -215,11 +215,11 @@ class _Source:
         self._limit = 0
 
     def more(self) -> bool:
-        """Is anything left that no graph has delivered?"""
+        """Are there requests that no graph has delivered?"""
         return bool(self._fed) or self._next is not None
 
     def begin(self) -> int:
-        """Start feeding a fresh graph; returns how many images its batches must hold."""
+        """Start feeding a new graph; returns how many images its batches must hold."""
         self._again = deque(self._fed)
         known = [*self._fed, *([self._next] if self._next is not None else [])]
         self._limit = max(len(request.paths) for request in known)
@@ -246,8 +246,8 @@ class _Source:
 def _crops(
     encoded: Any, start: Any, shape: Any, m: int, decoder: dict[str, Any], *, whole: bool
 ) -> list[Any]:
-    """m unresized crops of each image. A single crop needs only its own region decoded; on a GPU
-    the whole image is decoded all the same, so that pixels cannot depend on m."""
+    """m crops of each image, not resized. For a single crop, only its region is decoded. On a GPU
+    the whole image is always decoded, so that pixels cannot depend on m."""
     if m == 1 and not whole:
         return [fn.decoders.image_slice(encoded, start[0], shape[0], axis_names="HW", **decoder)]
     image = fn.decoders.image(encoded, **decoder)

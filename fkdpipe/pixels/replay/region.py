@@ -1,13 +1,13 @@
 """Decode only the part of a JPEG that a single crop needs.
 
-nvImageCodec on the CPU: the same libjpeg-turbo as every other decoder here, which skips the inverse
-transform and the colour conversion outside the region. The pixels are those of a full decode and a
-slice, bit for bit; about a fifth of the decoding time is saved. It needs no GPU.
+This uses nvImageCodec on the CPU, which needs no GPU. It has the same libjpeg-turbo as the other
+decoders here, and skips the inverse transform and the colour conversion outside the region. The
+pixels are bit-identical to a full decode and a slice; about a fifth of the decoding time is saved.
 
-Whatever is unusual about a file (another format, another size than recorded, no end marker, a
-decoder that refuses) is left to the full decode, which also finds the words for what is wrong: a
-missing, cut or resized file fails alike either way. Only damage in the middle of a scan, below the
-region, goes unnoticed: the region's pixels are right all the same.
+Anything unusual about a file (another format, another size than recorded, no end marker, a decoder
+that refuses it) is left to the full decode, which also writes the error message: a missing,
+truncated or resized file fails in the same way with both. Only damage in the middle of a scan,
+below the region, goes unnoticed; the region's pixels are still correct.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def decode_region(
 
 
 def _decoder() -> nvimgcodec.Decoder:
-    """This thread's decoder; it runs in the thread that asks."""
+    """This thread's decoder, which runs in the calling thread."""
     if not hasattr(_here, "decoder"):
         _here.decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
