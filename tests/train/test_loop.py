@@ -242,4 +242,4 @@ def test_single_crops_frame_the_run_at_the_same_batch_size(tmp_path, folder, sto
 def test_taps_give_what_a_method_needs(tmp_path, folder, store):
     run = prepare_run(tmp_path / "run", folder, store, train_settings())
     assert isinstance(run.module, feature_layers.FeatureNetwork)
-    assert run.judged is run.module
+    assert run.eval_network is run.module
