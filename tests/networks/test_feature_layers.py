@@ -178,5 +178,5 @@ def test_refusals():
         FeatureNetwork(timm.create_model("vgg11", num_classes=3), Needs(pre=True))
     model = network("resnet18")
     FeatureNetwork(model, Needs(pre=True))
-    with pytest.raises(ModelError, match="taken out before"):
+    with pytest.raises(ModelError, match="already removed"):
         FeatureNetwork(model, Needs(pre=True))

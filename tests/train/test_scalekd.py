@@ -23,7 +23,7 @@ def maps(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_equal_opposite_and_orthogonal_maps():
-    """The code's sums over 7 x 7 places: 0, 4 HW and 2 HW; ours are means over places."""
+    """The code's sums over 7 x 7 positions: 0, 4 HW and 2 HW; ours are means over positions."""
     x = maps(3, 8, 7, 7)
     assert scalekd.spatial(x, x).abs().max() < 1e-10
     assert torch.allclose(scalekd.spatial(-x, x) * 49, torch.full((3,), 196.0))
@@ -108,7 +108,7 @@ def test_a_cap_equals_its_formula_written_out():
     cap = Cap((6, 4, 4), 8, (2, 2), Attention(2, 5.0, False), own_query=True).eval()
     x = maps(3, 6, 4, 4)
     with torch.no_grad():
-        memory = (cap.stem(x) + cap.places).flatten(2).transpose(1, 2)
+        memory = (cap.stem(x) + cap.positions).flatten(2).transpose(1, 2)
         query = torch.relu(cap.query @ cap.query_stem[0].weight.T + cap.query_stem[0].bias)
         q, k, v = cap.to_q(query), cap.to_k(memory), cap.to_v(memory)
         heads = []
@@ -122,8 +122,8 @@ def test_a_cap_equals_its_formula_written_out():
     assert torch.allclose(made.flatten(2).transpose(1, 2), y, atol=1e-5)
 
 
-def test_a_caps_places_belong_to_their_tokens():
-    """Exchanging places of the map together with their embeddings changes nothing."""
+def test_a_caps_positions_belong_to_their_tokens():
+    """Exchanging positions of the map together with their embeddings changes nothing."""
     torch.manual_seed(0)
     cap = Cap((6, 4, 4), 8, (2, 2), PLAIN, own_query=True).eval()
     cap.stem[0] = torch.nn.Conv2d(6, 6, 1)  # a 3 x 3 stem mixes neighbours
@@ -135,7 +135,7 @@ def test_a_caps_places_belong_to_their_tokens():
 
     with torch.no_grad():
         plain = cap(x)
-        cap.places.copy_(moved(cap.places))
+        cap.positions.copy_(moved(cap.positions))
         assert torch.allclose(cap(moved(x)), plain, atol=1e-5)
         assert not torch.allclose(cap(x), plain, atol=1e-3)
 
@@ -286,7 +286,9 @@ def test_settings_that_cannot_be_right_are_refused(change, message):
 
 
 def test_a_teacher_without_a_tail_is_refused_with_a_way_out():
-    with pytest.raises(ModelError, match=r"Set tpp = false, or take one of those"):
+    with pytest.raises(
+        ModelError, match=r"unknown tail for ResNet\. Set tpp = false, or use a Swin"
+    ):
         pair("resnet")
     method, ours, given, _ = pair("resnet", tpp=False)
     assert "spatial" in method.loss(ours, targets(given))

@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="components of a basis"):
         srd.build(srd.Settings(), context)
     for settings, message in (
-        ({"form": "corr", "normalise": "l2"}, "normalise: .* it needs bn"),
+        ({"form": "corr", "normalise": "l2"}, "normalise: .* needs normalise = bn"),
         ({"alpha": 0.5}, "alpha must be a number of at least 1; found 0.5"),
         ({"feature_weight": -1.0}, "feature_weight must be a number of at least 0; found -1"),
         ({"groups": 0}, "groups must be a whole number above 0; found 0"),

@@ -37,8 +37,7 @@ def check_stages(stages: tuple[int, ...]) -> None:
     """Raises UsageError unless there is at least one stage and all differ."""
     if not stages or len(set(stages)) != len(stages):
         raise UsageError(
-            "must list distinct stages, counted from the end (1 is the last); "
-            f"found {list(stages)}"
+            f"must list distinct stages, counted from the end (1 is the last); found {list(stages)}"
         )
 
 
