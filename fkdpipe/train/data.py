@@ -128,7 +128,7 @@ def from_store(
         crops_per_image: number of crops that the run began with; the store may have grown since.
 
     Raises:
-        StoreError: not sealed, no such source, damaged, or made for another folder.
+        StoreError: not sealed, no such source, damaged, or made from another folder.
         StoreMismatchError: the stored form cannot serve the target or the temperature, or images
             have another size than recorded.
     """

@@ -164,7 +164,7 @@ def test_the_feature_term_is_the_mean_square_over_all_tokens_and_values():
     assert torch.allclose(term, 0.2 * expected, atol=1e-6)
 
 
-def test_gradients_reach_student_and_helpers_and_never_the_teacher():
+def test_gradients_reach_student_and_auxiliary_modules_and_never_the_teacher():
     method, ours, theirs = pair()
     sum(term.sum() for term in method.loss(ours, targets(theirs)).values()).backward()
     assert theirs.stages[1].grad is None

@@ -178,7 +178,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("settings", "terms"), SWITCHES)
-def test_every_row_of_table_9_has_its_terms_and_no_idle_helper(settings, terms):
+def test_every_row_of_table_9_has_its_terms_and_no_unused_module(settings, terms):
     method, ours, given, teacher = pair(**settings)
     made = method.loss(ours, targets(given))
     assert set(made) == terms
@@ -222,8 +222,8 @@ def test_terms_are_the_written_formula():
         summed = (units[0] - units[1]).square().sum((1, 2, 3))
         soft = torch.softmax(given.logits, 1)
         cross = -(soft * torch.log_softmax(ours.logits, 1)).sum(1)
-    places = given.final.shape[2] * given.final.shape[3]
-    assert torch.allclose(terms["frequency"], 2.94 / places * summed, atol=1e-4)
+    positions = given.final.shape[2] * given.final.shape[3]
+    assert torch.allclose(terms["frequency"], 2.94 / positions * summed, atol=1e-4)
     assert torch.allclose(terms["kd"], 0.5 * cross, atol=1e-5)
     hard = torch.nn.functional.cross_entropy(ours.logits, torch.arange(3), reduction="none")
     assert torch.allclose(terms["hard"], 0.5 * hard, atol=1e-5)

@@ -120,7 +120,7 @@ def test_a_bias_of_the_projector_and_scales_of_the_teachers_channels_do_not_matt
     assert torch.allclose(made.loss(student, other)["rep"], before, atol=1e-3)
 
 
-def test_samples_may_change_places_together_but_not_on_one_side():
+def test_samples_may_be_permuted_together_but_not_on_one_side():
     made = method()
     student, targets = sides()
     order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
