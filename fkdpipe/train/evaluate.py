@@ -231,8 +231,8 @@ def batches(
             return [pool.submit(_load, path, transform) for path in paths[first : first + batch]]
 
         starts = range(0, len(paths), batch)
-        begun = zip(starts, map(begin, starts), strict=True)
-        for (first, futures), _ in with_next(begun):  # the next batch loads in the background
+        loading = zip(starts, map(begin, starts), strict=True)
+        for (first, futures), _ in with_next(loading):  # the next batch loads in the background
             loaded = {first + k: future.result() for k, future in enumerate(futures)}
             good = {row: pixels for row, pixels in loaded.items() if pixels is not None}
             if good:

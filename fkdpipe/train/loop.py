@@ -162,13 +162,13 @@ def _run_evaluation(run: Run, metrics: MetricsLog | None, stop: _Stop) -> None:
 def _evaluate(run: Run, stop: _Stop) -> Accuracy | None:
     """Validation accuracy, the images shared among the processes; None if one received SIGTERM."""
     assert run.validation is not None
-    ours = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
+    share = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
     counts = [0.0, 0.0, 0.0, 0.0]
-    if len(ours):
+    if len(share):
         local = accuracy(
             run.eval_network,
             run.student.preprocessing,
-            ours,
+            share,
             device=run.device,
             precision=run.precision,
             threads=run.feed.threads,
@@ -222,8 +222,8 @@ class _Stop:
         if run.step < self._next:
             return False
         now, steps = time.perf_counter(), max(1, run.step - self._step)
-        ours = [float(self.requested.is_set()), (now - self._since) / steps]
-        requests, seconds = parallel.total(ours, run.rank, run.device).tolist()
+        status = [float(self.requested.is_set()), (now - self._since) / steps]
+        requests, seconds = parallel.total(status, run.rank, run.device).tolist()
         ahead = POLL_SECONDS * run.rank.world / max(seconds, 1e-6)
         self._since, self._step = now, run.step
         self._next = run.step + int(min(max(ahead, 1), POLL_STEPS))
@@ -246,9 +246,9 @@ def _stop_on_sigterm() -> Iterator[_Stop]:
 def _timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
     """Count the seconds spent waiting for batches."""
     while True:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         batch = next(batches, None)
-        meter.waited += time.perf_counter() - begun
+        meter.waited += time.perf_counter() - start
         if batch is None:
             return
         yield batch

@@ -75,7 +75,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         self.waited = 0.0
         self.loss = torch.zeros((), device=self._device)
         self.last = torch.zeros((), device=self._device)
@@ -110,7 +110,7 @@ class Meter:
             sums: as in `sums`, over all processes.
         """
         loss, last, right, seen = sums
-        seconds = time.perf_counter() - self.begun
+        seconds = time.perf_counter() - self.started
         line = {
             "loss": loss / max(self.steps, 1),
             "last_loss": last,

@@ -52,11 +52,11 @@ def draw(
     partner_Im = np.empty((images, m), dtype=np.int64)
     own_I = np.empty(images, dtype=np.float32)
     box_I4 = np.full((images, 4), np.nan, dtype=np.float32)
-    of_step = crops.derive_seed(seed, step)
+    step_seed = crops.derive_seed(seed, step)
     for begin in range(0, images, settings.block):
         end = min(begin + settings.block, images)
         number = (first_image + begin) // settings.block
-        random = np.random.default_rng(crops.derive_seed(of_step, number))
+        random = np.random.default_rng(crops.derive_seed(step_seed, number))
         order = begin + random.permutation(end - begin)
         shift = int(random.integers(m))
         partner_Im[order] = np.roll(order, -1)[:, None] * m + (np.arange(m) + shift) % m

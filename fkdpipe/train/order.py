@@ -110,34 +110,34 @@ class Order:
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """Steps starting at `start`; in independent mode, at the block that contains it."""
-        begun = 0
+        offset = 0
         for stage in self._stages:
             batches = self._batches(stage)
             count = self._cuts(stage) * batches
-            if start < begun + count:
-                yield from self._run(stage, begun, max(0, start - begun) // batches)
-            begun += count
+            if start < offset + count:
+                yield from self._run(stage, offset, max(0, start - offset) // batches)
+            offset += count
 
     def first_step(self, pass_index: int) -> int:
         """The first step that begins in this pass, or after it if none does."""
-        begun = 0
+        offset = 0
         for stage in self._stages:
             number = min(pass_index - stage.first.index, stage.count)
             if number < stage.count:
-                return begun + self._first_cut(stage, number) * self._batches(stage)
-            begun += self._cuts(stage) * self._batches(stage)
-        return begun
+                return offset + self._first_cut(stage, number) * self._batches(stage)
+            offset += self._cuts(stage) * self._batches(stage)
+        return offset
 
     def pass_of(self, step: int) -> int:
         """The pass that a step begins in."""
-        begun = 0
+        offset = 0
         for stage in self._stages:
             batches = self._batches(stage)
             count = self._cuts(stage) * batches
-            if step < begun + count:
-                begin = self._cut(stage, (step - begun) // batches)
+            if step < offset + count:
+                begin = self._cut(stage, (step - offset) // batches)
                 return stage.first.index + begin // len(self._rows)
-            begun += count
+            offset += count
         last = self._stages[-1]
         return last.first.index + last.count
 
@@ -188,8 +188,8 @@ class Order:
             return number * self._blocks
         return -(-number * len(self._rows) // (self._batch_size // stage.first.m))
 
-    def _run(self, stage: Stage, begun: int, skip: int) -> Iterator[Step]:
-        """The steps of a stage, starting at its piece `skip`; its first step has index `begun`."""
+    def _run(self, stage: Stage, offset: int, skip: int) -> Iterator[Step]:
+        """The steps of a stage, starting at its piece `skip`; its first step has index `offset`."""
         batches = self._batches(stage)
         stream = self._stream(stage, self._cut(stage, skip))
         rest = next(stream)
@@ -202,7 +202,7 @@ class Order:
                 pieces.append(Piece(rest.window, rest.rows[:left]))
                 rest = Piece(rest.window, rest.rows[left:])
                 left -= len(pieces[-1].rows)
-            yield Step(begun + number * batches, pieces[0].window.passed, tuple(pieces), batches)
+            yield Step(offset + number * batches, pieces[0].window.passed, tuple(pieces), batches)
 
     def _stream(self, stage: Stage, begin: int) -> Iterator[Piece]:
         """The images of a stage, window by window, starting at image `begin`."""

@@ -65,15 +65,15 @@ def _update(run: Run) -> None:
         run.average.update(run.module)
 
 
-def reduce(term: torch.Tensor, total: int, ours: int) -> torch.Tensor:
+def reduce(term: torch.Tensor, total: int, local: int) -> torch.Tensor:
     """A process's share of the step's mean of a loss term.
 
     Args:
-        term: (B,) values, or a scalar mean over `ours` crops.
+        term: (B,) values, or a scalar mean over `local` crops.
         total: crops of the step over all processes; 0 gives zero weight.
     """
     weight = 1.0 / total if total else 0.0
-    return term.sum() * weight if term.dim() else term * (ours * weight)
+    return term.sum() * weight if term.dim() else term * (local * weight)
 
 
 def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:

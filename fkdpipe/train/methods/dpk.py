@@ -130,15 +130,17 @@ class Dpk(Method):
         self.patches: dict[int, tuple[Side, Side]] = {}
         self.transforms = nn.ModuleDict()
         for stage in settings.stages:
-            ours, theirs = student.stages[stage.stage], teacher.stages[stage.stage]
-            sides = _sides(stage, ours, theirs)
-            if settings.ratio == "cosine" and ours.shape != theirs.shape:
+            student_map, teacher_map = student.stages[stage.stage], teacher.stages[stage.stage]
+            sides = _sides(stage, student_map, teacher_map)
+            if settings.ratio == "cosine" and student_map.shape != teacher_map.shape:
                 raise ModelError(
-                    f"DPK: the cosine of maps {tuple(ours.shape[1:])} and "
-                    f"{tuple(theirs.shape[1:])} is not defined; set ratio = cka."
+                    f"DPK: the cosine of maps {tuple(student_map.shape[1:])} and "
+                    f"{tuple(teacher_map.shape[1:])} is not defined; set ratio = cka."
                 )
             self.patches[stage.stage] = sides
-            tokens = (ours.shape[2] // sides[0].patch) * (ours.shape[3] // sides[0].patch)
+            tokens = (student_map.shape[2] // sides[0].patch) * (
+                student_map.shape[3] // sides[0].patch
+            )
             self.transforms[str(stage.stage)] = _transform(settings, stage, *sides, tokens)
         self._masked: dict[str, float] = {}
 
@@ -153,8 +155,11 @@ class Dpk(Method):
             temperature=s.temperature,
         )
         for stage in s.stages:
-            ours, theirs = student.stages[stage.stage], targets.teacher.stages[stage.stage]
-            term = self._stage_loss(stage.stage, ours, theirs.detach(), targets.epoch)
+            student_map, teacher_map = (
+                student.stages[stage.stage],
+                targets.teacher.stages[stage.stage],
+            )
+            term = self._stage_loss(stage.stage, student_map, teacher_map.detach(), targets.epoch)
             terms[f"feature_{stage.stage}"] = s.feature_weight * term
         return terms
 
@@ -162,16 +167,18 @@ class Dpk(Method):
         return dict(self._masked)
 
     def _stage_loss(
-        self, stage: int, ours: torch.Tensor, theirs: torch.Tensor, epoch: int
+        self, stage: int, student_map: torch.Tensor, teacher_map: torch.Tensor, epoch: int
     ) -> torch.Tensor:
         """float32 (B,): mean squared error of the predicted teacher map."""
         side, teacher_side = self.patches[stage]
-        grid = (ours.shape[2] // side.patch, ours.shape[3] // side.patch)
-        masked = self.count(ours, theirs, grid, epoch)
-        mask_BN = dpk_masks.draw(self.settings.mask, len(ours), grid, masked, ours.device)
+        grid = (student_map.shape[2] // side.patch, student_map.shape[3] // side.patch)
+        masked = self.count(student_map, teacher_map, grid, epoch)
+        mask_BN = dpk_masks.draw(
+            self.settings.mask, len(student_map), grid, masked, student_map.device
+        )
         self._masked[f"masked_{stage}"] = masked / (grid[0] * grid[1])
-        prediction = self.transforms[str(stage)](ours, theirs, mask_BN, masked)
-        target = dpk_blocks.patchify(theirs, teacher_side.patch)
+        prediction = self.transforms[str(stage)](student_map, teacher_map, mask_BN, masked)
+        target = dpk_blocks.patchify(teacher_map, teacher_side.patch)
         error_BN = (prediction.float() - target.float()).square().mean(dim=2)
         if self.settings.loss_on == "all":
             return error_BN.mean(dim=1)
@@ -179,7 +186,11 @@ class Dpk(Method):
 
     @torch.no_grad()
     def count(
-        self, ours: torch.Tensor, theirs: torch.Tensor, grid: tuple[int, int], epoch: int
+        self,
+        student_map: torch.Tensor,
+        teacher_map: torch.Tensor,
+        grid: tuple[int, int],
+        epoch: int,
     ) -> int:
         """M, the number of tokens taken from the teacher."""
         s = self.settings
@@ -193,9 +204,9 @@ class Dpk(Method):
         if s.ratio == "linear":
             return dpk_masks.count(1 - epoch / self.epochs, tokens)
         similarity = dpk_masks.cka if s.ratio == "cka" else dpk_masks.cosine
-        with torch.autocast(ours.device.type, enabled=False):
+        with torch.autocast(student_map.device.type, enabled=False):
             return dpk_masks.count(
-                1 - float(similarity(ours.flatten(1), theirs.flatten(1))), tokens
+                1 - float(similarity(student_map.flatten(1), teacher_map.flatten(1))), tokens
             )
 
 
@@ -204,13 +215,13 @@ def build(settings: Settings, context: Context) -> Dpk:
     return Dpk(settings, context.student, teacher, context.epochs)
 
 
-def _sides(stage: Stage, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[Side, Side]:
+def _sides(stage: Stage, student_map: torch.Tensor, teacher_map: torch.Tensor) -> tuple[Side, Side]:
     """Patch sizes that divide both maps into the same grid of tokens.
 
     Raises:
         ModelError: there are none for that grid; suggests one that works.
     """
-    (h_s, w_s), (h_t, w_t) = parts.grid_of(ours), parts.grid_of(theirs)
+    (h_s, w_s), (h_t, w_t) = parts.grid_of(student_map), parts.grid_of(teacher_map)
     grid = stage.grid or min(h_s, h_t)
     k_s, k_t = h_s // grid, h_t // grid
     fits = k_s and k_t and (k_s * grid, k_t * grid) == (h_s, h_t)
@@ -228,7 +239,7 @@ def _sides(stage: Stage, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[Side
             "needed. Use larger inputs or an earlier stage.",
             code="grid-small",
         )
-    return Side(ours.shape[1], k_s), Side(theirs.shape[1], k_t)
+    return Side(student_map.shape[1], k_s), Side(teacher_map.shape[1], k_t)
 
 
 def _transform(

@@ -141,11 +141,16 @@ class Attentive(nn.Module):
             mask_BN: True for tokens from the teacher. m: M, their number in each row.
         """
         order_BN = mask_BN.int().argsort(dim=1, stable=True)
-        ours, theirs = order_BN[:, : order_BN.shape[1] - m], order_BN[:, order_BN.shape[1] - m :]
-        kept = self.student_encoder(_pick(self._tokens(self.student_patches, student_BCHW), ours))
+        student_index, teacher_index = (
+            order_BN[:, : order_BN.shape[1] - m],
+            order_BN[:, order_BN.shape[1] - m :],
+        )
+        kept = self.student_encoder(
+            _pick(self._tokens(self.student_patches, student_BCHW), student_index)
+        )
         kept = self.to_decoder(kept)
         if self.fill == "teacher":
-            visible = _pick(self._tokens(self.teacher_patches, teacher_BCHW), theirs)
+            visible = _pick(self._tokens(self.teacher_patches, teacher_BCHW), teacher_index)
             filled = self.to_decoder(self.teacher_encoder(visible))
         else:
             filled = _filled(self.token, kept, m)

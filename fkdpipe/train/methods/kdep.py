@@ -156,11 +156,15 @@ def _parametric(settings: Settings, context: Context) -> Kdep:
     _raw_width(settings, context)
     post = settings.alignment == "conv-post"
     assert context.teacher is not None
-    ours, theirs = (o.penultimate if post else o.pre for o in (context.student, context.teacher))
-    assert ours is not None
-    assert theirs is not None
-    width = theirs.shape[1]
-    project = nn.Sequential(nn.Linear(ours.shape[1], width, bias=False), _BatchNorm(width))
+    student_features, teacher_features = (
+        o.penultimate if post else o.pre for o in (context.student, context.teacher)
+    )
+    assert student_features is not None
+    assert teacher_features is not None
+    width = teacher_features.shape[1]
+    project = nn.Sequential(
+        nn.Linear(student_features.shape[1], width, bias=False), _BatchNorm(width)
+    )
     return Kdep(settings, nn.Identity(), nn.Identity(), project)
 
 

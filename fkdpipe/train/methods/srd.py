@@ -120,10 +120,16 @@ class Srd(Method):
                 0.0 * projected_BD.float().sum()
             )  # one crop, at the end of a pass, has no batch statistics
         with torch.autocast(projected_BD.device.type, enabled=False):  # |d|^4 needs the range
-            ours, theirs = (normalise(x.float(), s) for x in (projected_BD, teacher_BD.detach()))
+            student_normed, teacher_normed = (
+                normalise(x.float(), s) for x in (projected_BD, teacher_BD.detach())
+            )
             if s.form == "corr":
-                return correlation_distance(ours, theirs, s.alpha)
-            return log_sum(ours - theirs, s.alpha) if s.log else mean_power(ours - theirs, s.alpha)
+                return correlation_distance(student_normed, teacher_normed, s.alpha)
+            return (
+                log_sum(student_normed - teacher_normed, s.alpha)
+                if s.log
+                else mean_power(student_normed - teacher_normed, s.alpha)
+            )
 
 
 def log_sum(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -141,10 +147,10 @@ def mean_power(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def correlation_distance(
-    ours_BD: torch.Tensor, theirs_BD: torch.Tensor, alpha: float
+    student_BD: torch.Tensor, teacher_BD: torch.Tensor, alpha: float
 ) -> torch.Tensor:
     """Scalar: log(sum_d |c_d - 1|^alpha + 1e-5), with c_d the correlation of dimension d."""
-    correlation_D = (ours_BD * theirs_BD).mean(dim=0)
+    correlation_D = (student_BD * teacher_BD).mean(dim=0)
     return torch.log((correlation_D - 1).abs().pow(alpha).sum() + 1e-5)
 
 
