@@ -307,7 +307,7 @@ def test_a_commands_settings_are_shown_without_its_arguments(tmp_path):
     made = invoke("train", "--show-settings", *given)
     assert made.exit_code == 0, made.output
     assert max(map(len, made.stdout.splitlines())) <= 80
-    assert re.search(r"epochs +7 +Length of the run", made.stdout)
+    assert re.search(r"epochs +7 +Number of epochs", made.stdout)
     assert re.search(r"method.alpha +4 ", made.stdout)
     made = invoke("train", "--show-settings", "--json", *given)
     shown = {each["name"]: each for each in json.loads(made.stdout)["settings"]}

@@ -261,7 +261,7 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
 
 def test_a_model_of_other_classes_is_refused(stores, tmp_path, folder, teacher):
     opened = opened_of(make_random_store(tmp_path / "store"), tmp_path)
-    refused = pytest.raises(ModelError, match="5 outputs, the labels have 40 classes")
+    refused = pytest.raises(ModelError, match="5 outputs, but the labels have 40 classes")
     with open_replay("cpu", [View.of(teacher.preprocessing)], threads=1) as replayer, refused:
         models.predictor(opened, folder / "train", teacher, replayer)
 

@@ -173,12 +173,12 @@ def test_without_the_proxy_path_no_teacher_is_needed_nor_taken(prepare):
 
 def test_another_teacher_or_size_is_refused_by_name(prepare, tmp_path, stores, swin):
     other = write_teacher(tmp_path / "other.safetensors", seed=1)
-    with pytest.raises(StoreMismatchError, match="with other weights than the live teacher"):
+    with pytest.raises(StoreMismatchError, match="differs from the live teacher in weights"):
         prepare("weights", "stored", teacher=other)
     kept = stores["float16"].part("rounds/0/features/t/map").settings
     facts = load(swin).facts()
     stored.check_teacher(kept, facts)
-    with pytest.raises(StoreMismatchError, match="with other size than the live teacher"):
+    with pytest.raises(StoreMismatchError, match="differs from the live teacher in size"):
         stored.check_teacher(kept, {**facts, "size": [128, 128]})
 
 

@@ -262,7 +262,7 @@ def test_weights_of_a_function(functions, tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nowhere.at_all:f", ModelError, r"there is no module 'nowhere', neither installed nor"),
+        ("nowhere.at_all:f", ModelError, r"no module 'nowhere' is installed or in"),
         ("{}:absent", ModelError, r"has no 'absent'"),
         ("{}:no_module", ModelError, r"returned int, not a torch.nn.Module"),
         ("{}", UsageError, r"write python:PACKAGE.MODULE:FUNCTION"),

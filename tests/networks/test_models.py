@@ -206,7 +206,7 @@ def test_classes_match_by_position_name_or_map():
     [
         (("a", "b"), 1000, None, "has 1000 outputs, the image folder 2 classes"),
         (("a", "b"), 5, ("a", "c"), r"1 classes of the image folder are not among .*\(b\)"),
-        (("a",), 5, {"a": 7}, "names output 7; it has 5"),
+        (("a",), 5, {"a": 7}, "names output 7, but there are 5"),
     ],
 )
 def test_classes_that_cannot_be_matched_are_refused(names, outputs, class_map, words):

@@ -285,11 +285,11 @@ def test_settings_that_cannot_be_right_are_refused(change, message):
 
 
 def test_pairs_that_do_not_fit_are_refused_with_a_way_out():
-    with pytest.raises(ModelError, match="Take grid = 2"):
+    with pytest.raises(ModelError, match="Use grid = 2"):
         pair(student=(6, 4), teacher=(10, 6))
     with pytest.raises(ModelError, match="at least 4 tokens"):
         pair(student=(6, 1), teacher=(10, 1))
     with pytest.raises(ModelError, match="set ratio = cka"):
         pair(ratio="cosine")
-    with pytest.raises(ModelError, match="no even multiple of 8 heads; the nearest is 16"):
+    with pytest.raises(ModelError, match="not an even multiple of 8 heads; the nearest is 16"):
         Stack(20, 1, 8)

@@ -75,7 +75,7 @@ def test_a_function_of_fixed_width_must_fit_the_classes(folder, functions, tmp_p
     )
     code, output = train(folder, "--student", "python:fixed:ten")
     assert code == 1
-    assert "gives 10 outputs, and 5 classes are to be learnt" in " ".join(output.split())
+    assert "has 10 outputs, but the data has 5 classes" in " ".join(output.split())
 
 
 def test_a_live_teacher_and_a_probe_of_ones_own(folder, functions):

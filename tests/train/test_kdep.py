@@ -330,7 +330,7 @@ def test_what_does_not_go_together_is_refused(basis_file, tmp_path):
     mistakes = [
         ({}, context, UsageError, "svd of whole vectors needs a basis"),
         ({"alignment": "variance"}, context, UsageError, "variance needs a basis"),
-        ({"basis": basis_file}, wide, UsageError, "120 are asked for"),
+        ({"basis": basis_file}, wide, UsageError, "120 were requested"),
         ({"alignment": "random"}, wide, UsageError, "120 channels cannot be chosen from 96"),
         ({"transformation": "sm"}, stored, UsageError, "transformation sm needs a basis"),
         ({"alignment": "random"}, stored, StoreMismatchError, "holds components of a basis"),
@@ -340,14 +340,14 @@ def test_what_does_not_go_together_is_refused(basis_file, tmp_path):
         with pytest.raises(error, match=message):
             built(settings, given)
     narrow = context_of(basis_file, student=50, stored={"basis": basis.digest, "dims": 40})
-    with pytest.raises(StoreMismatchError, match="50 wide, and the store keeps 40 components"):
+    with pytest.raises(StoreMismatchError, match="width is 50, but the store holds 40 components"):
         built({}, narrow)
     other = dataclasses.replace(basis, mean_D=basis.mean_D + 1)
     features.save_basis(tmp_path / "other", other)
-    with pytest.raises(StoreMismatchError, match="another basis"):
+    with pytest.raises(StoreMismatchError, match="a different basis"):
         built({"basis": tmp_path / "other"}, stored)
     strange = dataclasses.replace(context, teacher_facts=context.teacher_facts | {"weights": "0"})
-    with pytest.raises(ModelError, match="with other weights"):
+    with pytest.raises(ModelError, match="with different weights"):
         built({"basis": basis_file}, strange)
     features.save_basis(
         tmp_path / "post", dataclasses.replace(basis, facts=basis.facts | {"tap": "post"})

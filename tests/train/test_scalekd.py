@@ -99,7 +99,7 @@ def test_heads_are_the_released_ones():
     for width, heads in ((384, 3), (768, 6), (50, 1)):
         with torch.device("meta"):
             assert Cap((4, 2, 2), width, (2, 2), attention, own_query=True).heads == heads
-    with pytest.raises(ModelError, match="5 heads do not divide 48 channels; 4 would"):
+    with pytest.raises(ModelError, match="5 heads do not divide 48 channels; use 4"):
         Cap((4, 2, 2), 48, (2, 2), Attention(5, 5.0, False), own_query=True)
 
 

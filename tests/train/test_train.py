@@ -326,7 +326,7 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
     assert made.top1 == pytest.approx(100 * 5 / 9)
     assert made.top5 == 100.0
     file.write_text("[[1], [2], [3]]")
-    with pytest.raises(ImagesError, match="labels of 3 images"):
+    with pytest.raises(ImagesError, match="labels for 3 images"):
         evaluation.read_accepted(file, held_out)
 
 
