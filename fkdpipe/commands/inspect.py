@@ -93,7 +93,9 @@ def inspect(
     what = crop or image or (f"class {class_name}" if class_name else "images")
     title = f"{store}: {what}, {ORDER_WORDS[by]}"
     if out.suffix == ".html":
-        lead = f"{opened.store.num_images:,} images, {opened.found.crops_per_image} crops of each."
+        lead = (
+            f"{opened.store.num_images:,} images, {opened.finished.crops_per_image} crops of each."
+        )
         terminal.write_file(out, pages.sheet_page(found, title=title, lead=lead).encode())
     else:
         terminal.write_file(out, sheet.to_png(sheet.draw(found, title=title)))
@@ -171,7 +173,7 @@ def analyse(
     reporter = terminal.reporter()
     opened = _open(store, source, partial, cache, reporter)
     rows = sources.sample_rows(opened, limit)
-    count = min(crops or opened.found.crops_per_image, opened.found.crops_per_image)
+    count = min(crops or opened.finished.crops_per_image, opened.finished.crops_per_image)
     with contextlib.ExitStack() as stack:
         models = _models(stack, opened, data, model, class_map, device) if data and model else []
         found = analysis.analyse(opened, rows, np.arange(count), models=models, reporter=reporter)

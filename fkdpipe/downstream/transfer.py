@@ -1,7 +1,7 @@
-"""What a trained backbone is worth elsewhere: fine-tuning and linear probing on image folders.
+"""Transfer learning of a backbone: fine-tuning and linear probing on image folders.
 
-Each trial is an ordinary training run with the folder's own classes and a new classifier: `train`
-with a step schedule that drops at 1/3 and 2/3, as KDEP's transfer experiments have it.
+Each trial is a training run with the folder's classes and a new classifier. The step schedule drops
+at 1/3 and 2/3 of the epochs, as in KDEP's transfer experiments.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ Mode = Literal["fine-tune", "probe"]
 
 @config.settings
 class TransferSettings:
-    """A transfer experiment. Every mode, learning rate and seed is a trial on every folder."""
+    """A transfer experiment: one trial per folder, mode, learning rate and seed."""
 
     modes: tuple[Mode, ...] = ("fine-tune", "probe")
-    """fine-tune trains all weights, probe the classifier alone on the frozen backbone."""
+    """fine-tune trains all weights; probe trains only the classifier on the frozen backbone."""
     lr: tuple[PositiveFloat, ...] = (0.01, 0.001)
-    """Learning rates, of which the best is reported."""
+    """Learning rates; the best one is reported."""
     seeds: tuple[Seed, ...] = (0,)
-    """Of classifier, order and crops."""
+    """Seeds for classifier, order and crops."""
     epochs: PositiveInt = 150
-    """Of every trial."""
+    """Number of epochs per trial."""
     batch_size: PositiveInt = 64
     """Images per optimiser step, over all processes."""
     weight_decay: NonNegativeFloat = 5e-4
-    """Decay of the weights."""
+    """Weight decay."""
     fraction: Share = 1.0
-    """Share of the images of every class that is trained on, chosen by the seed."""
+    """Fraction of the images of every class to train on, chosen by the seed."""
     size: Annotated[int, Field(ge=8)] | None = None
-    """Side of the input in pixels; by default the backbone's own."""
+    """Side of the input in pixels; default: the backbone's."""
     crop: CropDistribution = field(default_factory=CropDistribution)
-    """The distribution of the random crops."""
+    """Crop distribution."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the forward pass; auto is bfloat16 on GPUs that have it, else float32."""
+    """Precision of the forward pass; auto: bfloat16 on GPUs that support it, else float32."""
     threads: PositiveInt | None = None
-    """Of the replay; by default the machine's cores."""
+    """Threads of the replay; default: the number of CPU cores."""
 
     @field_validator("modes", "lr", "seeds")
     @classmethod
@@ -90,13 +90,13 @@ class TransferSettings:
 
 
 def drops(epochs: int) -> tuple[int, ...]:
-    """Epochs before which the rate falls: after a third and two thirds, never before the first."""
+    """Epochs at which the learning rate drops: after 1/3 and 2/3, never before the first."""
     return tuple(sorted({epochs // 3, 2 * epochs // 3} - {0}))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run. top1, top5: percent on the held-out images after the last epoch."""
+    """One run. top1, top5: percent on the validation images after the last epoch."""
 
     data: str
     mode: Mode
@@ -108,9 +108,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """A folder and a mode at its best learning rate: mean and deviation of top-1 over seeds.
+    """Results over seeds for a folder and a mode, at the best learning rate.
 
-    std: None for a single seed. top5: mean, percent.
+    Attributes:
+        top1, top5: means, in percent. std: standard deviation of top1; None for a single seed.
     """
 
     data: str
@@ -133,43 +134,41 @@ def transfer(
     rank: Rank = Rank(),
     reporter: Reporter = silent,
 ) -> list[Trial]:
-    """All trials, each in a folder of its own below `out`; finished ones are not run again.
-
-    Of several processes the first returns them, the others nothing.
+    """Run all trials, each in its own folder below `out`; finished ones are not run again.
 
     Args:
         model: a run folder, NAME=FILE, or NAME for the library's pretrained weights.
-        spec: what it names, where the caller knows it.
+        spec: overrides the parsed `model`.
 
     Raises:
-        ImagesError: a folder without train/ and val/. UsageError: two folders of one name.
-        ModelError, TrainingError: what they say.
+        ImagesError: a folder without train/ and val/. UsageError: two folders with the same name.
+        ModelError, TrainingError: a trial cannot be run.
     """
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) != len(names):
-        raise UsageError(f"the folders are told apart by their names; found {', '.join(names)}.")
+        raise UsageError(f"folders must have distinct names; found {', '.join(names)}.")
     for folder in folders:
         images.split_root(folder, "val")
     trials = []
     for (name, folder), mode, lr, seed in itertools.product(
         zip(names, folders, strict=True), settings.modes, settings.lr, settings.seeds
     ):
-        place = out / f"{name}-{mode}-lr{lr:g}-seed{seed}"
+        folder_out = out / f"{name}-{mode}-lr{lr:g}-seed{seed}"
         log.info("%s: %s, learning rate %g, seed %d", folder, mode, lr, seed)
-        prepared = run.prepare(
-            settings.trial(model, mode, lr, seed), folder, place,
-            student_spec=spec, cache_dir=place, device=device, rank=rank, reporter=reporter,
+        trial_run = run.prepare(
+            settings.trial(model, mode, lr, seed), folder, folder_out,
+            student_spec=spec, cache_dir=folder_out, device=device, rank=rank, reporter=reporter,
         )  # fmt: skip
-        loop.train(prepared)
-        # From the record, so that a trial that was finished before counts as well.
-        last = metrics.last_evaluation(place / "metrics.jsonl")
+        loop.train(trial_run)
+        # Read from the metrics file, which trials finished earlier have too.
+        last = metrics.last_evaluation(folder_out / "metrics.jsonl")
         assert last is not None
         trials.append(Trial(name, mode, lr, seed, last["top1"], last["top5"]))
     return trials
 
 
 def summarise(trials: Sequence[Trial]) -> list[Row]:
-    """One row for every folder and mode, at the learning rate of the best mean top-1."""
+    """One row per folder and mode, at the learning rate with the best mean top-1."""
     rows = []
     for (data, mode), group in _grouped(trials, "data", "mode"):
         means = [
@@ -189,7 +188,7 @@ def summarise(trials: Sequence[Trial]) -> list[Row]:
 
 
 def _grouped(trials: Sequence[Trial], *names: str) -> Iterator[tuple[tuple[Any, ...], list[Trial]]]:
-    """Trials by some of their fields, in order of first appearance."""
+    """Group trials by some fields, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         groups.setdefault(tuple(getattr(trial, name) for name in names), []).append(trial)

@@ -1,15 +1,15 @@
-"""What is in a store, to look at: label analysis, contact sheets, pages.
+"""Inspect stores: label analysis, contact sheets, storage reports, HTML pages.
 
     sources    labels of a store as probabilities, block by block
-    measures   numbers of single labels: entropy, distances
-    analysis   distributions, agreement, reliability, distances -> results
-    results    the numbers of an analysis
-    models     predictions of given models on the recorded crops
-    choose     which crops to show
-    views      the chosen crops as pixels and bars
-    sheet      a contact sheet as one picture
-    plots      figures of an analysis and of a report
-    pages      the same as HTML pages that need no server
+    measures   metrics of single labels: entropy, distances
+    analysis   distributions, agreement, reliability, distances
+    results    results of an analysis
+    models     predictions of models on the recorded crops
+    choose     selection of crops to show
+    views      selected crops as pixels and bars
+    sheet      contact sheets as pictures
+    plots      figures of analyses and reports
+    pages      contact sheets and analyses as self-contained HTML pages
 
-Nothing here writes to a store.
+Stores are only read.
 """

@@ -1,10 +1,10 @@
-"""What the labels of a store say: distributions, agreement, reliability, distances.
+"""Analysis of the labels of a store: distributions, agreement, reliability, distances.
 
 Follows sections 3.2 and 3.5 of "A Fast Knowledge Distillation Framework for Visual Recognition"
-(FKD). Everything is streamed block by block into sums and histograms, so memory does not grow with
-the store. `measures` has the numbers of single labels.
+(FKD). Labels are streamed block by block into sums and histograms, so memory use does not depend on
+the size of the store. `measures` has the metrics of single labels.
 
-Letters: B crops of a block, C classes, A kinds of labels, S shares, K kept classes.
+Letters: B crops of a block, C classes, A kinds of labels, S histogram bins, K kept classes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fkdpipe.inspect.sources import Labels, Opened, blocks
 from fkdpipe.storage import labels as forms
 from fkdpipe.storage.labels import Target
 
-BINS = 50  # of histograms over 0..1 and 0..ln C
-FINE_BINS = 1000  # where percentiles are read off
+BINS = 50  # of histograms over [0, 1] and [0, ln C]
+FINE_BINS = 1000  # for percentiles
 
 KEPT = (1, 2, 3, 5, 10, 20, 50, 100)
-SERVED_K = 5  # of the label kinds whose distances are told, as in the paper
+SERVED_K = 5  # of the label kinds compared, as in the paper
 AREA_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-# (rows_I, crops_m) to float32 (I, m, C): predictions of a model on recorded crops
+# Maps (rows_I, crops_m) to float32 (I, m, C): predictions of a model on recorded crops.
 Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -49,11 +49,11 @@ def analyse(
     models: Sequence[tuple[str, Predict]] = (),
     reporter: Reporter = silent,
 ) -> Analysis:
-    """Stream some crops through all tallies.
+    """Analyse the labels of some crops.
 
     Args:
-        rows_N: ascending rows with labels (`sources.sample_rows`). crops_M: ascending crops.
-        models: name and predictions, for the distances.
+        rows_N: sorted rows with labels (`sources.sample_rows`). crops_M: sorted crops.
+        models: name and predictions of each model to compare.
     """
     tallies = [_SourceTally(source, opened.classes) for source in opened.labels]
     served = _served(opened)
@@ -64,9 +64,9 @@ def analyse(
         for rows_I, crops_m in blocks(opened, rows_N, crops_M):
             truth_B = np.repeat(opened.truth_N[rows_I], len(crops_m))
             area_B = _area(opened, rows_I, crops_m)
-            seen = [source.take(rows_I, crops_m) for source in opened.labels]
-            seen += [predict(rows_I, crops_m) for _, predict in models]
-            flat = [prob.reshape(-1, opened.classes) for prob in seen]
+            labels = [source.take(rows_I, crops_m) for source in opened.labels]
+            labels += [predict(rows_I, crops_m) for _, predict in models]
+            flat = [prob.reshape(-1, opened.classes) for prob in labels]
             flat += [forms.dense_target(target, flat[0]) for target in served.values()]
             for tally, prob_BC in zip(tallies, flat, strict=False):
                 tally.add(prob_BC, truth_B, area_B)
@@ -87,7 +87,7 @@ def analyse(
 
 
 def _area(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
-    """float64 (B,): each crop's share of its image."""
+    """float64 (B,): area of each crop as a fraction of its image."""
     box_Im4 = opened.boxes.take(rows_I, crops_m).box_NM4
     size = opened.store.images.size_N2[rows_I].astype(np.float64)
     area = box_Im4[..., 2].astype(np.float64) * box_Im4[..., 3]
@@ -96,13 +96,13 @@ def _area(opened: Opened, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray
 
 @dataclass
 class _Bands:
-    """Sums over equal bands of 0..1."""
+    """Sums over equal bands of [0, 1]."""
 
     sums: np.ndarray = field(default_factory=lambda: np.zeros((len(AREA_EDGES) - 1, 3)))
 
-    def add(self, place_B: np.ndarray, confidence_B: np.ndarray, agrees_B: np.ndarray) -> None:
+    def add(self, value_B: np.ndarray, confidence_B: np.ndarray, agrees_B: np.ndarray) -> None:
         bands = len(self.sums)
-        band_B = np.minimum((place_B * bands).astype(np.int64), bands - 1)
+        band_B = np.minimum((value_B * bands).astype(np.int64), bands - 1)
         for column, value in enumerate((np.ones_like(confidence_B), confidence_B, agrees_B)):
             self.sums[:, column] += np.bincount(band_B, value, minlength=bands)
 
@@ -141,15 +141,15 @@ class _SourceTally:
         self.top1 += _histogram(top1_B, BINS)
         most = max(self.kept_K, default=0)
         mass_BK = np.cumsum(-np.sort(-prob_BC, axis=1)[:, :most], axis=1, dtype=np.float64)
-        for place, k in enumerate(self.kept_K):
-            self.kept_KS[place] += _histogram(mass_BK[:, k - 1], FINE_BINS)
-            self.kept_sum[place] += np.minimum(mass_BK[:, k - 1], 1.0).sum()
+        for index, k in enumerate(self.kept_K):
+            self.kept_KS[index] += _histogram(mass_BK[:, k - 1], FINE_BINS)
+            self.kept_sum[index] += np.minimum(mass_BK[:, k - 1], 1.0).sum()
         self.odd["unsure"] += int((top1_B < UNSURE).sum())
-        for place, target in enumerate(self.targets):
-            made = forms.dense_target(target, prob_BC)
-            self.changes[place] += (
-                total_variation(prob_BC, made).sum(),
-                divergence(prob_BC, made).sum(),
+        for index, target in enumerate(self.targets):
+            changed = forms.dense_target(target, prob_BC)
+            self.changes[index] += (
+                total_variation(prob_BC, changed).sum(),
+                divergence(prob_BC, changed).sum(),
             )
         self._against_truth(prob_BC, truth_B, area_B, top1_B)
 
@@ -183,8 +183,8 @@ class _SourceTally:
             entropy_histogram=tuple(self.entropy.tolist()),
             top1_histogram=tuple(self.top1.tolist()),
             kept={
-                k: (_share(self.kept_sum[place], self.crops), _percentile(self.kept_KS[place], 0.1))
-                for place, k in enumerate(self.kept_K)
+                k: (_share(self.kept_sum[index], self.crops), _percentile(self.kept_KS[index], 0.1))
+                for index, k in enumerate(self.kept_K)
             },
             agreement=_share(self.sums["agrees"], self.known),
             calibration_error=_share(gaps, self.known),
@@ -201,7 +201,7 @@ class _SourceTally:
 
 
 def _targets(classes: int) -> list[Target]:
-    """Targets whose effect is measured: every kind, with the K of the paper and a few more."""
+    """Targets to compare with the stored label: every kind, with several K."""
     few = [k for k in (1, 5, 10, 50) if k < classes]
     return [
         Target("hard"),
@@ -212,7 +212,7 @@ def _targets(classes: int) -> list[Target]:
 
 
 def _served(opened: Opened) -> dict[str, Target]:
-    """Labels of other kinds that a single source serves; MS and MR are the paper's marginal ones.
+    """Other label kinds that a single source serves; MS and MR are marginal smoothing and renorm.
 
     Several sources are compared with each other instead.
     """
@@ -221,12 +221,12 @@ def _served(opened: Opened) -> dict[str, Target]:
     k = min(SERVED_K, top, opened.classes - 1)
     if len(opened.labels) > 1 or top < 2:
         return {}
-    made = {"smoothing": Target("smoothing")}
-    if 1 < k < top:  # with all kept classes it is the label as it is read
-        made[f"MS:{k}"] = Target("marginal-smoothing", k)
+    served = {"smoothing": Target("smoothing")}
+    if 1 < k < top:  # for k = top this is the stored label itself
+        served[f"MS:{k}"] = Target("marginal-smoothing", k)
     if k > 1:
-        made[f"MR:{k}"] = Target("marginal-renorm", k)
-    return made
+        served[f"MR:{k}"] = Target("marginal-renorm", k)
+    return served
 
 
 class _ClassTally:
@@ -243,8 +243,8 @@ class _ClassTally:
             entropy(prob),
             background(prob, truth).astype(np.float64),
         )
-        for place, values in enumerate(columns):
-            self.sums_C5[:, place] += np.bincount(truth, values, minlength=len(self.sums_C5))
+        for index, values in enumerate(columns):
+            self.sums_C5[:, index] += np.bincount(truth, values, minlength=len(self.sums_C5))
 
     def result(self, names: Sequence[str]) -> tuple[ClassAnalysis, ...]:
         return tuple(
@@ -255,7 +255,7 @@ class _ClassTally:
 
 
 class _DistanceTally:
-    """Sums of cross-entropies by the class of the image; one more row for images without."""
+    """Sums of cross-entropies by the class of the image; the last row is for images without."""
 
     def __init__(self, names: Sequence[str], classes: int) -> None:
         self.kinds = ("one-hot", "hard", *names)
@@ -264,7 +264,11 @@ class _DistanceTally:
         self.crops_C = np.zeros(classes + 1)
 
     def add(self, prob: Sequence[np.ndarray], truth_B: np.ndarray) -> None:
-        """prob: (B, C) of each source, then of each model, then of other kinds of labels."""
+        """Add a block.
+
+        Args:
+            prob: (B, C) of each source, then of each model, then of other kinds of labels.
+        """
         classes = len(self.crops_C) - 1
         group_B = np.where(truth_B >= 0, truth_B, classes)
         self.crops_C += np.bincount(group_B, minlength=classes + 1)
@@ -284,7 +288,7 @@ class _DistanceTally:
         known = self.sums_CAA[:-1].sum(axis=0) / max(self.crops_C[:-1].sum(), 1)
         total = self.sums_CAA.sum(axis=0) / max(self.crops_C.sum(), 1)
         total[:, 0] = known[:, 0] if self.crops_C[:-1].sum() else np.nan
-        total[:2] = np.nan  # one-hot and hard as a guess
+        total[:2] = np.nan  # one-hot and hard cannot be predictions
         return total
 
     def by_class(self) -> np.ndarray:
@@ -295,16 +299,16 @@ class _DistanceTally:
 
 
 def _histogram(share_B: np.ndarray, bins: int) -> np.ndarray:
-    place = np.clip((share_B * bins).astype(np.int64), 0, bins - 1)
-    return np.bincount(place, minlength=bins)
+    bin_B = np.clip((share_B * bins).astype(np.int64), 0, bins - 1)
+    return np.bincount(bin_B, minlength=bins)
 
 
 def _percentile(histogram: np.ndarray, share: float) -> float:
-    """The lower edge of the bin that holds a percentile."""
+    """The lower edge of the bin that contains a percentile."""
     if not histogram.sum():
         return math.nan
-    place = int(np.searchsorted(np.cumsum(histogram), share * histogram.sum()))
-    return place / len(histogram)
+    index = int(np.searchsorted(np.cumsum(histogram), share * histogram.sum()))
+    return index / len(histogram)
 
 
 def _share(total: float, count: float) -> float:

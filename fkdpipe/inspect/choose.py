@@ -1,4 +1,4 @@
-"""Which crops to show: by image, by class, or by what their labels say.
+"""Select crops to show: by image, by class, or by their labels.
 
 Letters: I images, m crops of each, B crops, C classes.
 """
@@ -21,15 +21,15 @@ Order = Literal["stored", "sure", "unsure", "entropy", "worst", "disagreement"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What to show.
+    """Selection of crops to show.
 
     Attributes:
         image: key of one image. class_name: only images of one class.
-        by: `stored` takes images and crops as they come, which is at random; the others rank
-            crops: by confidence, by lack of it, by entropy, by how little the image's class gets,
-            and by total variation between two sources.
-        count: images. crops: of each image; ranked crops come one an image unless an image is
-            named.
+        by: `stored` uses the store's order, which is random; the others rank crops: `sure` and
+            `unsure` by confidence, `entropy` by entropy, `worst` by the cross-entropy with the
+            image's class, `disagreement` by total variation between two sources.
+        count: number of images. crops: crops per image; ranked crops are one per image unless
+            `image` is set.
     """
 
     image: str | None = None
@@ -40,14 +40,16 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.by not in get_args(Order):
-            raise UsageError(f"crops are ordered by {', '.join(get_args(Order))}; not {self.by!r}.")
+            raise UsageError(
+                f"crops can be ordered by {', '.join(get_args(Order))}; found {self.by!r}."
+            )
         if self.count < 1 or self.crops < 1:
             raise UsageError("show at least 1 image and 1 crop.")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Crops of one image; score is what they were ranked by, of the first of them."""
+    """Selected crops of one image. score: ranking score of the first one, None if unranked."""
 
     row: int
     crops: tuple[int, ...]
@@ -58,15 +60,15 @@ def one_crop(opened: Opened, text: str) -> Chosen:
     """The crop written `KEY:INDEX`.
 
     Raises:
-        UsageError: not of that form. StoreError: no such image, or no such crop.
+        UsageError: invalid form. StoreError: no such image or crop.
     """
     key, colon, index = text.rpartition(":")
     if not colon or not key or not index.isdigit():
         raise UsageError(f"{text!r}: write a crop as KEY:INDEX, for example cat/1.jpg:0.")
-    count = opened.found.crops_per_image
+    count = opened.finished.crops_per_image
     if int(index) >= count:
         raise StoreError(
-            f"{opened.store.url} has crops 0 to {count - 1} of each image; not {index}.",
+            f"{opened.store.url} has crops 0 to {count - 1} of each image; found {index}.",
             code="no-crop",
         )
     return Chosen(row_of(opened, key), (int(index),))
@@ -76,19 +78,19 @@ def row_of(opened: Opened, key: str) -> int:
     """The row of an image with labels.
 
     Raises:
-        StoreError: no such image (with near matches), or it has no labels (with the reason).
+        StoreError: no such image (with close matches), or it has no labels (with the reason).
     """
     keys = opened.store.images.keys
-    found = np.flatnonzero(keys == key)
-    if not len(found):
+    matches = np.flatnonzero(keys == key)
+    if not len(matches):
         near = difflib.get_close_matches(key, keys.tolist(), n=3, cutoff=0.5)
         hint = f"Did you mean {', '.join(near)}?" if near else f"One of its images is {keys[0]}."
         raise StoreError(f"{opened.store.url} has no image {key!r}. {hint}", code="no-image")
-    row = int(found[0])
-    if row in opened.found.failed:
-        code, detail = opened.found.failed[row]
+    row = int(matches[0])
+    if row in opened.finished.failed:
+        code, detail = opened.finished.failed[row]
         raise StoreError(f"{key} has no labels: {code}, {detail}.", code="no-labels")
-    if row not in opened.found.rows:
+    if row not in opened.finished.rows:
         raise StoreError(f"{key} is not labelled yet.", code="no-labels")
     return row
 
@@ -96,13 +98,13 @@ def row_of(opened: Opened, key: str) -> int:
 def choose(
     opened: Opened, choice: Choice, rows_N: np.ndarray, *, reporter: Reporter = silent
 ) -> list[Chosen]:
-    """Find the crops to show, the most telling first.
+    """Select crops, highest score first.
 
     Args:
-        rows_N: images to look through, unless one is named (`sources.sample_rows`).
+        rows_N: images to search, unless the choice names one (`sources.sample_rows`).
 
     Raises:
-        StoreError: no such image or class, or the order needs what the store has not.
+        StoreError: no such image or class, or the order needs data that the store does not have.
     """
     if choice.image is not None:
         rows_N = np.array([row_of(opened, choice.image)])
@@ -110,11 +112,11 @@ def choose(
         rows_N = rows_N[opened.truth_N[rows_N] == _class_of(opened, choice.class_name)]
         if not len(rows_N):
             raise StoreError(
-                f"none of the images looked through is of class {choice.class_name!r}; look "
-                "through more with --limit.",
+                f"none of the searched images is of class {choice.class_name!r}; search more with "
+                "--limit.",
                 code="no-image",
             )
-    crops_M = np.arange(opened.found.crops_per_image)
+    crops_M = np.arange(opened.finished.crops_per_image)
     if choice.by == "stored":
         first = tuple(crops_M[: choice.crops].tolist())
         return [Chosen(int(row), first) for row in rows_N[: choice.count]]
@@ -149,16 +151,16 @@ def _class_of(opened: Opened, name: str) -> int:
 def _check_order(opened: Opened, by: Order) -> None:
     if by == "worst" and (opened.truth_N < 0).all():
         raise StoreError(
-            "the worst crops are those that give their image's class least, and the images of "
+            "order worst ranks crops by the probability of their image's class, but the images of "
             "this store have no classes.",
             code="no-classes",
         )
     if by == "disagreement" and len(opened.labels) != 2:
-        raise UsageError("disagreement is between two sources; name two with --source.")
+        raise UsageError("order disagreement needs two sources; name two with --source.")
 
 
 def _score(opened: Opened, by: Order, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
-    """float32 (I, m), largest first."""
+    """float32 (I, m) ranking scores."""
     prob_ImC = opened.labels[0].take(rows_I, crops_m)
     if by in ("sure", "unsure"):
         top_Im = prob_ImC.max(axis=-1)
@@ -169,7 +171,7 @@ def _score(opened: Opened, by: Order, rows_I: np.ndarray, crops_m: np.ndarray) -
         truth_I = opened.truth_N[rows_I]
         true_Im = prob_ImC[np.arange(len(rows_I)), :, np.maximum(truth_I, 0)]
         worst_Im = -np.log(np.maximum(true_Im, np.float32(FLOOR)))
-        # Of equals, the crop that is surer of something else is the worse one.
+        # Break ties by the confidence in another class.
         worst_Im = worst_Im + np.float32(1e-3) * prob_ImC.max(axis=-1)
         return np.where(truth_I[:, None] >= 0, worst_Im, -np.inf).astype(np.float32)
     other_ImC = opened.labels[1].take(rows_I, crops_m)

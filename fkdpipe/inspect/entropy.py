@@ -1,18 +1,18 @@
-"""How few bytes the stored values could take: an ideal code's length under a stated model.
+"""Lower bounds on the stored size: code lengths of an ideal code under a given model.
 
     field                             model
-    box                               its distribution: sizes even over those allowed, positions
-                                      over what is left; exact but for rounding at the region's edge
-    flip                              its distribution: the entropy of its probability
-    ids                               adaptive: a class by how often the image's earlier crops had
-                                      it, else by its share among all; see `ids_bits`
-    prob, stick                       order 0: the entropy of the stored numbers, at each place
-    log_prob, logit, value, code      order 0: the entropy of the stored numbers, all together
+    box                               crop distribution: uniform over the allowed sizes, then over
+                                      the positions; exact up to rounding at the region's edge
+    flip                              crop distribution: the entropy of its probability
+    ids                               adaptive: class counts in the image's earlier crops, and
+                                      class frequencies over all; see `ids_bits`
+    prob, stick                       order 0: the entropy of the stored values, at each position
+    log_prob, logit, value, code      order 0: the entropy of the stored values, pooled
 
-An order-0 code knows nothing but how often each number occurs. The entropy of a sample falls short
-of that of its source by about (distinct - 1) / (2 n) nats; Miller and Madow's correction (1955)
-adds that. Where fewer than `ENOUGH` values were seen per distinct one even that is too rough, and
-nothing is said (float32 fields always).
+An order-0 code uses only the frequency of each value. The entropy of a sample underestimates that
+of its source by about (distinct - 1) / (2 n) nats, which the Miller-Madow correction (1955) adds.
+With fewer than `ENOUGH` samples per distinct value this is still too rough, and the bound is None
+(always for float32 fields).
 
 Letters: N images, M crops of each, K kept classes.
 """
@@ -29,20 +29,20 @@ from fkdpipe.storage.schema import Field
 from fkdpipe.storage.settings import CropsSettings
 from fkdpipe.storage.store import Part, Store
 
-SAMPLE_CROPS = 200_000  # values are read until so many crops were seen
-LAW_IMAGES = 512
+SAMPLE_CROPS = 200_000  # read at least this many crops, if there are
+BOX_IMAGES = 512
 ENOUGH = 5
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 1024.0)  # tried for `ids_bits`
 
 
 def bytes_per_crop(store: Store, part: Part) -> dict[str, float | None]:
-    """The bound of each field of a part, None where it cannot be told.
+    """The bound of each field of a part; None if unknown.
 
-    Only committed units are read, and no more than a sample needs: a store's images are in random
-    order, so its first units are a fair sample.
+    Only the first committed units are read: a store's images are in random order, so these are an
+    unbiased sample.
 
     Raises:
-        DamagedStoreError: a shard differs from what was committed.
+        DamagedStoreError: a shard fails its checksum.
     """
     if part.kind == "crops":
         bits = _crop_bits(store, part)
@@ -58,13 +58,15 @@ def _crop_bits(store: Store, part: Part[CropsSettings]) -> dict[str, float | Non
     unit = next((unit for unit, marker in store.markers(part) if marker is not None), None)
     if unit is None:
         return {field.name: None for field in part.fields}
-    rows = np.arange(store.num_images)[store.unit_rows(unit)][:LAW_IMAGES]
-    drawn = rounds.crops_of(store, part, unit).box_NM4[: len(rows)]
+    rows = np.arange(store.num_images)[store.unit_rows(unit)][:BOX_IMAGES]
+    boxes_NM4 = rounds.crops_of(store, part, unit).box_NM4[: len(rows)]
     sizes = store.images.size_N2[rows].astype(np.int64)
-    known = (drawn[..., 2] < schema.crop_fields()[0].fill).all(axis=1)  # others failed
+    known = (boxes_NM4[..., 2] < schema.crop_fields()[0].fill).all(
+        axis=1
+    )  # failed images have fill values
     bits = [
         box_bits(distribution, size, box)
-        for size, box in zip(sizes[known], drawn[known], strict=True)
+        for size, box in zip(sizes[known], boxes_NM4[known], strict=True)
     ]
     known_bits = {
         "box": float(np.mean(bits)) if bits else None,
@@ -74,10 +76,11 @@ def _crop_bits(store: Store, part: Part[CropsSettings]) -> dict[str, float | Non
 
 
 def box_bits(distribution: crops.CropDistribution, size_2: np.ndarray, box_M4: np.ndarray) -> float:
-    """Bits of a box of one image, mean over its crops.
+    """Bits per box of one image, mean over its crops.
 
-    The law draws the area evenly and the logarithm of the ratio evenly; the Jacobian of
-    (height x width, ln width / height) is the constant 2, so sizes are even over those allowed.
+    The crop distribution is uniform in the area and in the logarithm of the aspect ratio; the
+    Jacobian of (height x width, ln width / height) is the constant 2, so sizes are uniform over
+    those allowed.
     """
     height, width = (int(side) for side in size_2)
     h = np.arange(1, height + 1)
@@ -87,8 +90,8 @@ def box_bits(distribution: crops.CropDistribution, size_2: np.ndarray, box_M4: n
     )
     sizes = max(float(np.maximum(high - low, 0).sum()), 1.0)
     box = box_M4.astype(np.float64)
-    places = (height - box[:, 2] + 1) * (width - box[:, 3] + 1)
-    return math.log2(sizes) + float(np.log2(places).mean())
+    positions = (height - box[:, 2] + 1) * (width - box[:, 3] + 1)
+    return math.log2(sizes) + float(np.log2(positions).mean())
 
 
 def _binary_entropy(p: float) -> float:
@@ -113,11 +116,11 @@ def _field_bits(store: Store, part: Part, field: Field) -> float | None:
 
 
 def _sample(store: Store, part: Part, field: Field) -> np.ndarray | None:
-    """(N, M, ...) values of the first committed units; of wide fields, of their first group."""
+    """(N, M, ...) values of the first committed units; for wide fields, of the first crop group."""
     crops_M = part.settings.crops
     span = min(store.group_size, crops_M) if field.wide else crops_M
     parts: list[np.ndarray] = []
-    seen = 0
+    count = 0
     for unit, marker in store.markers(part):
         if marker is None:
             continue
@@ -125,14 +128,14 @@ def _sample(store: Store, part: Part, field: Field) -> np.ndarray | None:
         first = store.unit_rows(unit).start
         good = np.delete(values, [row - first for row in marker.failed], axis=0)
         parts.append(good)
-        seen += good.shape[0] * good.shape[1]
-        if seen >= SAMPLE_CROPS:
+        count += good.shape[0] * good.shape[1]
+        if count >= SAMPLE_CROPS:
             break
-    return np.concatenate(parts) if seen else None
+    return np.concatenate(parts) if count else None
 
 
 def entropy_bits(values_B: np.ndarray) -> float | None:
-    """Order-0 entropy of a value with Miller and Madow's correction, None for too few values."""
+    """Order-0 entropy per value with the Miller-Madow correction; None for too few values."""
     counts = np.unique(values_B, return_counts=True)[1].astype(np.float64)
     total = counts.sum()
     if len(counts) > 1 and total < ENOUGH * len(counts):
@@ -143,13 +146,13 @@ def entropy_bits(values_B: np.ndarray) -> float | None:
 
 
 def ids_bits(ids_NMK: np.ndarray) -> float:
-    """Bits of a crop's kept classes under an adaptive code (Blackwell and MacQueen's urn, 1973).
+    """Bits per crop for its kept classes under an adaptive code (Blackwell-MacQueen urn, 1973).
 
-    Crop j's first choice c costs -log2 (n + a q) / (j + a): n of the image's j earlier crops had it
-    as theirs, q is its share among all first choices. The K - 1 others are coded alike, from the
-    kept classes of the earlier crops, less log2 (K - 1)! because their order carries nothing. The
-    weight a is the best of `WEIGHTS`. Any decoder could follow, so this is a length that can be
-    reached; a cleverer model may need less.
+    The top class c of crop j costs -log2 (n + a q) / (j + a), where n of the image's j earlier
+    crops have the same top class and q is its frequency among all top classes. The K - 1 others
+    are coded likewise, from the kept classes of the earlier crops, minus log2 (K - 1)! because
+    their order carries no information. The weight a is the best of `WEIGHTS`. The code is
+    decodable, so this length is achievable; a better model may need fewer bits.
     """
     first = _urn_bits(ids_NMK[:, :, :1], ids_NMK[:, :, :1])
     if ids_NMK.shape[2] == 1:
@@ -159,10 +162,10 @@ def ids_bits(ids_NMK: np.ndarray) -> float:
 
 
 def _urn_bits(coded_NMK: np.ndarray, known_NML: np.ndarray) -> float:
-    """Bits of a crop's coded classes, given the known ones of its image's earlier crops.
+    """Bits per crop for its coded classes, given the known classes of the image's earlier crops.
 
-    A class costs -log2 (n + a q) / (j L + a): n of the image's j earlier crops know it, each of
-    them knows L classes, and q is its share among all that are coded. The coded classes of a crop
+    A class costs -log2 (n + a q) / (j L + a): n of the image's j earlier crops have it among their
+    L known classes, and q is its frequency among all coded classes. The coded classes of a crop
     are the last K of its known ones.
     """
     crops_M, kept = coded_NMK.shape[1:]
@@ -176,10 +179,10 @@ def _urn_bits(coded_NMK: np.ndarray, known_NML: np.ndarray) -> float:
 
 
 def _earlier_crops(ids_NML: np.ndarray) -> np.ndarray:
-    """int64 (N, M, L): how many earlier crops of its image have each class, which a crop has once.
+    """int64 (N, M, L): number of earlier crops of the image that have each class.
 
-    A stable sort brings the same class of the same image together, in the order of the crops; how
-    far one is from the first of these is how many came before it.
+    The classes of a crop are distinct. A stable sort groups equal classes of an image in the order
+    of the crops; the count is the distance from the start of the group.
     """
     _, number = np.unique(ids_NML, return_inverse=True)
     image_N11 = np.arange(len(ids_NML))[:, None, None]

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def names_of(reports: Sequence[StorageReport]) -> list[str]:
-    """The last part of each store's path, as much of it as tells them apart."""
+    """Short names of the stores: the shortest distinct suffixes of their paths."""
     parts = [PurePosixPath(r.url).parts or (r.url,) for r in reports]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({place})" for place, name in enumerate(names, 1)]
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
 def field_table(r: StorageReport) -> Table:
-    """Each field: bytes stored, and per crop stored, uncompressed and as an ideal code."""
+    """Bytes of each field: stored, and per crop stored, uncompressed and with an ideal code."""
     crops = max(r.images * r.crops_per_image, 1)
     rows = [
         [
@@ -47,20 +47,19 @@ def field_table(r: StorageReport) -> Table:
     return columns, rows
 
 
-def _this(row: PaperRow, r: StorageReport) -> int | None:
-    """A store at the paper's size, where it is finished and serves the row's label: K is at most
-    its classes."""
+def _at_paper_size(row: PaperRow, r: StorageReport) -> int | None:
+    """Size of a store at the paper's scale, if it is finished and serves the row's label."""
     k = row.name.partition(":")[2]
     return None if not r.finished or (k.isdigit() and int(k) > r.classes) else row.this
 
 
 def paper_rows(r: StorageReport) -> Table:
-    """The FKD paper's Table 2 beside this store and beside one of just that label."""
+    """The FKD paper's Table 2, with this store and a planned store of each label."""
     rows = [
         [
             row.name,
             words.gigabytes(row.paper),
-            "" if (this := _this(row, r)) is None else words.gigabytes(this),
+            "" if (this := _at_paper_size(row, r)) is None else words.gigabytes(this),
             "" if this is None else f"{row.paper / this:.1f}",
             "" if row.planned is None else words.gigabytes(row.planned),
         ]
@@ -70,7 +69,7 @@ def paper_rows(r: StorageReport) -> Table:
 
 
 def store_table(reports: Sequence[StorageReport]) -> Table:
-    """Several stores, one a row."""
+    """One row per store."""
     rows = [
         [
             name,
@@ -89,7 +88,7 @@ def store_table(reports: Sequence[StorageReport]) -> Table:
 
 
 def side_by_side(reports: Sequence[StorageReport]) -> Table:
-    """Bytes per crop of each field, one column a store; in brackets what an ideal code needs."""
+    """Bytes per crop of each field, one column per store; an ideal code's in parentheses."""
     fields = sorted({name for r in reports for name in r.fields})
     rows = []
     for field in fields:
@@ -108,10 +107,10 @@ def side_by_side(reports: Sequence[StorageReport]) -> Table:
 
 
 def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
-    """Table 2 with a column for each store at the paper's size."""
+    """Table 2 with a column per store, at the paper's scale."""
     rows = []
-    for place, row in enumerate(reports[0].table):
-        cells = [_this(r.table[place], r) for r in reports]
+    for index, row in enumerate(reports[0].table):
+        cells = [_at_paper_size(r.table[index], r) for r in reports]
         rows.append(
             [
                 row.name,
@@ -123,7 +122,7 @@ def paper_side_by_side(reports: Sequence[StorageReport]) -> Table:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Each planned store: bytes, hours of teachers, reading, memory."""
+    """Size, teacher time and read rate of each planned store."""
     columns = ["form", "B/crop", "stored", "cache", "teacher hours", "read MB/s"]
     rows = []
     for store in plan.stores:
@@ -142,7 +141,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_fields(plan: Plan) -> Table:
-    """Bytes per crop of each array of the planned stores."""
+    """Bytes per crop of each array, one column per planned store."""
     names = list(dict.fromkeys(name for store in plan.stores for name in store.fields))
     rows = [
         [name, *(f"{s.fields[name]:,.2f}" if name in s.fields else "" for s in plan.stores)]
@@ -152,19 +151,19 @@ def plan_fields(plan: Plan) -> Table:
 
 
 def panels(reports: Sequence[StorageReport]) -> list[Panel]:
-    """Plots of one store or several."""
+    """Plots of storage reports."""
     bars = sum(size.raw_bytes > 0 for r in reports for size in r.fields.values())
     return [
         Panel(
             "Bytes per crop by field",
-            "Uncompressed, as stored, and what an ideal code would need (where that can be told).",
+            "Uncompressed, as stored, and with an ideal code (if known).",
             lambda axes: _fields(axes, reports),
             wide=True,
             height=1.2 + 0.6 * bars,
         ),
         Panel(
             "ImageNet-1K x 200 crops",
-            "Table 2 of the FKD paper, and the stores at that size. Logarithmic.",
+            "Table 2 of the FKD paper, and the stores at the same scale (logarithmic axis).",
             lambda axes: _paper(axes, reports),
             wide=True,
             height=1.0 + 0.3 * (len(reports[0].table) + len(reports)),
@@ -180,7 +179,7 @@ def _fields(axes: Axes, reports: Sequence[StorageReport]) -> None:
             if size.raw_bytes:
                 label = field if len(reports) == 1 else f"{name}: {field}"
                 bars.append((label, size.raw_bytes / crops, size.bytes_per_crop, size.bound))
-    where = np.arange(len(bars))
+    y_positions = np.arange(len(bars))
     for offset, column, name, colour in (
         (-0.27, 1, "uncompressed", "#b9c9e4"),
         (0.0, 2, "stored", COLOURS[0]),
@@ -189,10 +188,12 @@ def _fields(axes: Axes, reports: Sequence[StorageReport]) -> None:
         values = [bar[column] for bar in bars]
         known = [k for k, value in enumerate(values) if value is not None]
         lengths = [float(values[k] or 0.0) for k in known]
-        axes.barh(where[known] + offset, lengths, 0.25, color=colour, label=name)
+        axes.barh(y_positions[known] + offset, lengths, 0.25, color=colour, label=name)
         for k, value in zip(known, lengths, strict=True):
-            axes.text(value, float(where[k]) + offset, f" {value:,.2f}", va="center", fontsize=8)
-    axes.set_yticks(where, [bar[0] for bar in bars], fontsize=9)
+            axes.text(
+                value, float(y_positions[k]) + offset, f" {value:,.2f}", va="center", fontsize=8
+            )
+    axes.set_yticks(y_positions, [bar[0] for bar in bars], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -207,12 +208,12 @@ def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
         for name, r in zip(names_of(reports), reports, strict=True)
         if r.finished
     ]
-    where = np.arange(len(bars))
+    y_positions = np.arange(len(bars))
     gigabytes = [size / 1e9 for _, size, _ in bars]
-    axes.barh(where, gigabytes, 0.7, color=[colour for *_, colour in bars])
-    for y, (_, size, _), value in zip(where, bars, gigabytes, strict=True):
+    axes.barh(y_positions, gigabytes, 0.7, color=[colour for *_, colour in bars])
+    for y, (_, size, _), value in zip(y_positions, bars, gigabytes, strict=True):
         axes.text(value, float(y), f" {words.gigabytes(size)}", va="center", fontsize=8)
-    axes.set_yticks(where, [name for name, *_ in bars], fontsize=9)
+    axes.set_yticks(y_positions, [name for name, *_ in bars], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.margins(x=0.1)
@@ -221,19 +222,19 @@ def _paper(axes: Axes, reports: Sequence[StorageReport]) -> None:
 
 
 def plan_panels(plan: Plan) -> list[Panel]:
-    """Plots of a plan: what each store is made of, and what it takes."""
+    """Plots of a plan: composition and size of each store."""
     height = 1.4 + 0.5 * len(plan.stores)
     return [
         Panel(
             "Bytes per crop by array",
-            "Arrays of each planned store, one after the other.",
+            "The arrays of each planned store, stacked.",
             lambda axes: _plan_fields(axes, plan),
             wide=True,
             height=height,
         ),
         Panel(
-            "Stored, and laid out for training",
-            "On disk, and local space on each training node.",
+            "Store and cache",
+            "Size of the store, and of the local cache on each training node.",
             lambda axes: _plan_bytes(axes, plan),
             wide=True,
             height=height,
@@ -242,29 +243,34 @@ def plan_panels(plan: Plan) -> list[Panel]:
 
 
 def _plan_fields(axes: Axes, plan: Plan) -> None:
-    where = np.arange(len(plan.stores))
-    left = np.zeros(len(where))
-    for place, name in enumerate(dict.fromkeys(f for s in plan.stores for f in s.fields)):
+    y_positions = np.arange(len(plan.stores))
+    left = np.zeros(len(y_positions))
+    for index, name in enumerate(dict.fromkeys(f for s in plan.stores for f in s.fields)):
         lengths = np.array([store.fields.get(name, 0.0) for store in plan.stores])
-        axes.barh(where, lengths, 0.6, left=left, color=COLOURS[place % len(COLOURS)], label=name)
+        axes.barh(
+            y_positions, lengths, 0.6, left=left, color=COLOURS[index % len(COLOURS)], label=name
+        )
         left += lengths
-    _bars(axes, plan, zip(where, left, strict=True), "bytes per crop")
+    _bars(axes, plan, zip(y_positions, left, strict=True), "bytes per crop")
 
 
 def _plan_bytes(axes: Axes, plan: Plan) -> None:
-    where = np.arange(len(plan.stores))
+    y_positions = np.arange(len(plan.stores))
     stored = np.array([store.stored_bytes / 1e9 for store in plan.stores])
     cache = np.array([store.cache_bytes / 1e9 for store in plan.stores])
-    axes.barh(where - 0.2, stored, 0.4, color=COLOURS[0], label="stored")
-    axes.barh(where + 0.2, cache, 0.4, color=COLOURS[1], label="cache")
-    ends = [*zip(where - 0.2, stored, strict=True), *zip(where + 0.2, cache, strict=True)]
+    axes.barh(y_positions - 0.2, stored, 0.4, color=COLOURS[0], label="stored")
+    axes.barh(y_positions + 0.2, cache, 0.4, color=COLOURS[1], label="cache")
+    ends = [
+        *zip(y_positions - 0.2, stored, strict=True),
+        *zip(y_positions + 0.2, cache, strict=True),
+    ]
     _bars(axes, plan, ends, "gigabytes")
 
 
 def _bars(axes: Axes, plan: Plan, ends: Iterable[tuple[float, float]], unit: str) -> None:
-    """What the plots of a plan share: forms, the value at each bar's end, a legend above."""
-    for place, end in ends:
-        axes.text(end, place, f" {end:,.2f}", va="center", fontsize=8)
+    """Common elements of a plan's plots: forms, the value at the end of each bar, a legend."""
+    for y, end in ends:
+        axes.text(end, y, f" {end:,.2f}", va="center", fontsize=8)
     axes.set_yticks(np.arange(len(plan.stores)), [store.form for store in plan.stores])
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -274,12 +280,12 @@ def _bars(axes: Axes, plan: Plan, ends: Iterable[tuple[float, float]], unit: str
 
 
 def report_page(reports: Sequence[StorageReport]) -> str:
-    """Several stores, or one, as a page."""
+    """Storage reports as a page."""
     sections = [Section(table=store_table(reports), panels=panels(reports))]
     for name, r in zip(names_of(reports), reports, strict=True):
         sections.append(Section(f"{name}: fields", table=field_table(r)))
     beside = paper_rows(reports[0]) if len(reports) == 1 else paper_side_by_side(reports)
-    heading = "ImageNet-1K x 200 crops, beside Table 2 of the FKD paper"
+    heading = "ImageNet-1K x 200 crops, compared with Table 2 of the FKD paper"
     sections.append(Section(heading, table=beside))
     sections += [Section(text=say(reports)) for say in (unfinished_words, other_classes)]
     return sections_page("Storage", ENTROPY_WORDS, sections)
@@ -297,29 +303,29 @@ def plan_page(plan: Plan) -> str:
 
 
 def unfinished_words(reports: Sequence[StorageReport]) -> str:
-    """What is missing of stores whose size at ImageNet's scale cannot be told yet."""
-    said = [
+    """A note on unfinished stores, whose size at ImageNet's scale is not known yet."""
+    notes = [
         f"{name} has {sum(x.units_done for x in r.sources) or 'none'} of its "
         f"{sum(x.units for x in r.sources)} units"
         for name, r in zip(names_of(reports), reports, strict=True)
         if not r.finished
     ]
-    later = "its size at ImageNet's scale is told once generate has finished it."
-    return f"Not finished: {', '.join(said)}; {later}" if said else ""
+    later = "sizes at ImageNet's scale are reported for finished stores."
+    return f"Not finished: {', '.join(notes)}; {later}" if notes else ""
 
 
 def other_classes(reports: Sequence[StorageReport]) -> str:
-    """A warning where a store's classes are not the paper's, since `full` grows with them."""
+    """A note on stores whose number of classes differs from the paper's; `full` depends on it."""
     others = [
         f"{name} has {r.classes:,}"
         for name, r in zip(names_of(reports), reports, strict=True)
         if r.classes not in (0, 1000)
     ]
-    return f"The paper's table is of 1,000 classes; {', '.join(others)}." if others else ""
+    return f"The paper's table is for 1,000 classes; {', '.join(others)}." if others else ""
 
 
 ENTROPY_WORDS = (
-    "Entropy: bytes per crop of an ideal code. Boxes and flips: their law; ids: an adaptive code "
-    "that knows the image's earlier crops; numbers: how often each value occurs (Miller-Madow)."
+    "Entropy: bytes per crop of an ideal code. Boxes and flips: the crop distribution; ids: an "
+    "adaptive code over the image's earlier crops; others: value frequencies (Miller-Madow)."
 )
-PLAN_WORDS = "Sizes of kept classes: of simulated labels; a teacher's may differ by 30 %."
+PLAN_WORDS = "Sizes of kept classes are from simulated labels; a teacher's may differ by 30 %."

@@ -1,4 +1,4 @@
-"""HTML pages from the templates in `templates/`: one file, its pictures inside, no script."""
+"""HTML pages from `templates/`: one file with embedded pictures and without scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows of tex
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; what is empty is left out."""
+    """A section of a page; empty parts are omitted."""
 
     heading: str = ""
     text: str = ""
@@ -27,7 +27,7 @@ class Section:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template; every value is text, whatever it looks like."""
+    """Render a template; all values are escaped."""
     return _environment().get_template(template).render(**values)
 
 

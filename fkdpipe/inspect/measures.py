@@ -1,4 +1,4 @@
-"""Numbers of single labels: entropy, distances, and whether a crop shows its image's class.
+"""Metrics of single labels: entropy, distances, and background crops.
 
 Entropies, cross-entropies and divergences are in nats. Letters: B crops, C classes.
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-UNSURE = 0.5  # a first choice below this is of low confidence
-ABSENT = 0.1  # with that, a crop that gives its image's class less than this shows something else
-FLOOR = 2.0**-22  # float32 sums of a label are off by about this: less is as good as nothing
+UNSURE = 0.5  # low confidence: a largest probability below this
+ABSENT = 0.1  # background: low confidence, and the image's class has less than this
+FLOOR = 2.0**-22  # about the rounding error of a float32 sum; smaller values count as zero
 
 
 def entropy(prob_BC: np.ndarray) -> np.ndarray:
-    """float64 (B,), in nats; 0 log 0 is 0."""
+    """float64 (B,), in nats, with 0 log 0 = 0."""
     prob = prob_BC.astype(np.float64)
     return -np.sum(prob * np.log(np.where(prob > 0, prob, 1.0)), axis=-1)
 
 
 def log_guess(prob_BC: np.ndarray) -> np.ndarray:
-    """float32 (B, C): natural logarithms, probabilities below `FLOOR` counted as that."""
+    """float32 (B, C): natural logarithms of the probabilities, clamped to `FLOOR`."""
     return np.log(np.maximum(prob_BC.astype(np.float32), np.float32(FLOOR)))
 
 
@@ -36,7 +36,7 @@ def total_variation(a_BC: np.ndarray, b_BC: np.ndarray) -> np.ndarray:
 def divergence(stored_BC: np.ndarray, target_BC: np.ndarray) -> np.ndarray:
     """float64 (B,): KL(stored || target) in nats.
 
-    Infinite where the target gives nothing to a class that has at least `FLOOR`.
+    Infinite if the target is zero for a class with at least `FLOOR`.
     """
     counts = stored_BC >= FLOOR
     stored = np.where(counts, stored_BC, 1.0).astype(np.float64)
@@ -46,9 +46,9 @@ def divergence(stored_BC: np.ndarray, target_BC: np.ndarray) -> np.ndarray:
 
 
 def background(prob_BC: np.ndarray, truth_B: np.ndarray) -> np.ndarray:
-    """bool (B,): crops that probably show something else than their image's class.
+    """bool (B,): crops that probably do not show their image's class.
 
-    The first choice is below `UNSURE`, and the image's class has less than `ABSENT`.
+    The largest probability is below `UNSURE`, and the image's class has less than `ABSENT`.
     """
     true_B = prob_BC[np.arange(len(prob_BC)), np.maximum(truth_B, 0)]
     return (truth_B >= 0) & (prob_BC.max(axis=1) < UNSURE) & (true_B < ABSENT)

@@ -1,11 +1,11 @@
-"""A store opened by hand: what is in it, and its values as NumPy arrays.
+"""An opened store: its contents, and its values as NumPy arrays.
 
     store = open_store("store")
-    store                                                  # in a notebook: a short table
+    store                                                  # in a notebook: a summary
     store.read("resnet50", "ids", rows=[0, 1], crops=[0])  # as stored
     store.probabilities("resnet50", rows=slice(0, 100))    # float32, all classes
 
-Rows are images in the store's order, a fixed random permutation. Letters: I images asked for, m
+Rows are images in the store's order, a fixed random permutation. Letters: I selected images, m
 crops of each, C classes, D feature dimensions.
 """
 
@@ -33,9 +33,9 @@ Index = Sequence[int] | np.ndarray | slice | int | None
 
 
 class Store:
-    """An opened store. Cheap to make: lists and values are read when they are asked for.
+    """An opened store. Lists and values are read on demand.
 
-    Unfinished stores open too; reading a unit that is not committed raises UnsealedStoreError.
+    Unfinished stores can be opened; reading a unit that is not committed raises UnsealedStoreError.
     """
 
     def __init__(self, store: storage.Store) -> None:
@@ -43,81 +43,81 @@ class Store:
 
     @property
     def url(self) -> str:
-        """Where it lies: the folder or the URL."""
+        """The folder or URL of the store."""
         return self._store.url
 
     def __fspath__(self) -> str:
-        """So that it can be given wherever a path or URL of a store is asked for."""
+        """Lets a store be passed wherever a path or URL is expected."""
         return self.url
 
     @property
     def images(self) -> int:
-        """N, images of the store's list."""
+        """N, the number of images in the store."""
         return self._store.num_images
 
     @cached_property
     def crops_per_image(self) -> int:
-        """M, crops recorded of every image, over all rounds."""
+        """M, the number of crops recorded per image, over all rounds."""
         return sum(part.settings.crops for part in self._store.rounds())
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the folder's classes in order of class index; empty without class folders."""
+        """Class names in order of class index; empty without class folders."""
         return self._store.images.class_names
 
     @property
     def class_indices(self) -> np.ndarray:
-        """int32 (N,): the class of each image by its folder; -1 where it has none."""
+        """int32 (N,): class index of each image, from its folder; -1 without class."""
         return self._store.images.class_N
 
     @cached_property
     def sources(self) -> tuple[SourceReport, ...]:
-        """What teachers left: labels by source ("resnet50"), features by source and layer
+        """Labels, named by source ("resnet50"), and features, by source and layer
         ("resnet50/post")."""
         return tuple(report.sources(self._store))
 
     @property
     def forms(self) -> dict[str, str]:
-        """Form of each source of labels: {"resnet50": "topk:10"}."""
+        """Form of each label source, for example {"resnet50": "topk:10"}."""
         return {source.name: source.form for source in self.sources if source.kind == "labels"}
 
     def keys(self, rows: Index = None) -> list[str]:
-        """Paths of images, relative to the folder the store was made of."""
+        """Paths of images, relative to the folder that the store was made from."""
         return [str(key) for key in self._store.images.keys[self._rows(rows)]]
 
     def read(
         self, source: str | None, field: str, rows: Index = None, crops: Index = None
     ) -> np.ndarray:
-        """Values of some crops as they are stored, checked against their checksums.
+        """Stored values of some crops, verified against their checksums.
 
-        Images that failed have fill values (`report().failed` counts them).
+        Failed images have fill values (`report().failed` counts them).
 
         Args:
-            source: a name of `sources`. Fields of crops are the same for all: None will do.
-            field: an array by its name on disk (docs/format.md): of crops "box", "flip" and
-                "jitter"; of labels "ids", "prob" or "stick", "log_prob", "logit", "logit_max"; of
+            source: a name from `sources`. Crop fields do not depend on it: None is enough.
+            field: name of an array on disk (docs/format.md): for crops "box", "flip" and
+                "jitter"; for labels "ids", "prob" or "stick", "log_prob", "logit", "logit_max"; for
                 features "value", or "code" and "scale".
-            rows, crops: which; None takes all.
+            rows, crops: indices; None selects all.
 
         Returns:
             (I, m, ...): box uint16 (top, left, height, width) in pixels; flip bool; jitter float32
-            (brightness, contrast, saturation, hue); ids uint16 or uint32; the others as the form
-            or the code has them.
+            (brightness, contrast, saturation, hue); ids uint16 or uint32; the dtype of the others
+            depends on the form or the code.
 
         Raises:
-            StoreError: no such source or field. UsageError: rows or crops that are not there.
-            UnsealedStoreError: not committed yet. DamagedStoreError: not what was committed.
+            StoreError: no such source or field. UsageError: rows or crops out of range.
+            UnsealedStoreError: not committed yet. DamagedStoreError: a checksum differs.
         """
         labelled, boxes = self._segments(source)
-        found = {f.name: (boxes, f) for f in _crop_fields(boxes[0].part)}
-        found |= {f.name: (labelled, f) for segment in labelled[:1] for f in segment.part.fields}
-        if field not in found:
+        fields = {f.name: (boxes, f) for f in _crop_fields(boxes[0].part)}
+        fields |= {f.name: (labelled, f) for segment in labelled[:1] for f in segment.part.fields}
+        if field not in fields:
             raise StoreError(
                 f"{self.url} has no field {field!r} of {source or 'its crops'}; it has "
-                f"{', '.join(found)}.",
+                f"{', '.join(fields)}.",
                 code="no-field",
             )
-        segments, kind = found[field]
+        segments, kind = fields[field]
         rows_I, crops_m = self._rows(rows), self._crops(crops, boxes)
         values = np.empty((len(rows_I), len(crops_m), *kind.shape), dtype=kind.dtype)
         unit_I, local_I = np.divmod(rows_I, self._store.unit_size)
@@ -138,19 +138,19 @@ class Store:
     ) -> np.ndarray:
         """float32 (I, m, C) labels of some crops; each row sums to 1.
 
-        What `topk` leaves out is spread evenly over the other classes (marginal smoothing); `hard`
-        gives one-hot rows. Images that failed have NaN.
+        For `topk`, the remaining probability is spread evenly over the other classes (marginal
+        smoothing); `hard` gives one-hot rows. Failed images are NaN.
 
         Args:
-            temperature: of the softmax, for form `logits` alone.
+            temperature: of the softmax, only for form `logits`.
 
         Raises:
-            StoreError: no labels of this source; and those of `read`.
+            StoreError: no labels from this source. Also all errors of `read`.
         """
         segments, _ = self._segments(source)
         settings = segments[0].part.settings if segments else None
         if not isinstance(settings, LabelSettings):
-            raise StoreError(f"{self.url}: {source} holds no labels.", code="no-source")
+            raise StoreError(f"{self.url}: {source} has no labels.", code="no-source")
         form, C = settings.form, settings.classes
         if not form.sparse:
             scores = self.read(source, form.value_field, rows, crops)
@@ -171,43 +171,43 @@ class Store:
         return dense.reshape(*ids.shape[:2], C)
 
     def features(self, source: str, rows: Index = None, crops: Index = None) -> np.ndarray:
-        """float32 (I, m, D) feature vectors of some crops; of maps (I, m, C, H, W).
+        """float32 (I, m, D) feature vectors of some crops, or maps (I, m, C, H, W).
 
-        Images that failed have NaN.
+        Failed images are NaN.
 
         Args:
             source: "SOURCE/LAYER", for example "resnet50/post".
 
         Raises:
-            StoreError: no features of this name; and those of `read`.
+            StoreError: no features of this name. Also all errors of `read`.
         """
         segments, _ = self._segments(source)
         settings = segments[0].part.settings if segments else None
         if not isinstance(settings, FeatureSettings):
-            raise StoreError(f"{self.url}: {source} holds no features.", code="no-source")
+            raise StoreError(f"{self.url}: {source} has no features.", code="no-source")
         names = [field.name for field in segments[0].part.fields]
         stored = {name: self.read(source, name, rows, crops) for name in names}
         vectors = codes.decode(settings.code, stored)
         return vectors.reshape(*vectors.shape[:2], *(settings.shape or (settings.dims,)))
 
     def report(self) -> StorageReport:
-        """What it takes on disk, field by field (`fkdpipe report`)."""
+        """Size on disk by field (`fkdpipe report`)."""
         return report.measure(self._store)
 
     def _segments(self, source: str | None) -> tuple[Sequence[Segment], Sequence[Segment]]:
-        """(of the source, of the crops)."""
-        wanted = []
+        """Segments of the source, and of the crops."""
+        parts = []
         if source is not None:
-            found = next((each for each in self.sources if each.name == source), None)
-            if found is None:
+            match = next((each for each in self.sources if each.name == source), None)
+            if match is None:
                 names = ", ".join(each.name for each in self.sources) or "none"
                 raise StoreError(
                     f"{self.url} has no source {source!r}; it has {names}.", code="no-source"
                 )
             name, _, layer = source.partition("/")
-            wanted = [(found.kind, name, layer)]
-        finished = reader.finished(self._store, wanted, allow_partial=True)
-        return (finished.labels[0] if wanted else ()), finished.crops
+            parts = [(match.kind, name, layer)]
+        finished = reader.finished(self._store, parts, allow_partial=True)
+        return (finished.labels[0] if parts else ()), finished.crops
 
     def _rows(self, rows: Index) -> np.ndarray:
         return _indices(rows, self.images, f"rows: {self.url} has {self.images} images")
@@ -217,7 +217,7 @@ class Store:
         return _indices(crops, count, f"crops: {self.url} has {count} of each image")
 
     def _table(self) -> list[tuple[str, str, str]]:
-        """The list of images and each source, in words."""
+        """Rows of the summary: the store, then each source."""
         images = words.count(self.images, "image"), words.count(self.crops_per_image, "crop")
         return [(self.url, f"{images[0]} x {images[1]}", f"{len(self.classes):,} classes")] + [
             (each.name, each.form or each.kind, f"{each.units_done} of {each.units} units done")
@@ -239,7 +239,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         url: a folder, or a URL (`s3://`, `gs://`, `az://`, `memory://`).
 
     Raises:
-        StoreError: no store there, or of another format version.
+        StoreError: not a store, or an unsupported format version.
     """
     return Store(storage.open_store(url))
 
@@ -251,21 +251,21 @@ def _crop_fields(part: storage.Part[CropsSettings]) -> Sequence[Field]:
 def _unit(
     store: storage.Store, segments: Sequence[Segment], field: str, unit: int, crops_m: np.ndarray
 ) -> np.ndarray:
-    """(images of the unit, m, ...): stored, or of derived crops drawn again."""
+    """(images of the unit, m, ...): stored values, or derived crops sampled again."""
     settings = segments[0].part.settings
     if isinstance(settings, CropsSettings) and settings.derived:
-        drawn = reader.read_crops(store, segments, unit, int(crops_m.max()) + 1)
-        return rounds.values_of(drawn)[field][:, crops_m]
+        crops = reader.read_crops(store, segments, unit, int(crops_m.max()) + 1)
+        return rounds.values_of(crops)[field][:, crops_m]
     return reader.read_unit(store, segments, field, unit, crops_m)
 
 
-def _indices(wanted: Index, count: int, what: str) -> np.ndarray:
-    """int64, from anything that indexes an array.
+def _indices(index: Index, count: int, what: str) -> np.ndarray:
+    """int64 indices, from anything that can index an array.
 
     Raises:
-        UsageError: an index that is not there.
+        UsageError: an index out of range.
     """
     try:
-        return np.atleast_1d(np.arange(count)[slice(None) if wanted is None else wanted])
+        return np.atleast_1d(np.arange(count)[slice(None) if index is None else index])
     except (IndexError, TypeError) as error:
         raise UsageError(f"{what}; {error}.") from None

@@ -23,7 +23,7 @@ def analysis_page(a: Analysis) -> str:
         Section("Cross-entropy distances", DISTANCE_WORDS, distance_table(a)),
     ]
     for source in a.sources:
-        sections += [Section(f"{source.name}: {what}", table=t) for what, t in _tables(source)]
+        sections += [Section(f"{source.name}: {title}", table=t) for title, t in _tables(source)]
     if a.classes:
         sections += [
             Section("Classes, least agreement first", table=(CLASS_COLUMNS, class_rows(a))),
@@ -34,7 +34,7 @@ def analysis_page(a: Analysis) -> str:
 
 
 DISTANCE_WORDS = (
-    "Row a, column b: the mean of -Σ b log a in nats. Probabilities below 2⁻²² count as that."
+    "Row a, column b: the mean of -Σ b log a in nats. Probabilities are clamped to 2⁻²²."
 )
 
 
@@ -42,12 +42,12 @@ def _tables(source: SourceAnalysis) -> list[tuple[str, Table]]:
     tables: list[tuple[str, Table]] = []
     columns = ["", "crops", "confidence %", "agreement %"]
     if any(band.crops for band in source.by_confidence):
-        by_area = "by the crop's share of the image"
+        by_area = "by relative size of the crop"
         tables.append(("reliability by confidence", (columns, band_rows(source.by_confidence))))
         tables.append((by_area, (columns, band_rows(source.by_area))))
     if source.changes:
         columns = ["target", "total variation", "KL (nats)"]
-        tables.append(("what each target does to the label", (columns, change_rows(source))))
+        tables.append(("effect of each target on the label", (columns, change_rows(source))))
     return tables
 
 
@@ -55,7 +55,7 @@ CLASS_COLUMNS = ("class", "crops", "agreement %", "largest prob.", "entropy", "b
 
 
 def summary(a: Analysis) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the first table: one column a source."""
+    """Columns and rows of the summary table, one column per source."""
     lines: list[tuple[str, list[str]]] = [
         ("form", [s.form for s in a.sources]),
         ("entropy, mean (nats)", [number(s.entropy) for s in a.sources]),
@@ -66,7 +66,7 @@ def summary(a: Analysis) -> tuple[list[str], list[list[str]]]:
         lines += [
             ("agreement with ground truth", [share(s.agreement) for s in a.sources]),
             ("calibration error", [share(s.calibration_error) for s in a.sources]),
-            ("sure of another class", [share(s.elsewhere) for s in a.sources]),
+            ("confident in another class", [share(s.elsewhere) for s in a.sources]),
             ("probably background", [share(s.background) for s in a.sources]),
         ]
     for k in sorted({k for s in a.sources for k in s.kept}):
@@ -76,7 +76,7 @@ def summary(a: Analysis) -> tuple[list[str], list[list[str]]]:
 
 
 def distance_table(a: Analysis) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the distances; only kinds that can be a guess have a row."""
+    """Columns and rows of the distances; one-hot and hard have no row."""
     rows = [
         [f"{a.kinds[g]} →", *(number(value) for value in a.distance_AA[g])]
         for g in range(2, len(a.kinds))
@@ -85,7 +85,7 @@ def distance_table(a: Analysis) -> tuple[list[str], list[list[str]]]:
 
 
 def class_distances(a: Analysis) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the distances that the plot shows, of every class."""
+    """Columns and rows of the plotted distances, for every class."""
     columns = [f"{a.kinds[guess]} → {a.kinds[target]}" for guess, target in plots.pairs(a)]
     rows = [
         [name, *(number(distance_AA[pair]) for pair in plots.pairs(a))]
@@ -111,7 +111,7 @@ def class_rows(a: Analysis, count: int | None = None) -> list[list[str]]:
 
 
 def change_rows(source: SourceAnalysis) -> list[list[str]]:
-    """Targets with what they do to the stored label."""
+    """Targets and their effect on the stored label."""
     return [
         [name, f"{change.total_variation:.4f}", number(change.divergence)]
         for name, change in source.changes.items()
@@ -119,7 +119,7 @@ def change_rows(source: SourceAnalysis) -> list[list[str]]:
 
 
 def number(value: float) -> str:
-    """Three digits; an empty cell where a number is not defined."""
+    """Three decimals; empty for NaN."""
     if math.isnan(value):
         return ""
     return "∞" if math.isinf(value) else f"{value:.3f}"

@@ -1,7 +1,7 @@
 """Figures of an analysis and of storage reports, drawn without a display.
 
-A panel is a title, a sentence on how to read it and a function that draws on given axes, so that
-pages show each alone and a picture shows all together.
+A panel has a title, a caption and a function that draws on axes, so that pages can show each panel
+alone and a picture can show all together.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0b5fa5", "#d1701c", "#2b8a4b", "#a03a7d", "#6b6f76", "#b8960c", "#3a9ea5", "#8c4a2f")
-FIRST_CLASSES = 50  # as figure 3 of the FKD paper
+FIRST_CLASSES = 50  # as in figure 3 of the FKD paper
 PAIRS = 8
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot; `wide` asks for a whole row, `height` is in inches."""
+    """One plot. wide: takes a whole row. height: in inches."""
 
     title: str
     caption: str
@@ -38,22 +38,22 @@ class Panel:
 
 
 def analysis_panels(a: Analysis) -> list[Panel]:
-    """Plots of what an analysis found; those that need ground truth only where there is one."""
+    """Plots of an analysis; some need ground truth."""
     panels = [
         Panel(
             "Entropy of the labels",
-            "Zero is a one-hot label; the dotted line is ln C, a flat one. Where not all "
-            "probabilities are stored, the rest is spread evenly.",
+            "Zero is a one-hot label; the dotted line, ln C, is a uniform one. Probabilities that "
+            "are not stored are spread evenly.",
             lambda axes: _entropy(axes, a),
         ),
         Panel(
             "Largest probability",
-            "How sure the teacher is of its first choice.",
+            "The teacher's confidence.",
             lambda axes: _top1(axes, a),
         ),
         Panel(
-            "Mass kept by the K most probable classes",
-            "Mean over crops; the dashed line is the 10th percentile: nine crops of ten keep more.",
+            "Probability of the K most probable classes",
+            "Mean over crops; the dashed line is the 10th percentile.",
             lambda axes: _kept(axes, a),
         ),
     ]
@@ -61,23 +61,22 @@ def analysis_panels(a: Analysis) -> list[Panel]:
         panels += [
             Panel(
                 "Reliability",
-                "Crops by how sure the label is. On the diagonal, a label of 80 % is the image's "
-                "class in 80 of 100 crops.",
+                "Agreement by confidence. On the diagonal, 80 % of the crops with a confidence of "
+                "80 % agree with the image's class.",
                 lambda axes: _reliability(axes, a),
             ),
             Panel(
                 "Agreement by size of the crop",
-                "Small crops often show background or a part; their labels say so when the dashed "
-                "line (confidence) follows the solid one (agreement).",
+                "Small crops often show background or a part. Labels are calibrated where the "
+                "dashed line (confidence) follows the solid one (agreement).",
                 lambda axes: _areas(axes, a),
             ),
         ]
     if any(source.changes for source in a.sources):
         panels.append(
             Panel(
-                "What each target does to the label",
-                "Total variation from the whole stored label: 0 is the same, 1 has nothing in "
-                "common.",
+                "Effect of each target on the label",
+                "Total variation from the stored label: 0 is identical, 1 is disjoint.",
                 lambda axes: _changes(axes, a),
             )
         )
@@ -85,14 +84,14 @@ def analysis_panels(a: Analysis) -> list[Panel]:
         panels += [
             Panel(
                 "Cross-entropy distances by class",
-                "a → b is -Σ b log a, the mean over crops of a class (FKD, equation 2 and figure "
-                f"3); the first {FIRST_CLASSES} classes.",
+                "a → b is the mean of -Σ b log a over the crops of a class (FKD, equation 2 and "
+                f"figure 3); the first {FIRST_CLASSES} classes.",
                 lambda axes: _distances(axes, a),
                 wide=True,
             ),
             Panel(
                 "Agreement with the ground truth by class",
-                "Classes sorted by agreement; the lowest are named in the table.",
+                "Classes sorted by agreement; the table names the lowest.",
                 lambda axes: _agreement(axes, a),
                 wide=True,
             ),
@@ -101,16 +100,16 @@ def analysis_panels(a: Analysis) -> list[Panel]:
 
 
 def figure(panel: Panel) -> Figure:
-    """One panel alone."""
+    """A figure with one panel."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(11.6 if panel.wide else 5.6, panel.height), layout="constrained")
-    panel.draw(made.add_subplot())
-    return made
+    picture = Figure(figsize=(11.6 if panel.wide else 5.6, panel.height), layout="constrained")
+    panel.draw(picture.add_subplot())
+    return picture
 
 
 def together(panels: Sequence[Panel], title: str) -> Figure:
-    """All panels in one picture, two a row."""
+    """A figure with all panels, two per row."""
     from matplotlib.figure import Figure
 
     rows: list[list[Panel]] = []
@@ -120,31 +119,31 @@ def together(panels: Sequence[Panel], title: str) -> Figure:
         else:
             rows[-1].append(panel)
     heights = [max(panel.height for panel in row) for row in rows]
-    made = Figure(figsize=(11.5, sum(heights) + 0.5), layout="constrained")
-    made.suptitle(title, fontsize=12, x=0.01, ha="left")
-    grid = made.add_gridspec(len(rows), 2, height_ratios=heights)
-    for place, row in enumerate(rows):
+    picture = Figure(figsize=(11.5, sum(heights) + 0.5), layout="constrained")
+    picture.suptitle(title, fontsize=12, x=0.01, ha="left")
+    grid = picture.add_gridspec(len(rows), 2, height_ratios=heights)
+    for number, row in enumerate(rows):
         for column, panel in enumerate(row):
-            axes = made.add_subplot(grid[place, :] if panel.wide else grid[place, column])
+            axes = picture.add_subplot(grid[number, :] if panel.wide else grid[number, column])
             panel.draw(axes)
             axes.set_title(panel.title, fontsize=11, loc="left")
-    return made
+    return picture
 
 
-def to_png(made: Figure, *, dpi: int = 110) -> bytes:
+def to_png(picture: Figure, *, dpi: int = 110) -> bytes:
     """The bytes of a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(made)
+    FigureCanvasAgg(picture)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters the font lacks are drawn as boxes
-        made.savefig(buffer, format="png", dpi=dpi)
+        warnings.filterwarnings("ignore", "Glyph")  # missing glyphs are drawn as boxes
+        picture.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 def tick(name: str) -> str:
-    """A class name that fits under an axis, and that matplotlib does not read as a formula."""
+    """A class name shortened for an axis, escaped so that matplotlib does not parse it as math."""
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     short = plain if len(plain) <= 14 else f"{plain[:13]}…"
     return short.replace("$", r"\$")
@@ -158,8 +157,8 @@ def _plain(axes: Axes, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(axes: Axes, **how: Any) -> None:
-    axes.legend(frameon=False, fontsize=9, **how)
+def _legend(axes: Axes, **options: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, **options)
 
 
 def _histogram(axes: Axes, counts: Sequence[int], top: float, colour: str, name: str) -> None:
@@ -191,9 +190,9 @@ def _top1(axes: Axes, a: Analysis) -> None:
 def _kept(axes: Axes, a: Analysis) -> None:
     for source, colour in zip(a.sources, COLOURS, strict=False):
         mean, low = np.array(list(source.kept.values())).T * 100
-        places = np.array(list(source.kept))
-        axes.plot(places, mean, "o-", color=colour, markersize=4, label=source.name)
-        axes.plot(places, low, "o--", color=colour, markersize=3, linewidth=1)
+        kept_K = np.array(list(source.kept))
+        axes.plot(kept_K, mean, "o-", color=colour, markersize=4, label=source.name)
+        axes.plot(kept_K, low, "o--", color=colour, markersize=3, linewidth=1)
     ticks = sorted({k for source in a.sources for k in source.kept})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(k) for k in ticks])
@@ -229,7 +228,7 @@ def _areas(axes: Axes, a: Analysis) -> None:
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 118)
     axes.set_yticks(range(0, 101, 20))
-    _plain(axes, "crop's share of the image (%)", "agreement, confidence (%)")
+    _plain(axes, "crop area (% of the image)", "agreement, confidence (%)")
     _legend(axes, loc="upper left", ncols=2)
 
 
@@ -237,11 +236,11 @@ def _changes(axes: Axes, a: Analysis) -> None:
     sources = [source for source in a.sources if source.changes]
     names = list(sources[0].changes)
     height = 0.8 / len(sources)
-    for place, source in enumerate(sources):
+    for index, source in enumerate(sources):
         values = [source.changes[name].total_variation for name in names]
-        where = np.arange(len(names)) + (place - (len(sources) - 1) / 2) * height
-        axes.barh(where, values, height * 0.9, color=COLOURS[place], label=source.name)
-        for y, value in zip(where, values, strict=True):
+        y_positions = np.arange(len(names)) + (index - (len(sources) - 1) / 2) * height
+        axes.barh(y_positions, values, height * 0.9, color=COLOURS[index], label=source.name)
+        for y, value in zip(y_positions, values, strict=True):
             axes.text(value, y, f" {value:.3f}", va="center", fontsize=8)
     axes.set_yticks(np.arange(len(names)), names, fontsize=8)
     axes.invert_yaxis()
@@ -252,11 +251,11 @@ def _changes(axes: Axes, a: Analysis) -> None:
 
 
 def pairs(a: Analysis) -> list[tuple[int, int]]:
-    """(guess, target) worth a line: every soft kind to one-hot, to the others and to itself."""
+    """(prediction, target) pairs to plot: each soft kind to one-hot and to the other soft ones."""
     count = len(a.kinds)
     soft = range(2, count)
-    found = [(g, 0) for g in soft] + [(g, t) for g in soft for t in soft if g != t]
-    return (found if count > 3 else [*found, (2, 2)])[:PAIRS]
+    pairs = [(g, 0) for g in soft] + [(g, t) for g in soft for t in soft if g != t]
+    return (pairs if count > 3 else [*pairs, (2, 2)])[:PAIRS]
 
 
 def _distances(axes: Axes, a: Analysis) -> None:
@@ -267,9 +266,13 @@ def _distances(axes: Axes, a: Analysis) -> None:
     names = a.class_names[:FIRST_CLASSES]
     if len(names) <= 20:
         short = [tick(name) for name in names]
-        turn = 0 if sum(map(len, short)) < 90 else 35
+        rotation = 0 if sum(map(len, short)) < 90 else 35
         axes.set_xticks(
-            range(len(short)), short, rotation=turn, ha="right" if turn else "center", fontsize=8
+            range(len(short)),
+            short,
+            rotation=rotation,
+            ha="right" if rotation else "center",
+            fontsize=8,
         )
     _plain(axes, "class", "cross-entropy (nats)")
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
@@ -283,9 +286,13 @@ def _agreement(axes: Axes, a: Analysis) -> None:
     if few:
         axes.bar(range(len(ranked)), share, color=COLOURS[0], width=0.7)
         short = [tick(c.name) for c in ranked]
-        turn = 0 if sum(map(len, short)) < 110 else 35
+        rotation = 0 if sum(map(len, short)) < 110 else 35
         axes.set_xticks(
-            range(len(ranked)), short, rotation=turn, ha="right" if turn else "center", fontsize=8
+            range(len(ranked)),
+            short,
+            rotation=rotation,
+            ha="right" if rotation else "center",
+            fontsize=8,
         )
     else:
         axes.fill_between(range(len(ranked)), share, color=COLOURS[0], alpha=0.3)
@@ -299,7 +306,7 @@ def _agreement(axes: Axes, a: Analysis) -> None:
 
 
 def band_rows(bands: Sequence[Band]) -> list[list[str]]:
-    """Bands as rows of a table: range, crops, confidence and agreement in percent."""
+    """Table rows of bands: range, crops, confidence and agreement, in percent."""
     return [
         [
             f"{100 * band.low:.0f} to {100 * band.high:.0f} %",

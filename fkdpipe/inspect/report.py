@@ -1,7 +1,7 @@
-"""What a store takes on disk, field by field, and what it would take for ImageNet-1K.
+"""Size of a store on disk by field, and its projected size for ImageNet-1K.
 
-Every byte under the store is counted: arrays, lists, markers, manifests. Beside each field stands
-what it is uncompressed, and what an ideal code would need (`entropy`).
+All files of the store are counted: arrays, lists, commit records, manifests. Each field also has
+its uncompressed size and the size with an ideal code (`entropy`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PAPER_TABLE_2 = {
 }
 
 
-# The rows of the table that are not of crops: ReLabel's maps, one of each image.
+# Rows of the table without crops: ReLabel's maps, one per image.
 PAPER_MAPS = {"ReLabel, whole map": 1e12, "ReLabel, top-5 map": 10e9}
 
 
@@ -41,7 +41,7 @@ class FieldSize:
 
     Attributes:
         raw_bytes: before compression.
-        bound: bytes per crop that an ideal code would need (`entropy`), None where not told.
+        bound: bytes per crop with an ideal code (`entropy`); None if unknown.
     """
 
     stored_bytes: int
@@ -51,19 +51,19 @@ class FieldSize:
 
     @property
     def ratio(self) -> float:
-        """Raw over stored: how much smaller compression made it."""
+        """Compression ratio: raw over stored bytes."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 0.0
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source: its form, what it serves, how far it is.
+    """One source of labels or features.
 
     Attributes:
-        name: of labels the source, of features "SOURCE/LAYER".
+        name: the source for labels, "SOURCE/LAYER" for features.
         kind: "labels" or "features". form: of labels, else "".
-        targets: that a student can be trained on. teachers: their names, "" where unknown.
-        units_done, units: over all rounds.
+        targets: training targets it can serve. teachers: their names; "" if unknown.
+        units_done, units: finished and total units, over all rounds.
     """
 
     name: str
@@ -77,11 +77,11 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the paper's Table 2, all for ImageNet-1K x 200 crops, in bytes.
+    """A row of the paper's Table 2, in bytes for ImageNet-1K x 200 crops.
 
     Attributes:
-        this: this store at that size, when it serves the row's label, else None.
-        planned: a store of nothing more than that label; None for what is not of crops.
+        this: this store at that scale; None if it does not serve the row's label.
+        planned: a store with only that label; None for rows without crops.
     """
 
     name: str
@@ -92,14 +92,14 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class StorageReport:
-    """A measured store.
+    """Storage report of a store.
 
     Attributes:
-        fields: by name; "images" and "commits" are what is not per crop.
-        imagenet: bytes of the same store for 1,281,167 images x 200 crops.
+        fields: by name; "images" and "commits" do not scale with the crops.
+        imagenet: projected bytes for 1,281,167 images x 200 crops.
         paper: rows of the paper's Table 2 that this store serves, in bytes.
-        table: every row of it.
-        failed: images without labels in some source. rejected: files left out by the scan.
+        table: all rows of Table 2.
+        failed: images without labels in some source. rejected: files rejected by the scan.
     """
 
     url: str
@@ -120,7 +120,7 @@ class StorageReport:
 
     @property
     def finished(self) -> bool:
-        """Sizes per crop are told of crops that are all there."""
+        """Whether all units are done, so that sizes per crop are meaningful."""
         return bool(self.sources) and all(s.units_done == s.units for s in self.sources)
 
     def to_json(self) -> dict[str, Any]:
@@ -158,10 +158,10 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     """Measure a store, finished or not.
 
     Args:
-        bounds: also read a sample of its values for what an ideal code would need.
+        bounds: also read a sample of the values to compute the size with an ideal code.
 
     Raises:
-        StoreError: no store, or its small files (with `bounds`, its first units) are damaged.
+        StoreError: not a store, or its metadata (with `bounds`, its first units) is damaged.
     """
     names = sizes.field_names(store)
     stored = sizes.stored_bytes(store, names)
@@ -178,8 +178,8 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
     per_crop = sum(size.bytes_per_crop for n, size in fields.items() if n not in per_image)
     others = sum(stored[name] for name in per_image) / max(store.num_images, 1)
     imagenet = IMAGENET_IMAGES * (IMAGENET_CROPS * per_crop + others)
-    taught = sources(store)
-    first = next((s for s in taught if s.kind == "labels"), None)
+    all_sources = sources(store)
+    first = next((s for s in all_sources if s.kind == "labels"), None)
     classes = max(
         (p.settings.classes for p in store.parts.values() if p.kind == "labels"), default=0
     )
@@ -196,7 +196,7 @@ def measure(store: Store, *, bounds: bool = False) -> StorageReport:
         imagenet=round(imagenet),
         paper=_paper_rows(first.form, classes) if first else {},
         table=paper_table(first.form if first else "", classes, round(imagenet)),
-        sources=taught,
+        sources=all_sources,
         failed=len(_failed(store)),
         rejected=len(store.images.rejected),
     )
@@ -220,28 +220,28 @@ def _raw_bytes(store: Store, names: dict[str, str]) -> Counter[str]:
 
 
 def _bounds(store: Store, names: dict[str, str]) -> dict[str, float]:
-    """By reported name, of the first round that tells it: crops are independent draws."""
-    found: dict[str, float] = {}
+    """Bounds by reported name, from the first round that has one: rounds are independent."""
+    bounds: dict[str, float] = {}
     for part in store.parts.values():
         if part.kind == "images" or all(
-            names[f"{part.path}/{f.name}"] in found for f in part.fields
+            names[f"{part.path}/{f.name}"] in bounds for f in part.fields
         ):
             continue
         for field, size in entropy.bytes_per_crop(store, part).items():
             if size is not None:
-                found.setdefault(names[f"{part.path}/{field}"], size)
-    return found
+                bounds.setdefault(names[f"{part.path}/{field}"], size)
+    return bounds
 
 
 def sources(store: Store) -> tuple[SourceReport, ...]:
     """Labels and features of a store, by kind and name."""
-    found: dict[tuple[str, str], list[Part]] = {}
+    parts_by_name: dict[tuple[str, str], list[Part]] = {}
     for part in store.parts.values():
         if part.kind in ("labels", "features"):
             name = "/".join(filter(None, (part.source, part.layer)))
-            found.setdefault((part.kind, name), []).append(part)
+            parts_by_name.setdefault((part.kind, name), []).append(part)
     reports = []
-    for (kind, name), parts in sorted(found.items()):
+    for (kind, name), parts in sorted(parts_by_name.items()):
         form = parts[0].settings.form if kind == "labels" else None
         reports.append(
             SourceReport(
@@ -261,7 +261,7 @@ def _units_done(store: Store, part: Part) -> int:
     try:
         if store.manifest(part) is not None:
             return store.num_units
-    except DamagedStoreError:  # `verify` tells; the markers still say how far it is
+    except DamagedStoreError:  # `verify` reports it; commit records still give the progress
         pass
     return sum(marker is not None for _, marker in store.markers(part))
 
@@ -277,7 +277,7 @@ def _failed(store: Store) -> set[int]:
 
 
 def _paper_rows(form_text: str, classes: int) -> dict[str, float]:
-    """Rows of the paper's table whose label this form can serve."""
+    """Rows of Table 2 whose label this form can serve."""
     form = parse_form(form_text)
     rows = {}
     for name, size in PAPER_TABLE_2.items():
@@ -291,13 +291,13 @@ def _paper_rows(form_text: str, classes: int) -> dict[str, float]:
 
 
 def paper_table(form_text: str, classes: int, imagenet: int) -> tuple[PaperRow, ...]:
-    """Table 2 beside a store of this form that takes `imagenet` bytes at the paper's size."""
+    """Table 2 with a store of this form, of `imagenet` bytes at the paper's scale."""
     served = _paper_rows(form_text, classes) if form_text else {}
     rows = [PaperRow(name, size, None, None) for name, size in PAPER_MAPS.items()]
     for name, size in PAPER_TABLE_2.items():
         form = planning.paper_form(labels.parse_target(name))
-        wanted = planning.Wanted(IMAGENET_IMAGES, IMAGENET_CROPS, 1000, (form,))
-        (planned,) = planning.plan(wanted).stores
+        spec = planning.Wanted(IMAGENET_IMAGES, IMAGENET_CROPS, 1000, (form,))
+        (planned,) = planning.plan(spec).stores
         this = imagenet if name in served else None
         rows.append(PaperRow(name, size, this, planned.stored_bytes))
     return tuple(rows)

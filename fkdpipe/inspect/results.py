@@ -1,4 +1,4 @@
-"""The numbers of an analysis, as plain data."""
+"""Results of an analysis, as plain data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Change:
-    """What a target does to the stored label, as means over crops.
+    """Distance of a target from the stored label, mean over crops.
 
     Attributes:
         total_variation: half the sum of absolute differences.
-        divergence: KL(stored || target); infinite where a target gives a class nothing.
+        divergence: KL(stored || target); infinite if the target of a class is zero.
     """
 
     total_variation: float
@@ -24,7 +24,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Band:
-    """Crops whose confidence (or area) lies in [low, high)."""
+    """Crops with confidence (or area) in [low, high)."""
 
     low: float
     high: float
@@ -35,21 +35,22 @@ class Band:
 
 @dataclass(frozen=True)
 class SourceAnalysis:
-    """One source's labels.
+    """Results for the labels of one source.
 
     Attributes:
-        exact: every probability is stored; else the rest is spread evenly, which gives the largest
-            entropy that the kept probabilities allow.
-        entropy_histogram: crops by entropy, `BINS` equal steps of 0..ln C.
-        top1_histogram: crops by largest probability, `BINS` equal steps of 0..1.
-        kept: K to (mean, 10th percentile) of the probability of the K most probable classes.
-        agreement: share of crops whose first choice is the image's class; NaN without classes.
+        exact: all probabilities are stored; else the rest is spread evenly, which maximises the
+            entropy given the kept probabilities.
+        entropy_histogram: crops by entropy, `BINS` equal bins of [0, ln C].
+        top1_histogram: crops by largest probability, `BINS` equal bins of [0, 1].
+        kept: by K, (mean, 10th percentile) of the probability of the K most probable classes.
+        agreement: share of crops whose top class is the image's class; NaN without classes.
         calibration_error: mean |confidence - agreement| over ten bands, weighted by crops.
-        unsure: share of crops whose first choice is below `measures.UNSURE`.
-        elsewhere: of crops with a surer choice that is not the image's class.
-        background: of unsure crops that give the image's class less than `measures.ABSENT`.
-        by_confidence, by_area: ten bands each; area is the crop's share of its image.
-        changes: by target, against the stored label; empty unless `exact`.
+        unsure: share of crops whose largest probability is below `measures.UNSURE`.
+        elsewhere: share of crops that are not unsure and whose top class is not the image's class.
+        background: share of crops that are unsure and have the image's class below
+            `measures.ABSENT`.
+        by_confidence, by_area: ten bands each; area is relative to the image.
+        changes: distance from the stored label by target; empty unless `exact`.
     """
 
     name: str
@@ -72,7 +73,7 @@ class SourceAnalysis:
 
 @dataclass(frozen=True)
 class ClassAnalysis:
-    """Crops of the images of one class, as the first source labels them."""
+    """Results for the crops of one class, from the labels of the first source."""
 
     name: str
     crops: int
@@ -84,14 +85,14 @@ class ClassAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Numbers of some crops of a store.
+    """Results for some crops of a store.
 
     Attributes:
-        kinds: one-hot, hard, each source, each model; of a single source also the smoothing, MS:K
+        kinds: one-hot, hard, each source, each model; for a single source also the smoothing, MS:K
             (marginal smoothing) and MR:K (marginal renormalisation) labels that it serves.
         distance_AA: float64; row a, column b is the mean of -sum P_b log P_a (FKD equation 2,
-            a -> b). NaN where a is one-hot or hard, which give nothing to other classes.
-        distance_CAA: the same over crops of each class; NaN for classes without crops.
+            a -> b). NaN where a is one-hot or hard, whose logarithms are infinite.
+        distance_CAA: the same for the crops of each class; NaN for classes without crops.
     """
 
     url: str
@@ -105,12 +106,12 @@ class Analysis:
     distance_CAA: np.ndarray
 
     def distances_by_class(self) -> dict[str, np.ndarray]:
-        """(A, A) of each class that has crops."""
+        """(A, A) distances of each class that has crops."""
         named = dict(zip(self.class_names, self.distance_CAA, strict=True))
         return {c.name: named[c.name] for c in self.classes}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers; null where a number is not defined or infinite."""
+        """JSON-compatible lists and numbers; null for NaN and infinity."""
         return {
             "images": self.images,
             "crops": self.crops,

@@ -1,7 +1,9 @@
 """Labels of a store as probabilities, read block by block.
 
-A block is some images of one unit and the crops of one crop group: small enough for any form, and
-read from a wide array in one piece. Letters: I images of a block, m crops of each, C classes.
+A block holds some images of one unit and the crops of one crop group. It fits in memory in any
+form, and is read from a wide array at once.
+
+Letters: I images of a block, m crops of each, C classes.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from fkdpipe.storage.schema import Json
 from fkdpipe.storage.settings import LabelSettings
 from fkdpipe.storage.store import Store
 
-BLOCK_VALUES = 2**23  # probabilities of a block: 32 MiB as float32
+BLOCK_VALUES = 2**23  # probabilities per block: 32 MiB as float32
 
 
 class Labels:
-    """One source's labels as a student may see them: all probabilities of each crop.
+    """Labels of one source as dense probabilities.
 
-    What `topk` leaves out is spread evenly (marginal smoothing); `hard` gives one-hot rows;
-    `logits` are taken at temperature 1.
+    For `topk`, the remaining probability is spread evenly (marginal smoothing); `hard` gives
+    one-hot rows; `logits` use temperature 1.
     """
 
     def __init__(
@@ -45,22 +47,22 @@ class Labels:
         settings: LabelSettings = segments[0].part.settings
         self.classes, self.teachers = settings.classes, settings.teachers
         self._store = store
-        self._read: tuple[int, tuple[int, ...], np.ndarray] | None = None
+        self._cached: tuple[int, tuple[int, ...], np.ndarray] | None = None
         self._reader: SparseReader | WideReader
         if self.form.sparse:
-            with reporter.task("labels", store.num_images, "images") as told:
-                advance = shared(told, len(segments))
+            with reporter.task("labels", store.num_images, "images") as advance_images:
+                advance = shared(advance_images, len(segments))
                 self._reader = SparseReader(store, segments, cache_dir, advance)
         else:
             self._reader = WideReader(store, segments, self.form.value_field)
 
     @property
     def exact(self) -> bool:
-        """Is every probability stored, so that no completion is assumed?"""
+        """Whether all probabilities are stored, so that none are filled in."""
         return not self.form.sparse or self.form.k == self.classes
 
     def take(self, rows_I: np.ndarray, crops_m: np.ndarray) -> np.ndarray:
-        """float32 (I, m, C), each row sums to 1. The images are of one unit."""
+        """float32 (I, m, C); each row sums to 1. All images must be of one unit."""
         shape = (len(rows_I), len(crops_m), self.classes)
         if isinstance(self._reader, SparseReader):
             kind = self.form.kind
@@ -70,24 +72,25 @@ class Labels:
             ).reshape(shape)
         unit = int(rows_I[0]) // self._store.unit_size
         key = (unit, tuple(crops_m.tolist()))
-        if self._read is None or self._read[:2] != key:  # blocks of a unit share what was read
-            self._read = (*key, self._reader.unit(unit, crops_m))
-        scores = self._read[2][rows_I - unit * self._store.unit_size]
+        if self._cached is None or self._cached[:2] != key:  # blocks of a unit share the scores
+            self._cached = (*key, self._reader.unit(unit, crops_m))
+        scores = self._cached[2][rows_I - unit * self._store.unit_size]
         return labels.softmax(scores.reshape(-1, self.classes)).reshape(shape)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Labels and crops of a store, ready to be looked at.
+    """Opened labels and crops of a store.
 
     Attributes:
-        labels: of each source, the same crops and classes.
-        truth_N: int64, class of each image among the labels' classes, -1 where it is not known.
-        class_names: of the labels' classes; their numbers where the store has no names for them.
+        finished: the images and crops with labels.
+        labels: of each source, with the same crops and classes.
+        truth_N: int64, class of each image among the labels' classes; -1 if unknown.
+        class_names: of the labels' classes; their indices if the store has no names.
     """
 
     store: Store
-    found: Finished
+    finished: Finished
     boxes: CropReader
     labels: tuple[Labels, ...]
     truth_N: np.ndarray
@@ -106,36 +109,38 @@ def open_labels(
     allow_partial: bool = False,
     reporter: Reporter = silent,
 ) -> Opened:
-    """Open some sources of a store (its only one when none is named).
+    """Open label sources of a store; by default its only one.
 
     Args:
-        allow_partial: look at the finished units of an unsealed store.
+        allow_partial: use the finished units of an unsealed store.
 
     Raises:
         StoreError: no such source, or no image with labels.
-        StoreMismatchError: sources of different classes.
-        UnsealedStoreError: something is missing, unless `allow_partial`.
+        StoreMismatchError: the sources have different classes.
+        UnsealedStoreError: the store is unfinished, unless `allow_partial`.
     """
     names = list(dict.fromkeys(sources)) or [reader.choose_source(store, None)]
-    found = reader.finished(
+    finished = reader.finished(
         store, [("labels", name, "") for name in names], allow_partial=allow_partial
     )
-    if not len(found.rows):
+    if not len(finished.rows):
         raise StoreError(f"{store.url} has no image with labels yet.", code="no-labels")
     opened = tuple(
         Labels(store, name, segments, cache_dir, reporter)
-        for name, segments in zip(names, found.labels, strict=True)
+        for name, segments in zip(names, finished.labels, strict=True)
     )
     widths = {labels.name: labels.classes for labels in opened}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise StoreMismatchError(f"sources of different classes cannot be compared: {listed}.")
+        raise StoreMismatchError(
+            f"sources with different numbers of classes cannot be compared: {listed}."
+        )
     classes = opened[0].classes
     named = len(store.images.class_names) == classes and not _projected(opened[0].teachers)
     return Opened(
         store=store,
-        found=found,
-        boxes=CropReader(store, found.crops, cache_dir),
+        finished=finished,
+        boxes=CropReader(store, finished.crops, cache_dir),
         labels=opened,
         truth_N=np.where(named, store.images.class_N, -1).astype(np.int64),
         class_names=store.images.class_names if named else tuple(map(str, range(classes))),
@@ -143,25 +148,25 @@ def open_labels(
 
 
 def _projected(teachers: Sequence[Json]) -> bool:
-    """Are these scores of a projection head, whose outputs are no classes?"""
+    """Whether the labels are scores of a projection head, not of classes."""
     return any(teacher.get("library") in SELF_SUPERVISED for teacher in teachers)
 
 
 def sample_rows(opened: Opened, images: int) -> np.ndarray:
-    """int64: the first so many images with labels, all for 0.
+    """int64: the first `images` rows with labels; 0 for all.
 
-    The store's order is a random permutation, so its beginning is a fair sample.
+    The store's order is a random permutation, so these are an unbiased sample.
     """
-    return opened.found.rows[:images] if images else opened.found.rows
+    return opened.finished.rows[:images] if images else opened.finished.rows
 
 
 def blocks(
     opened: Opened, rows_N: np.ndarray, crops_M: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows_I, crops_m) that together are all crops asked for, each once.
+    """Divide crops into blocks (rows_I, crops_m) that cover each crop once.
 
     Args:
-        rows_N: ascending. crops_M: ascending.
+        rows_N, crops_M: sorted.
     """
     store, group = opened.store, opened.store.group_size
     cuts = np.flatnonzero(np.diff(rows_N // store.unit_size)) + 1

@@ -1,4 +1,4 @@
-"""The chosen crops as pixels and bars: what a contact sheet or a page draws."""
+"""Selected crops as pixels and bars, for contact sheets and pages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fkdpipe.inspect.sources import Labels, Opened
 from fkdpipe.pixels import colour, images
 from fkdpipe.pixels.replay import DECODE_ERRORS, View, open_replay, size_failure
 
-BARS = 4  # most probable classes that are named; the image's own is added when it is not among them
+BARS = 4  # named classes: the most probable ones, always with the image's class
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One class of a label; `truth`: it is the image's own."""
+    """One class of a label. truth: whether it is the image's class."""
 
     name: str
     probability: float
@@ -32,12 +32,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class LabelView:
-    """A source's label of one crop.
+    """One source's label of a crop.
 
     Attributes:
-        bars: the most probable classes, and the image's own.
-        rest: probability of the classes not named.
-        agrees: is the first choice the image's class? None where that is not known.
+        bars: the most probable classes, and the image's class.
+        rest: probability of all other classes.
+        agrees: whether the top class is the image's class; None if unknown.
         entropy: in nats.
     """
 
@@ -54,8 +54,8 @@ class CropView:
 
     Attributes:
         box: (top, left, height, width) in pixels of the image.
-        jitter: are its colours changed, as recorded?
-        pixels: uint8 (side, side, 3), replayed (flipped, colours changed), as a student sees it.
+        jitter: whether it has recorded colour jitter.
+        pixels: uint8 (side, side, 3), replayed with flip and jitter, as a student sees it.
     """
 
     index: int
@@ -71,10 +71,10 @@ class ImageView:
     """An image and some of its crops.
 
     Attributes:
-        class_name: None where the image has none.
+        class_name: None if the image has no class.
         size: (height, width) of the image.
-        picture: uint8 (height, width, 3), the whole image no larger than asked for.
-        score: what the crops were ranked by, None when they were not.
+        picture: uint8 (height, width, 3), the whole image, downscaled.
+        score: ranking score of the crops; None if they are not ranked.
     """
 
     key: str
@@ -87,7 +87,7 @@ class ImageView:
 
 @dataclass(frozen=True)
 class Views:
-    """What was asked for: the images that could be shown, and why others could not."""
+    """The images that can be shown, and the reasons why others cannot."""
 
     images: tuple[ImageView, ...]
     left_out: tuple[str, ...]
@@ -96,11 +96,11 @@ class Views:
 def look(
     opened: Opened, data: Path, chosen: Sequence[Chosen], *, side: int = 160, picture: int = 220
 ) -> Views:
-    """Replay the chosen crops and read their labels.
+    """Replay the selected crops and read their labels.
 
     Args:
-        data: the image folder the store was made from.
-        side: height and width of a crop's pixels. picture: longest side of the whole image.
+        data: the image folder that the store was made from.
+        side: height and width of a crop in pixels. picture: longest side of the whole image.
 
     Raises:
         ImagesError: no such folder. ReplayError: none of the images can be shown.
@@ -109,15 +109,15 @@ def look(
     shown: list[ImageView] = []
     left_out: list[str] = []
     with open_replay("cpu", [View((side, side))]) as replayer:
-        wanted = [request(opened, root, np.array([c.row]), np.array(c.crops)) for c in chosen]
-        for each, asked, pixels in zip(chosen, wanted, replayer.run(wanted), strict=True):
+        requests = [request(opened, root, np.array([c.row]), np.array(c.crops)) for c in chosen]
+        for each, replayed, pixels in zip(chosen, requests, replayer.run(requests), strict=True):
             key = str(opened.store.images.keys[each.row])
             if pixels.failures:
                 left_out.append(f"{key}: {pixels.failures[0].detail}")
                 continue
             try:
-                small = whole(asked.paths[0], asked.size_I2[0], picture)
-            except ReplayError as error:  # another decoder's word on the same file
+                small = whole(replayed.paths[0], replayed.size_I2[0], picture)
+            except ReplayError as error:  # the other decoder fails on this file
                 left_out.append(f"{key}: {error}")
                 continue
             jitter_m4 = factors(opened, np.array([each.row]), np.array(each.crops))
@@ -126,21 +126,21 @@ def look(
                 ImageView(
                     key=key,
                     class_name=_class_name(opened, each.row),
-                    size=(int(asked.size_I2[0, 0]), int(asked.size_I2[0, 1])),
+                    size=(int(replayed.size_I2[0, 0]), int(replayed.size_I2[0, 1])),
                     picture=small,
                     crops=tuple(
                         CropView(
                             index=index,
-                            box=tuple(asked.box_Im4[0, place].tolist()),
-                            flip=bool(asked.flip_Im[0, place]),
+                            box=tuple(replayed.box_Im4[0, position].tolist()),
+                            flip=bool(replayed.flip_Im[0, position]),
                             jitter=jitter_m4 is not None,
-                            pixels=views_m3HW[place].transpose(1, 2, 0).copy(),
+                            pixels=views_m3HW[position].transpose(1, 2, 0).copy(),
                             labels=tuple(
                                 label_view(opened, source, each.row, index)
                                 for source in opened.labels
                             ),
                         )
-                        for place, index in enumerate(each.crops)
+                        for position, index in enumerate(each.crops)
                     ),
                     score=each.score,
                 )
@@ -152,14 +152,14 @@ def look(
 
 
 def _other_images(opened: Opened, root: Path) -> str:
-    """What to say where none of a sample of the store's images is in a folder."""
+    """A hint if none of a sample of the store's images is in the folder."""
     keys = [str(key) for key in opened.store.images.keys[:20]]
     if any(os.path.exists(images.path_of(root, key)) for key in keys):
         return ""
-    found = _some(images.class_folders(root)) or "no folders"
+    folders = _some(images.class_folders(root)) or "no folders"
     return (
-        f" These seem to be other images than the store's: found {found}; expected images like "
-        f"{_some(keys)}. Name the folder that the store was made of."
+        f" These do not seem to be the store's images: found {folders}; expected images like "
+        f"{_some(keys)}. Name the folder that the store was made from."
     )
 
 
@@ -173,27 +173,27 @@ def _class_name(opened: Opened, row: int) -> str | None:
 
 
 def whole(path: bytes, size_2: np.ndarray, longest: int) -> np.ndarray:
-    """uint8 (height, width, 3): an image made smaller, EXIF orientation not applied.
+    """uint8 (height, width, 3): a downscaled image, without applying the EXIF orientation.
 
     Raises:
-        ReplayError: it cannot be decoded, or to another size than recorded.
+        ReplayError: it cannot be decoded, or its size differs from the recorded one.
     """
     recorded = (int(size_2[0]), int(size_2[1]))
     try:
         with Image.open(os.fsdecode(path)) as image:
-            found = image.size[::-1]
+            size = image.size[::-1]
             plain = image.convert("RGB")
     except DECODE_ERRORS as error:
         raise ReplayError(f"{os.fsdecode(path)} cannot be decoded: {error}.") from error
-    if found != recorded:
-        raise ReplayError(f"{os.fsdecode(path)} {size_failure(0, found, recorded).detail}.")
+    if size != recorded:
+        raise ReplayError(f"{os.fsdecode(path)} {size_failure(0, size, recorded).detail}.")
     scale = longest / max(plain.size)
     small = (max(round(plain.width * scale), 1), max(round(plain.height * scale), 1))
     return np.asarray(plain.resize(small, Image.Resampling.BICUBIC))
 
 
 def label_view(opened: Opened, source: Labels, row: int, index: int) -> LabelView:
-    """The bars of one crop's label."""
+    """The label of one crop, as bars."""
     prob_C = source.take(np.array([row]), np.array([index]))[0, 0]
     truth = int(opened.truth_N[row])
     order = np.argsort(-prob_C, kind="stable")[:BARS].tolist()

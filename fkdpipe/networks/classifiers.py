@@ -1,4 +1,4 @@
-"""The classifier of a network, and of a state dict: which keys it has, and how many classes."""
+"""The classifier of a network or a state dict: its keys and its number of classes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def name_of(module: nn.Module) -> str:
 
 
 def last_linear(module: nn.Module) -> nn.Module:
-    """What a network that does not say so is taken to classify with.
+    """The assumed classifier of a network that does not name one.
 
     Raises:
-        ModelError: it has no linear layer.
+        ModelError: the network has no linear layer.
     """
     name = name_of(module)
     if not name:
-        raise ModelError(f"{type(module).__name__} has no linear layer to be its classifier.")
+        raise ModelError(f"{type(module).__name__} has no linear layer to use as its classifier.")
     return module.get_submodule(name)
 
 
 def count_classes(module: nn.Module) -> int:
-    """C, the width of a classifier; 0 where there is none."""
+    """C, the width of the classifier; 0 without one."""
     width = getattr(module, "num_classes", None)
     if width is not None:
         return int(width)
@@ -41,17 +41,17 @@ def count_classes(module: nn.Module) -> int:
 
 
 def classes_in(state: dict[str, torch.Tensor], module: nn.Module, library: str) -> int | None:
-    """Classes that a file has weights for: 0 of a timm tower; None where nobody can tell."""
+    """Number of classes in a state dict; 0 for a timm backbone; None if unknown."""
     name = name_of(module)
     for key in (f"{name}.weight", f"{name}.fc.weight"):
         if key in state:
             return int(state[key].shape[0])
-    is_tower = library == "timm" and not any(key.startswith(f"{name}.") for key in state)
-    return 0 if is_tower else None
+    is_backbone = library == "timm" and not any(key.startswith(f"{name}.") for key in state)
+    return 0 if is_backbone else None
 
 
 def keep_own(state: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with the classifiers of the module."""
+    """The state dict, with its classifiers replaced by those of the module."""
     config = getattr(module, "pretrained_cfg", None) or {}
     names = config.get("classifier") or name_of(module)
     heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

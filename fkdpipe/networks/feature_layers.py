@@ -1,11 +1,11 @@
-"""A timm network asked for more than its logits: penultimate vectors, stage maps.
+"""Feature layers of timm networks: penultimate vectors and stage maps, next to the logits.
 
-Through timm's own interfaces (`forward_intermediates`, `forward_head`, `get_classifier`), without
-hooks, inside one module, so that DDP and torch.compile see everything.
+Features are read through timm's interfaces (`forward_intermediates`, `forward_head`,
+`get_classifier`) inside one module without hooks, so that DDP and torch.compile see everything.
 
-CNNs end in an activation: the penultimate vector before it (KDEP's) and after it (SRD's, the
-classifier's) are different things and neither can be computed from the other once pooled. The last
-activation is taken out of the network and applied here, which touches no parameter.
+CNNs end in an activation. The penultimate vectors before it (for KDEP) and after it (for SRD and
+the classifier) differ, and after pooling neither can be computed from the other. The last
+activation is therefore removed from the network and applied here; no parameter changes.
 
 Letters: B batch, C classes, D penultimate width, H, W map.
 """
@@ -22,25 +22,25 @@ from torch import nn
 from fkdpipe.common.errors import ModelError
 from fkdpipe.networks import classifiers
 
-# Networks whose features end in a LayerNorm or plain residual sum: before and after are the same.
+# Networks that end in a LayerNorm or a residual sum: pre and post are the same.
 _WITHOUT_ACTIVATION = (
     "Beit", "Cait", "ConvNeXt", "Eva", "MlpMixer", "SwinTransformer", "SwinTransformerV2",
     "VisionTransformer", "VisionTransformerDistilled",
 )  # fmt: skip
 
 
-# ScaleKD takes blocks 3, 6, 9 and 12 of a transformer of twelve for its stages.
+# As in ScaleKD, which uses blocks 3, 6, 9 and 12 of a 12-block transformer as stages.
 PLAIN_STAGES = 4
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What is asked of a network.
+    """Feature layers to compute.
 
     Attributes:
-        penultimate: after the last activation. pre: before it.
-        stages: stage maps counted from the end: 1 is the last stage. Plain transformers and
-            mixers have none: a quarter of their blocks counts as one.
+        penultimate: penultimate vector after the last activation. pre: before it.
+        stages: stage maps, counted from the end; 1 is the last stage. In plain transformers and
+            mixers, a quarter of the blocks counts as a stage.
         final: the last map after the final norm.
     """
 
@@ -50,18 +50,18 @@ class Needs:
     final: bool = False
 
 
-def needs_of(kept: Collection[str]) -> Needs:
-    """What gives the features that a store keeps: pre, post or map."""
-    return Needs(pre="pre" in kept, penultimate="post" in kept, final="map" in kept)
+def needs_of(layers: Collection[str]) -> Needs:
+    """The feature layers for stored features: pre, post or map."""
+    return Needs(pre="pre" in layers, penultimate="post" in layers, final="map" in layers)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network gave. Only what was asked for is filled.
+    """Outputs of a network; layers that were not requested are None.
 
     Attributes:
-        logits: (B, C); (B, 0) when the rest was read from a store. penultimate, pre: (B, D).
-        stages: by number from the end, (B, C, H, W), after the activation, not normed.
+        logits: (B, C); (B, 0) for stored features. penultimate, pre: (B, D).
+        stages: (B, C, H, W) by stage from the end, after the activation, before the final norm.
         final: (B, C, H, W), the last map after the final norm.
     """
 
@@ -72,28 +72,28 @@ class Outputs:
     final: torch.Tensor | None = None
 
     def take(self, rows: slice) -> Outputs:
-        """A part of the batch."""
+        """A slice of the batch."""
 
-        def some(value: torch.Tensor | None) -> torch.Tensor | None:
+        def rows_of(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value[rows]
 
         return Outputs(
             logits=self.logits[rows],
-            penultimate=some(self.penultimate),
-            pre=some(self.pre),
+            penultimate=rows_of(self.penultimate),
+            pre=rows_of(self.pre),
             stages={number: value[rows] for number, value in self.stages.items()},
-            final=some(self.final),
+            final=rows_of(self.final),
         )
 
 
 class FeatureNetwork(nn.Module):
-    """A network with feature layers. `network` keeps its own state dict: it is what gets exported.
+    """A network that returns feature layers. `network` keeps its own state dict, for export.
 
     Raises:
-        ModelError: a feature layer that this family of networks does not have.
+        ModelError: this network does not have a requested feature layer.
     """
 
-    network: Any  # of some timm class; they share methods, not a base
+    network: Any  # timm networks share methods, not a base class
 
     def __init__(self, network: Any, needs: Needs) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class FeatureNetwork(nn.Module):
         _check_interface(network, needs)
         self._after_pooling = type(network).__name__ == "MobileNetV3"
         self._activation: nn.Module | None = None
-        self._ends_stage = False  # or does the activation come after the last stage's map
+        self._ends_stage = False  # whether the activation belongs to the last stage's map
         if needs.pre:
             self._activation, self._ends_stage = _take_activation(network)
         self._indices = [_stage_index(network, k) for k in sorted(needs.stages, reverse=True)]
@@ -114,10 +114,10 @@ class FeatureNetwork(nn.Module):
         network = self.network
         maps: dict[int, torch.Tensor] = {}
         if needs.stages:
-            final, found = network.forward_intermediates(
+            final, stages = network.forward_intermediates(
                 pixels_B3HW, indices=self._indices, norm=False, output_fmt="NCHW"
             )
-            maps = dict(zip(sorted(needs.stages, reverse=True), found, strict=True))
+            maps = dict(zip(sorted(needs.stages, reverse=True), stages, strict=True))
         else:
             final = network.forward_features(pixels_B3HW)
         pre, penultimate, logits = self._head(final)
@@ -133,17 +133,17 @@ class FeatureNetwork(nn.Module):
 
     @property
     def classifier(self) -> nn.ModuleList:
-        """The layers after the penultimate vector: one, or two of a network that was distilled."""
+        """The layers after the penultimate vector: one, or two in distilled DeiTs."""
         if not hasattr(self.network, "get_classifier"):
             return nn.ModuleList([classifiers.last_linear(self.network)])
-        found = self.network.get_classifier()
-        return nn.ModuleList(found if isinstance(found, tuple) else [found])
+        classifier = self.network.get_classifier()
+        return nn.ModuleList(classifier if isinstance(classifier, tuple) else [classifier])
 
     def _last_map(self, final: torch.Tensor) -> torch.Tensor:
-        made = to_map(self._activated(final), self.network)
+        last_map = to_map(self._activated(final), self.network)
         if type(self.network).__name__ == "ConvNeXt" and hasattr(self.network.head, "norm"):
-            made = self.network.head.norm(made)  # timm has it after pooling
-        return made
+            last_map = self.network.head.norm(last_map)  # timm applies it after pooling
+        return last_map
 
     def _activated(self, final: torch.Tensor) -> torch.Tensor:
         if self._activation is None or self._after_pooling:
@@ -151,7 +151,7 @@ class FeatureNetwork(nn.Module):
         return self._activation(final)
 
     def _head(self, final: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """(before the activation, after it, logits)."""
+        """(penultimate before the last activation, after it, logits)."""
         network = self.network
         pre = None
         if self.needs.pre:
@@ -172,22 +172,24 @@ class FeatureNetwork(nn.Module):
 
 
 def _check_interface(network: Any, needs: Needs) -> None:
-    """Refuse feature layers of a network that lacks the methods they are read through."""
-    asked = needs.penultimate or needs.pre or needs.stages or needs.final
-    wanted = ["forward_features", "forward_head", "get_classifier", "num_features"] if asked else []
-    wanted += ["forward_intermediates", "feature_info"] if needs.stages else []
-    missing = [name for name in wanted if not hasattr(network, name)]
+    """Refuse feature layers if the network lacks timm's methods for reading them."""
+    methods = []
+    if needs.penultimate or needs.pre or needs.stages or needs.final:
+        methods += ["forward_features", "forward_head", "get_classifier", "num_features"]
+    if needs.stages:
+        methods += ["forward_intermediates", "feature_info"]
+    missing = [name for name in methods if not hasattr(network, name)]
     if missing:
         raise ModelError(
-            f"{type(network).__name__} has no {', '.join(missing)}; maps and features are taken "
-            "through these, as timm's networks have them, and only labels without. timm has most "
-            "of torchvision's networks: take one without the prefix torchvision:.",
+            f"{type(network).__name__} has no {', '.join(missing)}, which features are read "
+            "through, as in timm; without these a network gives only labels. timm has most of "
+            "torchvision's networks: name one without the prefix torchvision:.",
             code="no-layer",
         )
 
 
 def _stage_index(network: Any, k: int) -> int:
-    """Where stage k from the end is among the network's features, counted from the end."""
+    """Index of stage k in the network's `feature_info`; both count from the end."""
     reductions = [info["reduction"] for info in network.feature_info]
     stages = len(reductions)
     even = len(set(reductions)) == 1 and stages >= PLAIN_STAGES
@@ -195,23 +197,23 @@ def _stage_index(network: Any, k: int) -> int:
         stages = PLAIN_STAGES
     if not 1 <= k <= stages:
         raise ModelError(
-            f"{type(network).__name__} has {stages} stages; stage {k} from the end is asked for.",
+            f"{type(network).__name__} has {stages} stages; stage {k} from the end was requested.",
             code="no-stage",
         )
     return -1 - (k - 1) * len(reductions) // PLAIN_STAGES if even else -k
 
 
 def example(network: FeatureNetwork, size: tuple[int, int], device: torch.device) -> Outputs:
-    """What a network gives for one black image: its shapes tell a method what to build."""
+    """Outputs for one black image, for their shapes."""
     was_training = network.training
     with torch.no_grad():
-        made = network.eval()(torch.zeros(1, 3, *size, device=device))
+        outputs = network.eval()(torch.zeros(1, 3, *size, device=device))
     network.train(was_training)
-    return made
+    return outputs
 
 
 def to_map(features: torch.Tensor, network: Any) -> torch.Tensor:
-    """(B, C, H, W) of what `forward_features` gives: NCHW, NHWC (Swin) or tokens with prefix."""
+    """(B, C, H, W) from an output of `forward_features`: NCHW, NHWC (Swin) or prefixed tokens."""
     if features.dim() == 4:
         channels = int(network.num_features)
         last = features.shape[-1] == channels and features.shape[1] != channels
@@ -229,24 +231,23 @@ def _grid(network: Any, tokens: int) -> tuple[int, int]:
         return int(size[0]), int(size[1])
     side = round(tokens**0.5)
     if side * side != tokens:
-        raise ModelError(f"{type(network).__name__}: {tokens} tokens are no square map.")
+        raise ModelError(f"{type(network).__name__}: {tokens} tokens do not form a square map.")
     return side, side
 
 
 def width(network: Any) -> int:
-    """D, of the penultimate vector."""
+    """D, the width of the penultimate vector."""
     return int(getattr(network, "head_hidden_size", None) or network.num_features)
 
 
 def has_activation(network: Any) -> bool:
-    """Does the penultimate vector differ before and after a last activation?"""
+    """Whether the network has a last activation, so that pre and post differ."""
     return type(network).__name__ not in _WITHOUT_ACTIVATION
 
 
 def _take_activation(network: Any) -> tuple[nn.Module | None, bool]:
-    """Replace the last activation by the identity and return it; None where there is none.
-
-    And whether it is the end of the last stage.
+    """Replace the last activation by the identity. Return it, or None without one, and whether it
+    belongs to the last stage.
     """
     kind = type(network).__name__
     if kind in _WITHOUT_ACTIVATION:
@@ -254,9 +255,9 @@ def _take_activation(network: Any) -> tuple[nn.Module | None, bool]:
     owner, name = _last_activation(network, kind)
     activation = getattr(owner, name)
     if isinstance(activation, nn.Identity):
-        raise ModelError(f"{kind}: its last activation has been taken out before.")
+        raise ModelError(f"{kind}: its last activation is already removed.")
     if hasattr(activation, "inplace"):
-        activation.inplace = False  # what is before it is wanted too
+        activation.inplace = False  # its input is an output too
     setattr(owner, name, nn.Identity())
     beyond = kind in ("MobileNetV3", "ResNetV2") or owner is getattr(network, "bn2", None)
     return activation, not beyond

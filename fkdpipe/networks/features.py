@@ -1,9 +1,9 @@
-"""Teacher features made to fit a student: their width aligned, their deviations evened out.
+"""Alignment of teacher features with a student's width, and scaling of their standard deviations.
 
 KDEP ("Knowledge Distillation as Efficient Pre-training", He et al.) projects a teacher's
-penultimate features, before its last ReLU, onto their leading principal components, and evens out
-their very different deviations with Power Temperature Scaling. The other alignments and
-transformations of its tables are here too.
+penultimate features, before its last ReLU, onto their leading principal components, and reduces the
+spread of their standard deviations with Power Temperature Scaling. The other alignments and
+transformations of its tables are implemented too.
 
 Letters: N vectors, D_t teacher width, K components kept, D_s student width, B batch.
 """
@@ -28,11 +28,9 @@ from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError, UsageError
 
 FeatureLayer = Literal["pre", "post"]
-StoredLayer = Literal[
-    "pre", "post", "map"
-]  # what a store keeps: penultimate vectors, or the last map
+StoredLayer = Literal["pre", "post", "map"]  # penultimate vectors, or the last map
 
-_RESOLUTION = 1e-6  # deviations smaller than this share of the largest are float32 noise
+_RESOLUTION = 1e-6  # smaller standard deviations, relative to the largest, are float32 noise
 _METADATA = "fkdpipe-basis"
 
 
@@ -41,12 +39,13 @@ class Basis:
     """Principal components of a teacher's features ("SVD" in the paper: centred, so PCA).
 
     Attributes:
-        mean_D: float64 (D_t,). components_DK: float64 (D_t, K), orthonormal columns by falling
-            deviation; the entry of largest magnitude of each column is positive.
-        std_K: deviation of the features along each component (S / sqrt(N - 1)).
-        channel_std_D: deviation of each raw channel.
+        mean_D: float64 (D_t,). components_DK: float64 (D_t, K), orthonormal columns in
+            order of decreasing standard deviation; the entry of largest magnitude of each column
+            is positive.
+        std_K: standard deviation along each component (S / sqrt(N - 1)).
+        channel_std_D: standard deviation of each channel.
         count: N.
-        facts: what it was fitted on: the teacher's weights and preprocessing, layer, crop
+        facts: origin of the basis: the teacher's weights and preprocessing, layer, crop
             distribution, seed.
     """
 
@@ -59,27 +58,27 @@ class Basis:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the numbers that a projection depends on."""
+        """SHA-256 (hex) of the arrays that a projection depends on."""
         return hashlib.sha256(self.mean_D.tobytes() + self.components_DK.tobytes()).hexdigest()
 
     @property
     def explained_K(self) -> np.ndarray:
-        """Share of the total variance that the first k components hold, k = 1, 2, ..."""
+        """Fraction of the variance explained by the first k components, k = 1, 2, ..."""
         variance = self.std_K**2
         return np.cumsum(variance) / (self.channel_std_D**2).sum()
 
     @property
     def rank(self) -> int:
-        """How many components have a direction of their own; the others are arbitrary."""
+        """Number of components with nonzero variance; the others have arbitrary directions."""
         return int((self.std_K > _RESOLUTION * self.std_K[0]).sum())
 
     def check_components(self, components: int) -> None:
-        """Raises UsageError when that many leading components are not there, or arbitrary."""
+        """Raises UsageError if the basis has fewer components than that."""
         if components > self.rank:
             raise UsageError(
                 f"the basis has {self.rank} components, fitted on {self.count} vectors of width "
-                f"{len(self.mean_D)}; {components} are asked for. Fit it on more images, or take "
-                "fewer."
+                f"{len(self.mean_D)}; {components} were requested. Fit it on more images, or "
+                "use fewer."
             )
 
     def project(self, features_BD: torch.Tensor, components: int) -> torch.Tensor:
@@ -96,20 +95,20 @@ class Basis:
             return (features_BD.float() - mean) @ axes
 
     def check_teacher(self, facts: dict[str, Any]) -> None:
-        """Refuse another teacher, or the same with another preprocessing.
+        """Refuse a different teacher, or the same one with different preprocessing.
 
         Args:
-            facts: of `fkdpipe.networks.teachers.Teacher.facts`.
+            facts: from `fkdpipe.networks.teachers.Teacher.facts`.
 
         Raises:
-            ModelError: naming what differs.
+            ModelError: the teachers differ; the message says in what.
         """
         own = self.facts["teacher"]
         differs = teachers_differ(own, facts)
         if differs:
             raise ModelError(
-                f"the basis was fitted on {own['name']} with other {', '.join(differs)}. Fit one "
-                "for this teacher with fkdpipe fit-basis.",
+                f"the basis was fitted on {own['name']} with different {', '.join(differs)}. Fit a "
+                "basis for this teacher with fkdpipe fit-basis.",
                 code="other-teacher",
             )
 
@@ -120,7 +119,7 @@ def fit(
     product_DD: np.ndarray,
     facts: dict[str, Any],
 ) -> Basis:
-    """The basis of N vectors known by their sums, in float64.
+    """The basis of N vectors, from their sums, in float64.
 
     Args:
         sum_D: sum of the vectors. product_DD: sum of their outer products.
@@ -147,13 +146,13 @@ def fit(
 
 
 def teachers_differ(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of what makes features of two teachers (`teachers.Teacher.facts`) different ones."""
+    """Keys in which two teachers (`teachers.Teacher.facts`) differ."""
     names = ("name", "library", "weights", "size", "interpolation", "mean", "std")
     return [name for name in names if own[name] != other[name]]
 
 
 def save_basis(file: Path, basis: Basis) -> None:
-    """As safetensors, facts in the header; complete or absent."""
+    """Write a basis atomically, as safetensors with the facts in the header."""
     arrays = {
         "mean": basis.mean_D,
         "components": basis.components_DK,
@@ -174,7 +173,7 @@ def save_basis(file: Path, basis: Basis) -> None:
 
 
 def load_basis(file: Path) -> Basis:
-    """Raises ModelError when the file is missing, broken or no basis."""
+    """Raises ModelError if the file is missing, broken or not a basis."""
     try:
         with safe_open(file, "np") as opened:
             header = json.loads((opened.metadata() or {})[_METADATA])
@@ -188,11 +187,13 @@ def load_basis(file: Path) -> Basis:
             facts=header["facts"],
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{file} is not a basis made by fkdpipe fit-basis ({error}).") from error
+        raise ModelError(
+            f"{file} is not a basis written by fkdpipe fit-basis ({error})."
+        ) from error
 
 
 def parse_features(text: str) -> tuple[StoredLayer, int | None]:
-    """`pre`, `post`, `map`, `pre:512`: which features, and how many leading components of a basis.
+    """Parse `pre`, `post`, `map` or `pre:512` into the layer and the number of basis components.
 
     Raises:
         UsageError: anything else.
@@ -201,30 +202,32 @@ def parse_features(text: str) -> tuple[StoredLayer, int | None]:
     if text == "map":
         return "map", None
     if layer == "map":
-        raise UsageError(f"{text!r}: a map is kept whole, and a basis is of vectors; take map.")
+        raise UsageError(
+            f"{text!r}: maps are stored whole, as a basis is only for vectors; use map."
+        )
     if layer in get_args(FeatureLayer) and (not dims or (dims.isdigit() and int(dims) > 0)):
         return layer, int(dims) if dims else None  # type: ignore[return-value]
     raise UsageError(
-        f"{text!r} names no features; take pre or post (before or after the last activation), "
+        f"invalid features {text!r}; use pre or post (before or after the last activation), "
         "with :D for the leading D components of a basis, for example pre:512, or map (the last "
         "map after the final norm)."
     )
 
 
 def leading_channels(channel_std_D: np.ndarray, width: int) -> np.ndarray:
-    """int64 (width,): the channels of largest deviation, largest first (KDEP's CS.var)."""
+    """int64 (width,): channels of largest standard deviation, in decreasing order (CS.var)."""
     _check_width(len(channel_std_D), width)
     return np.argsort(-channel_std_D, kind="stable")[:width]
 
 
 def random_channels(channels: int, width: int, seed: int) -> np.ndarray:
-    """int64 (width,): distinct channels at random, rising (KDEP's CS.rand)."""
+    """int64 (width,): distinct random channels, in increasing order (KDEP's CS.rand)."""
     _check_width(channels, width)
     return np.sort(np.random.default_rng(seed).choice(channels, width, replace=False))
 
 
 def interpolate(features_BD: torch.Tensor, width: int) -> torch.Tensor:
-    """float32 (B, width): nearest interpolation along the channels."""
+    """float32 (B, width): nearest-neighbour interpolation along the channels."""
     return functional.interpolate(features_BD.float()[:, None], size=width, mode="nearest")[:, 0]
 
 
@@ -236,8 +239,8 @@ def _check_width(channels: int, width: int) -> None:
 def pts(features: torch.Tensor, temperature: float = 0.1, power: float = 3.0) -> torch.Tensor:
     """float32: sign(f) |f / T|^(1/n), Power Temperature Scaling.
 
-    Of normal values of deviation s it has deviation c(n) (s / T)^(1/n) with c(3) = 0.89576: a
-    ratio r of two deviations becomes r^(1/n).
+    Normal values of standard deviation s get standard deviation c(n) (s / T)^(1/n), with
+    c(3) = 0.89576, so a ratio r of two standard deviations becomes r^(1/n).
 
     Reference:
         He et al., "Knowledge Distillation as Efficient Pre-training", equation 2.
@@ -248,24 +251,24 @@ def pts(features: torch.Tensor, temperature: float = 0.1, power: float = 3.0) ->
 
 
 def scale_normalise(features_BK: torch.Tensor, std_K: torch.Tensor) -> torch.Tensor:
-    """float32 (B, K): each channel over its own deviation (SN)."""
+    """float32 (B, K): each channel divided by its standard deviation (SN)."""
     return features_BK.float() / std_K
 
 
 def std_match(
     features_BK: torch.Tensor, std_K: torch.Tensor, target_std_K: torch.Tensor
 ) -> torch.Tensor:
-    """float32 (B, K): each channel given another deviation (SM; see `target_std`)."""
+    """float32 (B, K): each channel rescaled to a target standard deviation (SM)."""
     return features_BK.float() / std_K * target_std_K
 
 
 def target_std(basis: Basis, width: int) -> np.ndarray:
-    """float64 (width,): Std Matching's deviations, the raw channels' largest, falling."""
+    """float64 (width,): target of Std Matching, the largest channel stds in decreasing order."""
     return basis.channel_std_D[leading_channels(basis.channel_std_D, width)]
 
 
 def std_ratio(std_D: np.ndarray) -> float:
-    """Largest over smallest deviation; dead channels, whose deviation is zero, do not count."""
+    """Largest over smallest standard deviation, without dead channels, whose std is zero."""
     alive = std_D[std_D > _RESOLUTION * std_D.max()]
     return float(alive.max() / alive.min())
 
@@ -273,7 +276,7 @@ def std_ratio(std_D: np.ndarray) -> float:
 def std_ratios(basis: Basis, width: int, *, power: float = 3.0) -> dict[str, float]:
     """The Std Ratio of the raw channels, of `width` components, and after each transformation.
 
-    From the basis alone: PTS by its law for normal values, r^(1/n), whatever T is.
+    Computed from the basis alone; for PTS, r^(1/n), which is exact for normal values and any T.
     """
     basis.check_components(width)
     svd = std_ratio(basis.std_K[:width])

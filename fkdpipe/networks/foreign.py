@@ -1,6 +1,4 @@
-"""Networks that are in no library here: a module handed over in Python, or a function named on the
-command line that returns one.
-"""
+"""User-defined networks: a module passed in Python, or a function named on the command line."""
 
 from __future__ import annotations
 
@@ -17,18 +15,18 @@ from fkdpipe.common.errors import ModelError, UsageError
 
 
 def call(name: str, **arguments: Any) -> Any:
-    """What a function returns; modules of the current folder are found, as by `python -m`.
+    """Import and call a function; the current folder is on the path, as with `python -m`.
 
-    This runs other people's code, so `name` must come from the user in person
-    (`fkdpipe.networks.models.parse_spec` sees to it).
+    This runs arbitrary code, so `name` must come from the user directly
+    (`fkdpipe.networks.models.parse_spec` ensures it).
 
     Args:
         name: PACKAGE.MODULE:FUNCTION.
-        arguments: passed on; `num_classes` only to a function that takes it.
+        arguments: keyword arguments; `num_classes` is dropped if the function does not take it.
 
     Raises:
-        UsageError: not of that form.
-        ModelError: no such module or function. What the function itself raises passes through.
+        UsageError: invalid form.
+        ModelError: no such module or function. Exceptions of the function are passed on.
     """
     package, colon, attribute = name.partition(":")
     if not (package and colon and attribute):
@@ -39,10 +37,9 @@ def call(name: str, **arguments: Any) -> Any:
         function = getattr(importlib.import_module(package), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{package}.".startswith(f"{error.name}."):
-            raise  # something that the module itself imports
+            raise  # a missing import of the module itself
         raise ModelError(
-            f"python:{name}: there is no module {error.name!r}, neither installed nor in the "
-            "current folder.",
+            f"python:{name}: no module {error.name!r} is installed or in the current folder.",
             code="unknown-model",
         ) from error
     except AttributeError as error:
@@ -60,7 +57,7 @@ def _takes(function: Any, name: str) -> bool:
 
 
 def data_config(module: nn.Module) -> dict[str, Any]:
-    """What a module's `pretrained_cfg` (timm's, or a dict of the same keys) says of its input."""
+    """Preprocessing from a module's `pretrained_cfg` (timm's, or a dict with the same keys)."""
     config = getattr(module, "pretrained_cfg", None) or {}
     known = {name: config.get(name) for name in ("mean", "std", "interpolation", "crop_pct")}
     if config.get("input_size"):
@@ -69,11 +66,11 @@ def data_config(module: nn.Module) -> dict[str, Any]:
 
 
 def count_outputs(module: nn.Module, size: tuple[int, int], *, name: str) -> int:
-    """C, the width of a module's output, from one forward pass; 0 of a timm network without
-    classifier, whose output is its features.
+    """C, the width of a module's output, from one forward pass; 0 for a timm network without
+    classifier, which outputs features.
 
     Raises:
-        ModelError: it does not run on an image of that size, or gives no (B, C) tensor.
+        ModelError: it does not run on an image of that size, or does not return a (B, C) tensor.
     """
     parameter = next(module.parameters(), torch.empty(0))
     pixels = torch.zeros(1, 3, *size, device=parameter.device)
@@ -83,8 +80,8 @@ def count_outputs(module: nn.Module, size: tuple[int, int], *, name: str) -> int
             scores = module.eval()(pixels)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ModelError(
-            f"{name} does not run on pixels of shape {tuple(pixels.shape)}: {error} Give the size "
-            "of its input, size=(height, width) in pixels, if that is another.",
+            f"{name} does not run on pixels of shape {tuple(pixels.shape)}: {error} If its input "
+            "has another size, pass size=(height, width) in pixels.",
             code="no-forward",
         ) from error
     finally:
@@ -92,9 +89,9 @@ def count_outputs(module: nn.Module, size: tuple[int, int], *, name: str) -> int
     if not torch.is_tensor(scores) or scores.dim() != 2 or len(scores) != 1:
         shape = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
         raise ModelError(
-            f"{name} gives {shape} for one image; it must give one tensor of scores before "
-            "softmax, of shape (B, C). Wrap it in a module that returns these.",
+            f"{name} returns {shape} for one image; it must return one tensor of logits, of shape "
+            "(B, C). Wrap it in a module that does.",
             code="no-scores",
         )
-    is_tower = hasattr(module, "pretrained_cfg") and getattr(module, "num_classes", None) == 0
-    return 0 if is_tower else int(scores.shape[1])
+    is_backbone = hasattr(module, "pretrained_cfg") and getattr(module, "num_classes", None) == 0
+    return 0 if is_backbone else int(scores.shape[1])

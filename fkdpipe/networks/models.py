@@ -1,9 +1,9 @@
-"""Image classifiers by name: built by timm or torchvision, filled with weights.
+"""Build image classifiers by name, from timm or torchvision, and load their weights.
 
-Both teachers and students start here. A model is written NAME (pretrained weights from the
-library's hub) or NAME=FILE (a local checkpoint); `torchvision:NAME` takes torchvision's model of
-that name, a run folder of `fkdpipe train` names the student in it. Any other network is a module
-handed over in Python, or `python:PACKAGE.MODULE:FUNCTION`, which returns one.
+Used for teachers and students. A model is NAME (pretrained weights from the library's hub) or
+NAME=FILE (a local checkpoint); `torchvision:NAME` is torchvision's model of that name, and a run
+folder of `fkdpipe train` stands for its student. Any other network is a module passed in Python, or
+`python:PACKAGE.MODULE:FUNCTION`, a function that returns one.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ from fkdpipe.networks.weight_files import (
 )
 
 Library = Literal["timm", "torchvision", "moco", "swav", "python"]
-SELF_SUPERVISED = ("moco", "swav")  # whose outputs are no classes
+SELF_SUPERVISED = ("moco", "swav")  # outputs are not classes
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as a user writes it.
+    """A model as specified by the user.
 
     Attributes:
-        name: of a network in Python PACKAGE.MODULE:FUNCTION, or what a module was called when it
-            was handed over.
+        name: of the model; for Python networks PACKAGE.MODULE:FUNCTION or the module's name.
         weights: a local checkpoint; None for the library's pretrained weights.
     """
 
@@ -57,12 +56,12 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become a network's input.
+    """Preprocessing of a network's input.
 
     Attributes:
-        size: (height, width) in pixels. crop_pct: share of the resized image that evaluation
-            keeps (centre crop). interpolation: "bilinear" or "bicubic". mean, std: per channel,
-            of pixels scaled to 0..1.
+        size: (height, width) in pixels. crop_pct: fraction of the resized image in the
+            centre crop of evaluation. interpolation: "bilinear" or "bicubic". mean, std: per
+            channel, of pixels scaled to 0..1.
     """
 
     size: tuple[int, int]
@@ -77,9 +76,9 @@ class Loaded:
     """A built model.
 
     Attributes:
-        classes: width of its output, 0 without a classifier.
-        class_names: of its outputs where the checkpoint tells, else empty.
-        classifier: False where the checkpoint says that nothing trained its classifier.
+        classes: width of its output; 0 without a classifier.
+        class_names: of its outputs, if the checkpoint has them; else empty.
+        classifier: False if the checkpoint records that its classifier was not trained.
     """
 
     spec: ModelSpec
@@ -91,43 +90,43 @@ class Loaded:
 
 
 def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
-    """`NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]`, `moco:NAME=FILE`, a run folder, or
+    """Parse `NAME`, `NAME=FILE`, `torchvision:NAME[=FILE]`, `moco:NAME=FILE`, a run folder, or
     `python:PACKAGE.MODULE:FUNCTION[=FILE]`.
 
     Args:
-        allow_python: whether `text` may name a function, which would be run. Only for what the user
-            typed as an argument of the command, never for what a recipe, a store or a run folder
-            says: these may come from others.
+        allow_python: whether `text` may name a function, which would be run. Only for command
+            line arguments, never for names in a recipe, a store or a run folder, which may come
+            from others.
 
     Raises:
-        UsageError: empty name, or a function where none is allowed.
-        ModelError: unknown name (with near matches), or no such file.
+        UsageError: empty name, or a function that is not allowed.
+        ModelError: unknown name (with close matches), or no such file.
     """
     if Path(text, EXPORT_NAME).is_file():
         return _of_run(Path(text, EXPORT_NAME))
     if Path(text).is_dir() and not timm.is_model(text):
         raise ModelError(
-            f"{text} is a folder without {EXPORT_NAME}, which a run writes at its end. Name the "
+            f"{text} is a folder without {EXPORT_NAME}, which a run writes when it ends. Name the "
             "folder of a finished run, or NAME=FILE.",
             code="no-weights",
         )
     name, _, file_text = text.partition("=")
     if not name:
-        raise UsageError(f"{text!r} names no model; write NAME or NAME=FILE.")
+        raise UsageError(f"invalid model {text!r}; write NAME or NAME=FILE.")
     library: Library = "timm"
     for other in get_args(Library):
         if name.startswith(f"{other}:"):
             library, name = other, name.removeprefix(f"{other}:")
     if library == "python" and not allow_python:
         raise UsageError(
-            f"{text} names code to run, so it is taken from the command line's own argument alone "
-            "(--teacher, --student or MODEL), never from a recipe, --set, a store or a run folder. "
-            "In Python, hand over the module itself."
+            f"{text} names code to run, which is allowed only in the arguments --teacher, "
+            "--student and MODEL, never in a recipe, --set, a store or a run folder. In Python, "
+            "pass the module itself."
         )
     _check_name(name, library)
     if not file_text:
         if library in SELF_SUPERVISED:
-            raise UsageError(f"{text}: name the authors' checkpoint, {text}=FILE.")
+            raise UsageError(f"{text}: give the authors' checkpoint, {text}=FILE.")
         return ModelSpec(name, library)
     if not Path(file_text).is_file():
         raise ModelError(f"{name}: no such weights file: {file_text}.", code="no-weights")
@@ -135,14 +134,14 @@ def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
 
 
 def _of_run(file: Path) -> ModelSpec:
-    """The student that a run exported."""
+    """The exported student of a run."""
     name = read_export(file).get("student")
     if not name:
         raise ModelError(f"{file} does not say which model it is; write NAME={file}.")
     if name.startswith("python:"):
         raise ModelError(
-            f"{file} holds the weights of {name}. That is code, and a run folder may come from "
-            f"others, so it runs only when you name it: {name}={file}.",
+            f"{file} holds the weights of {name}, which is code. A run folder may come from "
+            f"others, so the code runs only if you name it: {name}={file}.",
             code="names-code",
         )
     return ModelSpec(name, "timm", file)
@@ -162,7 +161,7 @@ def _check_name(name: str, library: str) -> None:
             known = timm.list_pretrained(f"{plain}.*")
             if tag and name not in known:
                 raise ModelError(
-                    f"timm has no weights {name!r}; it has {', '.join(known) or 'none of it'}.",
+                    f"timm has no weights {name!r}; it has {', '.join(known) or 'none for it'}.",
                     code="unknown-model",
                 )
             return
@@ -185,18 +184,18 @@ def build(
     new_head: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Loaded:
-    """Make a model and fill it.
+    """Build a model and load its weights.
 
     Args:
-        classes: width of the output; None takes that of the weights.
-        size: (height, width) of the input; None takes that of the weights. Networks with
-            position embeddings are built for it.
-        pretrained: without a weights file, fetch the library's; False leaves it at random.
-        new_head: leave the classifier at random, whatever the weights file has.
-        options: further arguments of timm's `create_model` (drop_path_rate, ...).
+        classes: width of the output; None uses that of the weights.
+        size: (height, width) of the input; None uses that of the weights. Networks with position
+            embeddings are built for it.
+        pretrained: without a weights file, fetch the library's; False leaves it random.
+        new_head: keep the classifier random and ignore that of the weights file.
+        options: extra arguments of timm's `create_model` (drop_path_rate, ...).
 
     Raises:
-        ModelError: weights cannot be fetched, read, or do not fit; the message names keys.
+        ModelError: weights cannot be fetched or read, or do not fit; the message names keys.
     """
     if spec.library in SELF_SUPERVISED:
         return _self_supervised(spec, size)
@@ -254,7 +253,7 @@ def _python(
     new_head: bool,
     options: dict[str, Any],
 ) -> Loaded:
-    """The module that a function returns, filled; a file that a run exported says of what size."""
+    """Call a user's function and load weights; an exported file provides size and classes."""
     facts = read_export(spec.weights) if spec.weights else {}
     arguments = {**facts.get("options", {}), **options}
     if (classes or facts.get("num_classes")) is not None:
@@ -270,8 +269,8 @@ def _python(
     loaded = adopt(module, spec, size=size or facts.get("size"), **known)
     if classes is not None and loaded.classes != classes:
         raise ModelError(
-            f"{spec} gives {loaded.classes} outputs, and {classes} classes are to be learnt. Let "
-            "the function take num_classes, and build the network for it.",
+            f"{spec} has {loaded.classes} outputs, but the data has {classes} classes. Let the "
+            "function take num_classes, and build the network for it.",
             code="classes-differ",
         )
     names, classifier = facts.get("class_names", ()), facts.get("classifier", True)
@@ -287,25 +286,24 @@ def adopt(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
 ) -> Loaded:
-    """A module as it is, with what is said here of its input, or else by its `pretrained_cfg`.
+    """Use a module as it is, with the preprocessing given here or in its `pretrained_cfg`.
 
-    Nothing is guessed but the interpolation (bilinear): wrong means would spoil every label, and
-    nobody would see it.
+    Only the interpolation has a default (bilinear): a wrong mean would silently spoil every label.
 
     Raises:
-        ModelError: size, mean or std are known from nowhere, or it does not run.
+        ModelError: size, mean or std are unknown, or the module does not run.
     """
     size = (size, size) if isinstance(size, int) else size
-    given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
+    arguments = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
     known = {"interpolation": "bilinear", **foreign.data_config(module)}
-    known |= {key: value for key, value in given.items() if value is not None}
+    known |= {key: value for key, value in arguments.items() if value is not None}
     missing = [key for key in ("size", "mean", "std") if key not in known]
     if missing:
         raise ModelError(
-            f"{spec} does not say what its input is: give {', '.join(missing)}. For one trained on "
-            "ImageNet with torchvision's usual transforms, that is load_teacher(..., size=224, "
-            "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)); or let the module have them "
-            "in a dict pretrained_cfg, with keys input_size (3, height, width), mean and std.",
+            f"{spec} has no preprocessing: give {', '.join(missing)}. For ImageNet with "
+            "torchvision's usual transforms, use load_teacher(..., size=224, "
+            "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), or set a dict "
+            "pretrained_cfg on the module, with keys input_size (3, height, width), mean and std.",
             code="no-preprocessing",
         )
     preprocessing = Preprocessing(
@@ -346,7 +344,7 @@ def _create(
     except Exception as error:
         if pretrained and not isinstance(error, (TypeError, AssertionError)):
             raise ModelError(
-                f"{spec}: its pretrained weights could not be fetched "
+                f"{spec}: pretrained weights could not be fetched "
                 f"({type(error).__name__}: {first_line(error)}). Without a network, give a local "
                 f"file: {spec}=weights.safetensors.",
                 code="offline",
@@ -369,21 +367,21 @@ def _tensors_only() -> Iterator[None]:
 
 
 def _needs_size(name: str) -> bool:
-    """Is the network built for one input size (position embeddings, relative windows)?"""
+    """Whether the network is built for one input size (position embeddings, relative windows)."""
     config = timm.get_pretrained_cfg(name.removeprefix("hf-hub:").removeprefix("hf_hub:"))
     return bool(config is not None and config.fixed_input_size)
 
 
 def _preprocessing(spec: ModelSpec, module: nn.Module) -> Preprocessing:
     if spec.library == "torchvision":
-        ways = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
-        side = ways.crop_size[0]
+        transforms = torchvision.models.get_model_weights(spec.name).DEFAULT.transforms()
+        side = transforms.crop_size[0]
         return Preprocessing(
             size=(side, side),
-            interpolation=_interpolation(ways.interpolation.value),
-            mean=tuple(ways.mean),
-            std=tuple(ways.std),
-            crop_pct=side / ways.resize_size[0],
+            interpolation=_interpolation(transforms.interpolation.value),
+            mean=tuple(transforms.mean),
+            std=tuple(transforms.std),
+            crop_pct=side / transforms.resize_size[0],
         )
     config = resolve_model_data_config(module)
     return Preprocessing(

@@ -1,7 +1,7 @@
-"""Self-supervised teachers: a ResNet with the projection head it was trained with.
+"""Self-supervised teachers: a ResNet with the projection head that it was trained with.
 
-FKD section 3.4 keeps the head and stores its scores before softmax, so that the temperature can be
-chosen when the student trains. The backbone is timm's; the checkpoints are the authors' own files.
+As in FKD section 3.4, the head's scores before softmax are stored, so that the temperature can be
+chosen in training. The backbone is timm's; the checkpoints are the authors' files.
 
 References:
     Chen et al., "Improved Baselines with Momentum Contrastive Learning" (MoCo v2), section 2.
@@ -26,14 +26,14 @@ Kind = Literal["moco", "swav"]
 
 
 class Projected(nn.Module):
-    """Backbone, head, and for SwAV the prototypes.
+    """Backbone and projection head, with prototypes for SwAV.
 
     MoCo v2: Linear(D, D), ReLU, Linear(D, E); the output is the L2-normalised embedding (B, E).
     SwAV: Linear(D, H), BatchNorm, ReLU, Linear(H, E), L2, then its dot product with each
     prototype (B, P).
     """
 
-    num_classes: int  # as other classifiers call the width of their output
+    num_classes: int  # width of the output, named as in other classifiers
 
     def __init__(
         self, backbone: nn.Module, head: nn.Module, embedding: int, prototypes: int | None
@@ -52,14 +52,14 @@ class Projected(nn.Module):
 def build(
     kind: Kind, name: str, state: dict[str, torch.Tensor], *, where: str
 ) -> tuple[Projected, dict[str, torch.Tensor]]:
-    """A teacher as wide as a published checkpoint says, not filled yet, and its state by our names.
+    """Build a teacher for a published checkpoint; return it and the state dict with renamed keys.
 
     Args:
-        name: timm's name of the backbone; its parameters are named as torchvision's.
-        where: named in messages.
+        name: timm's name of the backbone; its parameters have the same names as torchvision's.
+        where: the model's name for messages.
 
     Raises:
-        ModelError: no head of that kind in it.
+        ModelError: the checkpoint has no head of that kind.
     """
     state = _renamed(kind, state)
     try:
@@ -68,7 +68,7 @@ def build(
         (inner, hidden), (_, embedding) = linears
     except ValueError:
         raise ModelError(
-            f"{where} holds no {kind} projection head of two layers; give the checkpoint as it was "
+            f"{where} has no two-layer {kind} projection head; give the checkpoint as it was "
             "published.",
             code="no-head",
         ) from None
@@ -80,7 +80,7 @@ def build(
 
 
 def _renamed(kind: Kind, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The checkpoint's names to ours; what is not of the network (queues, momentum) left out."""
+    """Rename the checkpoint's keys; drop those not of the network (queues, momentum)."""
     if kind == "moco":
         encoder = {
             key.split("encoder_q.", 1)[1]: value

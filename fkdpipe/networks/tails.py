@@ -1,7 +1,7 @@
-"""The end of a frozen transformer as a function of an earlier map: what ScaleKD's proxy path runs.
+"""The last layers of a frozen transformer, for ScaleKD's proxy path.
 
-Gradients go through it to its input, and none to its weights, which are frozen with their teacher.
-A tail is no module: whoever holds one neither trains nor saves the teacher in it.
+Gradients flow to the input, not to the weights, which are frozen with the teacher. A tail is not a
+module, so its owner neither trains nor saves the teacher's weights.
 
 Letters: B batch, C channels, H, W map.
 
@@ -23,10 +23,10 @@ from fkdpipe.common.errors import ModelError
 
 @dataclass(frozen=True)
 class Tail:
-    """(B, C, H, W) of an earlier stage to (B, C', H', W') of the last one, after the final norm.
+    """Maps (B, C, H, W) of an earlier stage to (B, C', H', W') of the last, after the final norm.
 
     Attributes:
-        channels: C, of what goes in. stride: H / H'.
+        channels: C, of the input. stride: H / H'.
     """
 
     network: Any
@@ -41,11 +41,11 @@ class Tail:
 def of(network: Any, blocks: int) -> Tail:
     """The tail of a teacher: a Swin's last stage, or the last `blocks` of a plain transformer.
 
-    A plain transformer's tokens go in without class token; a BEiT's relative positions count one,
-    so its learnt one is put before them.
+    A plain transformer gets tokens without class token. BEiT's relative positions include one, so
+    its learnt class token is prepended.
 
     Raises:
-        ModelError: another family of networks, or fewer blocks than asked for.
+        ModelError: unsupported family of networks, or too few blocks.
     """
     kind = type(network).__name__
     if kind in ("SwinTransformer", "SwinTransformerV2"):
@@ -54,27 +54,27 @@ def of(network: Any, blocks: int) -> Tail:
         return Tail(network, int(before["num_chs"]), stride, _swin)
     if kind not in ("VisionTransformer", "VisionTransformerDistilled", "Beit"):
         raise ModelError(
-            f"a {kind} teacher has no tail that is known here: Swin (V1, V2), plain ViT, DeiT and "
-            "BEiT have. Set tpp = false, or take one of those.",
+            f"unknown tail for {kind}. Set tpp = false, or use a Swin (V1, V2), plain ViT, DeiT or "
+            "BEiT teacher.",
             code="no-tail",
         )
     if not 1 <= blocks < len(network.blocks):
         raise ModelError(
-            f"{kind} has {len(network.blocks)} blocks; a tail of {blocks} is asked for."
+            f"{kind} has {len(network.blocks)} blocks; a tail of {blocks} was requested."
         )
 
     def run(network: Any, map_BCHW: torch.Tensor) -> torch.Tensor:
-        through = _beit if kind == "Beit" else _vit
-        tokens = through(network, map_BCHW.flatten(2).transpose(1, 2), blocks)
+        run_blocks = _beit if kind == "Beit" else _vit
+        tokens = run_blocks(network, map_BCHW.flatten(2).transpose(1, 2), blocks)
         return tokens.transpose(1, 2).unflatten(2, map_BCHW.shape[2:])
 
     return Tail(network, int(network.embed_dim), 1, run)
 
 
 def _swin(network: Any, map_BCHW: torch.Tensor) -> torch.Tensor:
-    """timm merges patches at the beginning of a stage, so the stage alone is enough."""
-    made = network.norm(network.layers[-1](map_BCHW.permute(0, 2, 3, 1)))
-    return made.permute(0, 3, 1, 2)
+    """timm's stages begin with the patch merging, so the last stage is enough."""
+    map_BHWC = network.norm(network.layers[-1](map_BCHW.permute(0, 2, 3, 1)))
+    return map_BHWC.permute(0, 3, 1, 2)
 
 
 def _vit(network: Any, tokens_BNC: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -85,8 +85,8 @@ def _vit(network: Any, tokens_BNC: torch.Tensor, blocks: int) -> torch.Tensor:
 
 def _beit(network: Any, tokens_BNC: torch.Tensor, blocks: int) -> torch.Tensor:
     first = network.cls_token.expand(len(tokens_BNC), -1, -1).to(tokens_BNC.dtype)
-    made = torch.cat([first, tokens_BNC], dim=1)
+    tokens_BNC = torch.cat([first, tokens_BNC], dim=1)
     shared = network.rel_pos_bias() if network.rel_pos_bias is not None else None
     for block in network.blocks[-blocks:]:
-        made = block(made, shared_rel_pos_bias=shared)
-    return network.norm(made)[:, 1:]
+        tokens_BNC = block(tokens_BNC, shared_rel_pos_bias=shared)
+    return network.norm(tokens_BNC)[:, 1:]

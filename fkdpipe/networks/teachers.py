@@ -1,7 +1,7 @@
-"""Frozen teachers: their own input size, interpolation and normalisation, their own precision.
+"""Frozen teachers with their own input size, interpolation, normalisation and precision.
 
-A teacher is always in eval mode and without gradients to its weights. Several are averaged as
-probabilities at one temperature, each seeing the same crops at its own size.
+A teacher is always in eval mode and its weights have no gradients. An ensemble averages the
+probabilities at one temperature; each teacher sees the same crops at its own size.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ ClassMap = dict[str, int] | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Teacher:
-    """One frozen network.
+    """A frozen network.
 
-    `load_teacher` makes one, `load_teachers` fits it to an image folder.
+    `load_teacher` returns one; `load_teachers` matches it to an image folder.
 
     Attributes:
         classes: width of its output, before `columns`; 0 without a classifier.
-        precision: of its computation. digest: sha256 of its weights.
-        class_map: which of its outputs is which class, where that is known.
-        classifier: False where the weights say that nothing trained its classifier.
-        columns: int64, which outputs are the folder's classes, None for all in order.
-        weight: share in an ensemble; the shares of all teachers sum to 1.
+        precision: of its forward pass. digest: SHA-256 of its weights.
+        class_map: maps its outputs to classes; None if unknown.
+        classifier: False if its classifier is known to be untrained.
+        columns: int64, outputs for the folder's classes; None for all in order.
+        weight: weight in an ensemble; the weights of all teachers sum to 1.
     """
 
     spec: ModelSpec
@@ -54,20 +54,20 @@ class Teacher:
     weight: float = 1.0
 
     def logits(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """float32 (B, C) scores before softmax, of normalised channels-last pixels."""
+        """float32 (B, C) logits of normalised channels-last pixels."""
         return self.outputs(pixels_B3HW).logits
 
     def outputs(self, pixels_B3HW: torch.Tensor) -> Outputs:
-        """Features and logits (float32, of the folder's classes), without gradients."""
+        """Features and logits (float32, for the folder's classes), without gradients."""
         with torch.no_grad(), autocast(self.precision, pixels_B3HW.device):
-            made = self.module(pixels_B3HW)
-        logits_BC = made.logits.float()
+            outputs = self.module(pixels_B3HW)
+        logits_BC = outputs.logits.float()
         if self.columns is not None:
             logits_BC = logits_BC[:, torch.from_numpy(self.columns).to(logits_BC.device)]
-        return replace(made, logits=logits_BC)
+        return replace(outputs, logits=logits_BC)
 
     def facts(self) -> dict[str, Any]:
-        """What a store records: everything that decides its outputs."""
+        """Everything that determines its outputs, as recorded in a store."""
         p = self.preprocessing
         return {
             "name": self.spec.name,
@@ -83,11 +83,11 @@ class Teacher:
         }
 
 
-Network = str | ModelSpec | nn.Module | Teacher  # what can teach
+Network = str | ModelSpec | nn.Module | Teacher  # accepted as a teacher
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """torch's autocast at a precision; float32 switches it off."""
+    """torch's autocast; disabled for float32."""
     if precision == "float32":
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype=getattr(torch, precision))
@@ -108,60 +108,60 @@ def load_teacher(
 ) -> Teacher:
     """A frozen teacher: a network of timm or torchvision by name, or any module.
 
-    A module is copied, so that the caller's own stays as it is; the copy computes in float32 (or
-    in `precision` under autocast). Its forward pass takes float32 pixels (B, 3, height, width),
-    normalised by mean and std, and gives scores before softmax, (B, C). Of a timm module its
-    `pretrained_cfg` says what it takes; so does a dict of that name and form on any other module.
-    What is given here goes before. The sha256 of the weights and the name are what a store
-    records: give another name to another architecture.
+    A module is copied, so the caller's is unchanged; the copy runs in float32 (or in `precision`
+    under autocast). Its forward pass takes float32 pixels (B, 3, height, width), normalised by mean
+    and std, and returns logits (B, C). The preprocessing of a timm module comes from its
+    `pretrained_cfg`; any other module may have a dict of that name with the same keys. Arguments
+    given here take precedence. A store records the name and the SHA-256 of the weights: give
+    different architectures different names.
 
     Args:
         network: NAME, NAME=FILE, `torchvision:NAME` or a run folder, as for `--teacher`; or a
             module.
         weights: a file of weights, .safetensors or a plain torch state dict.
-        size: of the input in pixels, a side or (height, width).
+        size: of the input in pixels, one side or (height, width).
         mean, std: per channel, of pixels scaled to 0..1.
-        interpolation: of the resize of a crop to `size`; of a module that does not say, bilinear.
-        name: of a module; by default that of its class. `PACKAGE.MODULE:FUNCTION`, where that
-            function returns it, lets `fkdpipe verify --teacher python:...` run it again.
-        class_map: which output is which class: the names in the order of the outputs, a dict from
-            name to output, or a file of either (`read_class_map`). By default what the weights
-            say, ImageNet's synset ids, or the order of the image folder's classes.
+        interpolation: for resizing crops to `size`; default: the module's, or bilinear.
+        name: of a module; default: its class name. `PACKAGE.MODULE:FUNCTION`, if that function
+            returns it, lets `fkdpipe verify --teacher python:...` run it again.
+        class_map: maps outputs to classes: the class names in the order of the outputs, a dict
+            from name to output, or a file with either (`read_class_map`). Default: the names in
+            the weights, ImageNet's synset ids, or the order of the image folder's classes.
         precision: float32, bfloat16 or float16.
-        device: None leaves it where it is; `generate` moves it to its own.
+        device: None leaves it where it is; `generate` moves it to its device.
 
     Raises:
-        UsageError: a name or a precision that cannot be right.
-        ModelError: unknown name, unreadable weights, a module whose size, mean and std nobody
-            says, or one that gives no scores (B, C).
+        UsageError: invalid name or precision.
+        ModelError: unknown name, unreadable weights, a module of unknown size, mean or std, or
+            one that does not return logits (B, C).
 
     Example:
         >>> teacher = load_teacher(network, size=224, mean=(0.5,) * 3, std=(0.5,) * 3, name="ours")
     """
     if precision not in get_args(Precision):
         raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}.")
-    given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation}
-    given = {key: value for key, value in given.items() if value is not None}
+    options: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation}
+    options = {key: value for key, value in options.items() if value is not None}
     size = (size, size) if isinstance(size, int) else size
     file = None if weights is None else Path(weights)
     if isinstance(network, nn.Module):
-        loaded = models.adopt(*_copy(network, name, file), size=size, **given)
+        loaded = models.adopt(*_copy(network, name, file), size=size, **options)
     elif name is not None:
-        raise UsageError(f"name is for a module that is handed over; {network} has its own.")
+        raise UsageError(f"name is only for modules; {network} already has one.")
     else:
         spec = models.parse_spec(network) if isinstance(network, str) else network
         spec = spec if file is None else replace(spec, weights=file)
         loaded = models.build(spec, size=None if size is None else (size[0], size[1]))
-        loaded = replace(loaded, preprocessing=replace(loaded.preprocessing, **given))
+        loaded = replace(loaded, preprocessing=replace(loaded.preprocessing, **options))
     return _frozen(loaded, _read(class_map), precision, device)
 
 
 def _copy(network: nn.Module, name: str | None, file: Path | None) -> tuple[nn.Module, ModelSpec]:
-    """A module of its own for a teacher, in float32 and filled, and how it is called."""
+    """A float32 copy of a module with loaded weights, and its spec."""
     name = name or type(network).__name__
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:+-]{0,99}", name):
         raise UsageError(
-            f"{name!r} cannot name a teacher: take letters, digits, '.', '_', '+' and '-'."
+            f"invalid teacher name {name!r}: use letters, digits, '.', '_', ':', '+' and '-'."
         )
     module = copy.deepcopy(network).float()
     if file is not None:
@@ -204,19 +204,19 @@ def load_teachers(
     needs: Needs = Needs(),
     size: tuple[int, int] | None = None,
 ) -> list[Teacher]:
-    """Build, fill and freeze teachers, and match their outputs to an image folder's classes.
+    """Build, load and freeze teachers, and match their outputs to an image folder's classes.
 
     Args:
         networks: a Teacher keeps its precision, size and class map.
-        class_names: of the image folder; each teacher must have outputs for them. Empty where no
-            classes are asked for.
-        weights: relative shares, one per teacher; equal when empty.
+        class_names: of the image folder; each teacher must have outputs for them. Empty if no
+            classes are needed.
+        weights: relative weights, one per teacher; equal if empty.
         class_maps: none, one for all, or one per teacher.
-        needs: what is asked of each beside logits.
-        size: of the input (height, width) in pixels; None takes each network's own.
+        needs: feature layers of each teacher.
+        size: of the input (height, width) in pixels; None uses each network's own.
 
     Raises:
-        UsageError: numbers of weights or maps that do not fit.
+        UsageError: the number of weights or maps does not match.
         ModelError: as `load_teacher`; classes that cannot be matched, or no trained classifier.
     """
     if not networks:
@@ -233,57 +233,63 @@ def load_teachers(
     teachers = []
     for network, share, class_map in zip(networks, shares, maps, strict=True):
         if isinstance(network, Teacher):
-            one = replace(network, class_map=_read(class_map) or network.class_map)
-            if needs.pre:  # takes the last activation out; the caller's network stays whole
-                one = replace(one, module=copy.deepcopy(network.module))
+            teacher = replace(network, class_map=_read(class_map) or network.class_map)
+            if needs.pre:  # removes the last activation, so copy the caller's network
+                teacher = replace(teacher, module=copy.deepcopy(network.module))
         else:
-            one = load_teacher(network, size=size, class_map=class_map, precision=precision)
-        module = FeatureNetwork(one.module.network, needs).eval().to(device)
+            teacher = load_teacher(network, size=size, class_map=class_map, precision=precision)
+        module = FeatureNetwork(teacher.module.network, needs).eval().to(device)
         if class_names:
-            check_classifier(one)
+            check_classifier(teacher)
         columns = None
-        if one.spec.library not in models.SELF_SUPERVISED:  # whose outputs are no classes
-            columns = match_classes(class_names, one.classes, one.class_map, teacher=str(one.spec))
-        teachers.append(replace(one, module=module, columns=columns, weight=share / sum(shares)))
-    if len(found := {one.precision for one in teachers}) > 1:
-        raise UsageError(f"the teachers have different precisions: {', '.join(sorted(found))}.")
+        if teacher.spec.library not in models.SELF_SUPERVISED:  # outputs are not classes
+            columns = match_classes(
+                class_names, teacher.classes, teacher.class_map, teacher=str(teacher.spec)
+            )
+        teachers.append(
+            replace(teacher, module=module, columns=columns, weight=share / sum(shares))
+        )
+    if len(precisions := {teacher.precision for teacher in teachers}) > 1:
+        raise UsageError(
+            f"the teachers have different precisions: {', '.join(sorted(precisions))}."
+        )
     return teachers
 
 
 def check_classifier(teacher: Teacher) -> None:
-    """Refuse to ask for classes of a network that has none.
+    """Refuse a network that cannot predict classes.
 
     Raises:
-        ModelError: no classifier, or one that nothing trained.
+        ModelError: no classifier, or an untrained one.
     """
     if not teacher.classes:
         raise ModelError(
-            f"{teacher.spec} has no classifier, so it gives no labels. It can give features: "
-            "--form none --features post.",
+            f"{teacher.spec} has no classifier, so it cannot label images. It can provide "
+            "features: --form none --features post.",
             code="no-classifier",
         )
     if not teacher.classifier:
         raise ModelError(
-            f"{teacher.spec}: its classifier was never trained, because its run learnt features "
-            "alone. It can lend features, or be judged by `fkdpipe transfer`.",
+            f"{teacher.spec}: its classifier was not trained, because its run learnt features "
+            "only. It can provide features, or be evaluated with `fkdpipe transfer`.",
             code="no-classifier",
         )
 
 
 def numbered_classes(class_names: Sequence[str]) -> dict[str, int]:
-    """A class map for folders that are named by class index, "0" to "999" (ImageNet-V2).
+    """A class map for folders named by class index, "0" to "999" (ImageNet-V2).
 
     Raises:
-        UsageError: other names among them.
+        UsageError: a folder has another name.
     """
     others = [name for name in class_names if not name.isdigit()]
     if others:
-        raise UsageError(f"folders named by class index are asked for; found {others[0]!r}.")
+        raise UsageError(f"folders must be named by class index; found {others[0]!r}.")
     return {name: int(name) for name in class_names}
 
 
 def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
-    """A file that says where a teacher's outputs are.
+    """Read a file that maps a teacher's outputs to classes.
 
     One column: the teacher's class names, one per line, in the order of its outputs.
     Two columns (tab or spaces): a folder's class name and the index of its output.
@@ -292,7 +298,7 @@ def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
         A tuple of names, or a dict from folder class to output index.
 
     Raises:
-        UsageError: unreadable, or neither form.
+        UsageError: unreadable, or in neither form.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -316,19 +322,19 @@ def match_classes(
     *,
     teacher: str,
 ) -> np.ndarray | None:
-    """Which outputs of a teacher are the folder's classes.
+    """Match a teacher's outputs to the folder's classes.
 
-    By the class map, which may come from its checkpoint; else, for 1,000 outputs and folders named
-    by ImageNet's synset ids, by those; else by position when the numbers agree.
+    Uses the class map, which may come from the checkpoint; else ImageNet's synset ids, for 1,000
+    outputs and folders named by them; else the order, if the numbers agree.
 
     Args:
         class_names: of the folder; empty (unlabelled images) keeps all outputs.
 
     Returns:
-        int64 (C,), or None when it is all outputs in order.
+        int64 (C,), the output of each class, or None for all outputs in order.
 
     Raises:
-        ModelError: no way to match them; says what to give.
+        ModelError: they cannot be matched; says what to provide.
     """
     if not class_names:
         return None
@@ -340,8 +346,8 @@ def match_classes(
         if outputs != len(class_names):
             raise ModelError(
                 f"{teacher} has {outputs} outputs, the image folder {len(class_names)} classes. "
-                "Say which output is which class with --class-map FILE: the teacher's class names "
-                "in the order of its outputs, or 'class index' on each line.",
+                "Map outputs to classes with --class-map FILE: the teacher's class names in the "
+                "order of its outputs, or 'class index' on each line.",
                 code="classes-differ",
             )
         return None
@@ -357,7 +363,7 @@ def match_classes(
     columns = np.array([class_map[name] for name in class_names], dtype=np.int64)
     if len(columns) and columns.max() >= outputs:
         raise ModelError(
-            f"{teacher}: the class map names output {columns.max()}; it has {outputs}.",
+            f"{teacher}: the class map names output {columns.max()}, but there are {outputs}.",
             code="classes-differ",
         )
     same = len(columns) == outputs and bool((columns == np.arange(outputs)).all())

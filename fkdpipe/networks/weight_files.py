@@ -1,6 +1,7 @@
-"""Files of weights: read without running anything in them, checked, written for others to load.
+"""Weight files: safe reading, checks, and export.
 
-No file is ever unpickled: `.safetensors`, or torch's format read with `weights_only=True`.
+No pickled code is ever run: files are `.safetensors`, or torch's format read with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from torch import nn
 
 from fkdpipe.common.errors import ModelError
 
-EXPORT_NAME = "student.safetensors"  # what a run folder holds for others to load
+EXPORT_NAME = "student.safetensors"  # the exported student in a run folder
 _METADATA = "fkdpipe"
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """A state dict; wrappers ("state_dict", "model", EMA) and DDP prefixes are taken off.
+    """Read a state dict; wrappers ("state_dict", "model", EMA) and DDP prefixes are removed.
 
     Raises:
-        ModelError: unreadable, or nothing in it is a state dict.
+        ModelError: unreadable, or no state dict in it.
     """
     try:
         if file.suffix == ".safetensors":
@@ -34,10 +35,10 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError) as error:
         raise ModelError(f"{file} cannot be read: {first_line(error)}.") from error
-    except Exception as error:  # whatever torch met; its text advises to run the file
+    except Exception as error:  # any error of torch, whose text advises unsafe loading
         raise ModelError(
-            f"{file} is no checkpoint of plain tensors: it is broken, or holds more than tensors, "
-            "and nothing of it is run. Save the state_dict alone, as .safetensors or with "
+            f"{file} is not a checkpoint of plain tensors: it is broken, or holds other objects, "
+            "which are never loaded. Save only the state_dict, as .safetensors or with "
             "torch.save(model.state_dict(), FILE).",
             code="not-tensors",
         ) from error
@@ -46,7 +47,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
             content = content[name]
             break
     if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
-        raise ModelError(f"{file} holds no state dict.")
+        raise ModelError(f"{file} does not contain a state dict.")
     state = {k: v for k, v in content.items() if torch.is_tensor(v)}
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
@@ -55,10 +56,10 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, where: str) -> None:
-    """Fill a module, refusing any key or shape that does not fit.
+    """Load a state dict; all keys and shapes must match.
 
     Raises:
-        ModelError: with the first keys that are missing, unknown or of another shape.
+        ModelError: keys are missing, unknown or of another shape; names the first ones.
     """
     own = module.state_dict()
     problems = [
@@ -84,7 +85,7 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, where: str)
 
 
 def state_digest(module: nn.Module) -> str:
-    """sha256 (hex) over names, dtypes, shapes and bytes of a module's state."""
+    """SHA-256 (hex) of names, dtypes, shapes and bytes of a module's state dict."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         tensor = value.detach().cpu().contiguous()
@@ -94,18 +95,18 @@ def state_digest(module: nn.Module) -> str:
 
 
 def write_export(file: Path, module: nn.Module, facts: dict[str, Any]) -> None:
-    """Weights for others: `timm.create_model(name, checkpoint_path=file)` loads them.
+    """Write weights that `timm.create_model(name, checkpoint_path=file)` can load.
 
     Args:
-        facts: kept as JSON in the header: student, size, mean, std, class names, ...
+        facts: metadata, written as JSON to the header: student, size, mean, std, ...
     """
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    # One entry alone: the writer orders several at random, and equal runs give equal files.
+    # A single entry, because the order of several is random: equal runs give equal files.
     save_file(state, file, metadata={_METADATA: json.dumps(facts)})
 
 
 def read_export(file: Path) -> dict[str, Any]:
-    """The facts in a safetensors header that fkdpipe wrote; empty for other files."""
+    """The metadata that fkdpipe wrote to a safetensors header; empty for other files."""
     if file.suffix != ".safetensors":
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, everything a run needs to go on, read without pickle."""
+"""Checkpoints: written atomically, complete enough to resume from, read without pickle."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def list_all(folder: Path) -> list[Path]:
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint, None without one.
+    """The newest checkpoint; None if there is none.
 
     Raises:
-        TrainingError: it cannot be read; says which to delete.
+        TrainingError: the file cannot be read; the message names the file to delete.
     """
     files = list_all(folder)
     if not files:
         return None
     try:
         return torch.load(files[-1], map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its reader met
+    except Exception as error:  # torch.load passes on any exception of its reader
         raise TrainingError(
             f"{files[-1]} cannot be read ({str(error).splitlines()[0]}). Delete it; the run then "
-            "goes on from the checkpoint before it.",
+            "resumes from the previous checkpoint.",
             code="checkpoint",
         ) from error
 
@@ -54,7 +54,7 @@ def write_atomically(file: Path, write: Any) -> None:
     """Call `write(partial)` for a temporary file, flush it and rename it to `file`.
 
     Raises:
-        OSError: the disk refused; the file is as it was.
+        OSError: the write failed; an existing file is unchanged.
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
@@ -65,11 +65,11 @@ def write_atomically(file: Path, write: Any) -> None:
             os.close(descriptor)
             os.replace(partial, file)
     except BaseException:
-        with contextlib.suppress(OSError):  # where nothing can be written nothing can be removed
+        with contextlib.suppress(OSError):  # a read-only disk refuses this too
             partial.unlink(missing_ok=True)
         raise
 
 
 def _save(content: dict[str, Any], partial: Path) -> None:
-    with open(partial, "wb") as file:  # of Python: torch's own tells no reason when a write fails
+    with open(partial, "wb") as file:  # a failed write of torch's own gives no reason
         torch.save(content, file)

@@ -1,4 +1,4 @@
-"""What can be refused before a run is built: settings that do not go together, wrong places."""
+"""Checks before a run is built: incompatible settings and unusable output folders."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from fkdpipe.train.settings import TrainSettings
 log = logging.getLogger(__name__)
 
 
-def check_place(out: Path, data: Path) -> None:
-    """Refuse a run folder that is a file, or inside what others read.
+def check_out(out: Path, data: Path) -> None:
+    """Refuse a run folder that is a file, or that lies inside the image folder or a store.
 
     Raises:
-        UsageError: saying where it lies.
+        UsageError: the folder cannot be used; says why.
     """
-    there = next((above for above in (out, *out.parents) if above.exists()), out)
-    if there.exists() and not there.is_dir():
-        raise UsageError(f"{there} is a file; --out names a folder.")
-    place = out.resolve()
-    if data.resolve() in (place, *place.parents):
-        raise UsageError(f"--out {out} is inside the image folder {data}; name another place.")
-    for above in (place, *place.parents):
-        if (above / "commits").is_dir() and (above / "zarr.json").is_file():
-            raise UsageError(f"--out {out} is inside the store {above}; name another place.")
+    existing = next((path for path in (out, *out.parents) if path.exists()), out)
+    if existing.exists() and not existing.is_dir():
+        raise UsageError(f"{existing} is a file; --out names a folder.")
+    path = out.resolve()
+    if data.resolve() in (path, *path.parents):
+        raise UsageError(f"--out {out} is inside the image folder {data}; name another folder.")
+    for parent in (path, *path.parents):
+        if (parent / "commits").is_dir() and (parent / "zarr.json").is_file():
+            raise UsageError(f"--out {out} is inside the store {parent}; name another folder.")
 
 
 def target(settings: TrainSettings, needs: MethodNeeds, store: Store | None) -> str:
-    """What is learnt; nobody who names a store trains without its labels by forgetting --target.
+    """The training target; required where a store's labels would otherwise be ignored.
 
     Raises:
-        UsageError: no target is named, and the store's labels are all there is to teach with.
+        UsageError: no target is named, and the store's labels are the only teacher.
     """
     if settings.target is not None:
         return settings.target
-    taught = needs.teacher is not None or needs.soft is not None
-    if store is not None and not taught:
+    has_teacher_terms = needs.teacher is not None or needs.soft is not None
+    if store is not None and not has_teacher_terms:
         forms = {p.settings.form for p in store.parts.values() if p.kind == "labels"}
         served = sorted({t for form in forms for t in served_targets(form)})
         raise UsageError(
-            f"name what the student learns: --target with one of {', '.join(served)}, which "
-            f"{store.url} serves, or ground-truth, which leaves its labels out."
+            f"name the training target: --target with one of {', '.join(served)}, which "
+            f"{store.url} serves, or ground-truth, which ignores its labels."
         )
     return "ground-truth"
 
@@ -63,10 +63,10 @@ def check(
     rank: Rank,
     device: torch.device,
 ) -> None:
-    """Refuse what cannot work before anything is opened.
+    """Refuse invalid settings before anything is opened.
 
     Raises:
-        UsageError: settings that do not go together, or with the machine.
+        UsageError: settings that conflict with each other or with the machine.
     """
     parallel.check(settings, device)
     _check_store(settings, store)
@@ -75,7 +75,7 @@ def check(
     _check_knowledge(settings, needs, store)
     if settings.train_only == "classifier" and not needs.classifier:
         raise UsageError(
-            f"method {_name(settings)} does not train the classifier, and train_only classifier "
+            f"method {_name(settings)} does not train the classifier, but train_only = classifier "
             "trains nothing else."
         )
 
@@ -88,40 +88,40 @@ def _check_store(settings: TrainSettings, store: Store | None) -> None:
             "Only --target ground-truth trains without one."
         )
     if store is not None and settings.crop != CropDistribution():
-        log.warning("crop.* is for training without a store; this store's crops are recorded")
+        log.warning("crop.* is ignored: it applies to training without a store")
 
 
 def _check_batch(settings: TrainSettings, needs: MethodNeeds, rank: Rank) -> None:
     block = settings.mixing.block if settings.mixing.on else 1
     check_batch(settings.batch_size, settings.crops_per_image, rank.world, block)
-    at_once = settings.batch_size // (rank.world * settings.accumulate)
-    if at_once < needs.least:
+    local_batch = settings.batch_size // (rank.world * settings.accumulate)
+    if local_batch < needs.least:
         raise UsageError(
-            f"method {_name(settings)} takes statistics over the crops that a process sees at "
-            f"once, at least {needs.least}: batch size {settings.batch_size} over {rank.world} "
-            f"processes and {settings.accumulate} accumulated parts leaves {at_once}. Raise "
+            f"method {_name(settings)} takes statistics over the crops of one forward pass "
+            f"and needs at least {needs.least}: batch size {settings.batch_size} over {rank.world} "
+            f"processes and {settings.accumulate} accumulation steps leaves {local_batch}. Raise "
             "--batch-size."
         )
 
 
 def _check_teacher(settings: TrainSettings, needs: MethodNeeds) -> None:
-    """A live teacher where the method asks for one, and none where nothing would ask it."""
+    """Require a live teacher where the method needs one, and refuse one that would be unused."""
     if settings.teacher is None:
         if needs.live:
             raise UsageError(f"method {_name(settings)} needs a live teacher: --teacher NAME=FILE.")
         return
-    asked = needs.live if needs.stored else needs.teacher is not None or needs.soft is not None
-    if not asked:
-        raise UsageError(f"method {_name(settings)} has no use for --teacher {settings.teacher}.")
+    used = needs.live if needs.stored else needs.teacher is not None or needs.soft is not None
+    if not used:
+        raise UsageError(f"method {_name(settings)} does not use --teacher {settings.teacher}.")
 
 
 def _check_knowledge(settings: TrainSettings, needs: MethodNeeds, store: Store | None) -> None:
-    """What the method learns from must come from somewhere: a live teacher, or the store."""
+    """Require a source for the teacher's outputs: a live teacher or the store."""
     live = settings.teacher is not None and not needs.stored
     if settings.mixing.on and not needs.mixing:
         raise UsageError(
-            f"method {_name(settings)} cannot mix images: what the teacher says of a mixed image "
-            "is no mix of what it says of each."
+            f"method {_name(settings)} cannot mix images: the teacher's features of a mixed image "
+            "are not the mix of its features of each. Leave mixup and cutmix out."
         )
     if settings.mixing.on and needs.teacher is not None and not live:
         raise UsageError("stored features are of unmixed images; leave mixup and cutmix out.")

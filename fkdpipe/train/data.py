@@ -1,8 +1,8 @@
-"""What a student is trained on: images, their crops, and what a store knows of them.
+"""Training data: images, their crops, and their labels and features from a store.
 
-From a store, the folder is never scanned: the list, the boxes and the labels come from it. Without
-one (`ground-truth`), crops are drawn fresh from the same distribution and the folder's classes are
-the labels; that is how a teacher or a baseline is trained.
+With a store, the image folder is never scanned: the list of images, the boxes and the labels come
+from the store. Without one (`ground-truth`), crops are sampled from the same distribution and the
+folder's classes are the labels; teachers and baselines are trained this way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fkdpipe.train import stored
 from fkdpipe.train.schedule import Pass
 from fkdpipe.train.stored import Features, Labels
 
-CHECKED_IMAGES = 32  # whose size is compared with the record before a run
+CHECKED_IMAGES = 32  # images whose size is compared with the record before a run
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ class TrainingSet:
         root: folder that keys are relative to.
         keys, class_N, size_N2: of all rows, in a fixed random order.
         rows: int64, the rows to train on. unit_size: rows per unit.
-        crops: (rows_I, crops_m) to the record of those crops, (I, m).
-        labels: None where the folder's classes are the labels. features: None when not asked for.
-        crops_per_image: M; None when crops never end.
-        facts: for the run's record: what it was trained on.
+        crops: maps (rows_I, crops_m) to the parameters of those crops, (I, m).
+        labels: None where the folder's classes are the labels. features: None if not needed.
+        crops_per_image: M; None for an endless supply of crops.
+        facts: description of the data for the run's record.
     """
 
     root: Path
@@ -61,7 +61,7 @@ class TrainingSet:
     facts: dict[str, Any]
 
     def crops_of(self, passed: Pass) -> np.ndarray:
-        """int64 (m,): which crops of each image a pass uses: each once before any repeats."""
+        """int64 (m,): crops that a pass uses; all are used once before any repeats."""
         crops_m = passed.first_crop + np.arange(passed.m)
         return crops_m if self.crops_per_image is None else crops_m % self.crops_per_image
 
@@ -74,7 +74,7 @@ def from_folder(
     need_classes: bool = True,
     reporter: Reporter = silent,
 ) -> TrainingSet:
-    """Fresh random crops of a folder, flat only where no classes are needed.
+    """Fresh random crops of an image folder, which may be flat if no classes are needed.
 
     Raises:
         ImagesError: no usable images.
@@ -87,7 +87,7 @@ def from_folder(
     order = crops.random_order(seed, ids)
     ids, sizes = ids[order], folder.size_N2[order]
 
-    def drawn(rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
+    def sample(rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
         return crops.sample(
             distribution, seed=seed, image_id_N=ids[rows_I], size_N2=sizes[rows_I], crops_M=crops_m
         )
@@ -100,7 +100,7 @@ def from_folder(
         class_names=folder.class_names,
         rows=np.arange(len(folder)),
         unit_size=UNIT_IMAGES,
-        crops=drawn,
+        crops=sample,
         labels=None,
         features=None,
         crops_per_image=None,
@@ -124,11 +124,11 @@ def from_store(
     """Recorded crops, with stored labels unless the target is `ground-truth`.
 
     Args:
-        features: which of the source's features are wanted too.
-        crops_per_image: as many as a run began with, where the store may have grown since.
+        features: feature layer to read as well.
+        crops_per_image: number of crops that the run began with; the store may have grown since.
 
     Raises:
-        StoreError: not sealed, no such source, damaged, or made for another folder.
+        StoreError: not sealed, no such source, damaged, or made from another folder.
         StoreMismatchError: the stored form cannot serve the target or the temperature, or images
             have another size than recorded.
     """
@@ -137,36 +137,38 @@ def from_store(
     try:
         images.check_same_classes(listed.class_names, images.class_folders(root), where=str(root))
     except images.ImagesError as error:
-        raise StoreMismatchError(f"{store.url} was made for other images: {error}") from error
-    wanted = []
+        raise StoreMismatchError(f"{store.url} was made from other images: {error}") from error
+    parts = []
     if target.kind != "ground-truth":
-        wanted.append(("labels", reader.choose_source(store, source), ""))
+        parts.append(("labels", reader.choose_source(store, source), ""))
     if features is not None:
-        wanted.append(("features", *_feature_source(store, source, features)))
-    found = reader.finished(store, wanted, allow_partial=allow_partial, crops=crops_per_image)
-    if not len(found.rows):
+        parts.append(("features", *_feature_source(store, source, features)))
+    finished = reader.finished(store, parts, allow_partial=allow_partial, crops=crops_per_image)
+    if not len(finished.rows):
         raise UsageError(f"{store.url} has no finished image to train on.")
-    learnt = None if target.kind == "ground-truth" else target
-    recorded, labels = _open_readers(store, found, learnt, temperature, cache_dir, reporter)
+    stored_target = None if target.kind == "ground-truth" else target
+    boxes, labels = _open_readers(store, finished, stored_target, temperature, cache_dir, reporter)
     training = TrainingSet(
         root=root,
         keys=listed.keys,
         class_N=listed.class_N,
         size_N2=listed.size_N2,
         class_names=listed.class_names,
-        rows=found.rows,
+        rows=finished.rows,
         unit_size=store.unit_size,
-        crops=recorded,
+        crops=boxes,
         labels=labels,
-        features=None if features is None else Features(store, found.labels[-1]),
-        crops_per_image=found.crops_per_image,
+        features=None if features is None else Features(store, finished.labels[-1]),
+        crops_per_image=finished.crops_per_image,
         facts={
             "fingerprint": store.facts["fingerprint"],
-            "images": len(found.rows),
-            "left_out": len(found.failed),
-            "crops_per_image": found.crops_per_image,
-            "sources": ["/".join(filter(None, part)) for part in wanted],
-            "manifests": [[s.manifest.settings for s in p] for p in (found.crops, *found.labels)],
+            "images": len(finished.rows),
+            "left_out": len(finished.failed),
+            "crops_per_image": finished.crops_per_image,
+            "sources": ["/".join(filter(None, part)) for part in parts],
+            "manifests": [
+                [s.manifest.settings for s in p] for p in (finished.crops, *finished.labels)
+            ],
         },
     )
     _check_sizes(training)
@@ -175,31 +177,31 @@ def from_store(
 
 def _open_readers(
     store: Store,
-    found: reader.Finished,
+    finished: reader.Finished,
     target: Target | None,
     temperature: float | None,
     cache_dir: Path,
     reporter: Reporter,
 ) -> tuple[Callable[[np.ndarray, np.ndarray], Crops], Labels | None]:
-    """What reads boxes and, for a target, labels; narrow ones from the cache, filled here."""
-    narrow = target is not None and reader.label_form(found.labels[0]).sparse
-    lists = len(found.crops) + (len(found.labels[0]) if narrow else 0)  # of cached values
+    """Readers of boxes and, for a target, of labels. Fills the cache of sparse labels."""
+    sparse = target is not None and reader.label_form(finished.labels[0]).sparse
+    lists = len(finished.crops) + (len(finished.labels[0]) if sparse else 0)  # of cached values
     with reporter.task("labels", store.num_images, "images") as advance_images:
         advance = shared(advance_images, lists)
-        boxes = reader.CropReader(store, found.crops, cache_dir, advance)
+        boxes = reader.CropReader(store, finished.crops, cache_dir, advance)
         labels = None
         if target is not None:
             labels = stored.open_labels(
-                store, found.labels[0], target, temperature, cache_dir, advance
+                store, finished.labels[0], target, temperature, cache_dir, advance
             )
     return boxes.take, labels
 
 
 def _check_sizes(training: TrainingSet) -> None:
-    """Before hours are spent: do some images still have the recorded size?
+    """Check on a sample, before hours are spent, that images have their recorded size.
 
     Raises:
-        StoreMismatchError: one has another, or most cannot be read.
+        StoreMismatchError: a size differs, or most of the sample cannot be read.
     """
     some = training.rows[:: max(1, len(training.rows) // CHECKED_IMAGES)]
     unreadable = []
@@ -212,22 +214,22 @@ def _check_sizes(training: TrainingSet) -> None:
         elif size != recorded:
             now, then = (f"{height}x{width}" for height, width in (size, recorded))
             raise StoreMismatchError(
-                f"{training.root}: {key} is {now} pixels (height x width), recorded {then}. The "
-                "labels belong to crops of the images as they were; give the folder the store "
-                "was made for.",
+                f"{training.root}: {key} is {now} pixels (height x width), recorded as {then}. The "
+                "labels belong to crops of the original images; give the folder that the store "
+                "was made from.",
                 code="size-differs",
             )
     if len(unreadable) > len(some) // 2:
         first = unreadable[0]
         raise StoreMismatchError(
-            f"{training.root}: {len(unreadable)} of {len(some)} images looked at cannot be read, "
+            f"{training.root}: {len(unreadable)} of {len(some)} sampled images cannot be read, "
             f"for example {first.key}: {first.detail}.",
             code="images-lost",
         )
 
 
 def take_fraction(training: TrainingSet, fraction: float, seed: int) -> TrainingSet:
-    """A share of the images of every class: the same images whatever store or folder lists them."""
+    """A fraction of the images of every class, the same for any store or folder that lists them."""
     keys = [str(key) for key in training.keys[training.rows]]
     order = crops.random_order(seed, crops.image_ids(keys))
     kept = crops.per_class(training.class_N[training.rows], order, fraction)
@@ -238,7 +240,7 @@ def take_fraction(training: TrainingSet, fraction: float, seed: int) -> Training
 def _feature_source(
     store: Store, source: str | None, layer: StoredLayer
 ) -> tuple[str, StoredLayer]:
-    """(source, layer) of the features asked for; transformers' are the same before and after."""
+    """(source, layer) of the features; in transformers, pre and post are the same."""
     if layer == "map":
         return reader.choose_source(store, source, "features", layer), layer
     other: FeatureLayer = "post" if layer == "pre" else "pre"

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy on a folder: resize and centre crop exactly as timm does."""
+"""Top-1 and top-5 accuracy on an image folder, with timm's resize and centre crop."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from fkdpipe.train.batch import with_next
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent of images whose class is the first, or among the first five, of the scores.
+    """Top-1 and top-5 accuracy in percent.
 
     Attributes:
-        images: that were looked at. skipped: that could not be read.
+        images: number of evaluated images. skipped: number of unreadable images.
     """
 
     top1: float
@@ -65,23 +65,23 @@ def evaluate(
 ) -> Accuracy:
     """Top-1 and top-5 accuracy of a classifier on an image folder: `fkdpipe evaluate`.
 
-    Images are resized and cut at the centre as timm does, with the model's own size, crop_pct,
+    Images are resized and centre-cropped as in timm, with the model's own size, crop_pct,
     interpolation, mean and std.
 
     Args:
-        model: a run folder, NAME or NAME=FILE as for `--teacher`, a module, or what
-            `load_teacher` returns, which can say what a module's input is.
-        data: class/image, or the same below train/ and val/.
-        split: by default val; the folder itself where it holds the classes.
-        class_map: which output is which class; see `load_teacher`.
-        numbered: folders are named by class index, as ImageNet-V2's are.
-        real: ImageNet-ReaL's `real.json`: several classes may be right.
-        precision: float32, bfloat16 or float16. batch_size: in images. threads: of decoding.
-        device: None takes a GPU when there is one.
+        model: a run folder, NAME or NAME=FILE as for `--teacher`, a module, or the result of
+            `load_teacher`, which takes the preprocessing of a module that has none.
+        data: an image folder, one folder per class, optionally below train/ and val/.
+        split: default: val, or the folder itself if it holds the classes.
+        class_map: maps outputs to classes; see `load_teacher`.
+        numbered: folders are named by class index, as in ImageNet-V2.
+        real: ImageNet-ReaL's `real.json`, which accepts several classes per image.
+        precision: float32, bfloat16 or float16. batch_size: in images. threads: for decoding.
+        device: None uses a GPU if there is one.
 
     Raises:
-        UsageError: arguments that cannot be right.
-        ModelError: a model that cannot be built, or whose outputs are not the folder's classes.
+        UsageError: invalid arguments.
+        ModelError: the model cannot be built, or its outputs do not match the folder's classes.
         ImagesError: no usable images.
     """
     root, where = Path(data), choose_device(device)
@@ -129,11 +129,11 @@ def accuracy(
     """Accuracy of a classifier on the images of a folder.
 
     Args:
-        columns: int64, which outputs are the folder's classes; None for all in order.
-        allow_none: no readable image is no error, for one process's share of a folder.
-        accepted: of every image, the classes that are right (ImageNet-ReaL); images that none is
-            right for are left out.
-        stopping: asked between batches; true ends the evaluation, with what it has seen.
+        columns: int64, outputs for the folder's classes; None for all in order.
+        allow_none: accept that no image is readable, as in one process's share of a folder.
+        accepted: correct classes of every image (ImageNet-ReaL); images without any are left
+            out.
+        stopping: called between batches; True ends the evaluation early.
 
     Raises:
         ImagesError: no image can be read.
@@ -174,7 +174,7 @@ def _hits(
     folder: ImageFolder,
     accepted: Sequence[frozenset[int]] | None,
 ) -> torch.Tensor:
-    """bool (B, K): which of the best classes of each image are right."""
+    """bool (B, K): whether each of the K best classes is correct."""
     if accepted is None:
         return ranked_BK == torch.from_numpy(folder.class_N[row_B.numpy()]).long()[:, None]
     return torch.tensor(
@@ -186,34 +186,36 @@ def _hits(
 
 
 def read_accepted(file: Path, folder: ImageFolder) -> list[frozenset[int]]:
-    """The classes that are right for each image, from ImageNet-ReaL's `real.json`.
+    """The correct classes of each image, from ImageNet-ReaL's `real.json`.
 
-    A list with, for each image in order of file name, a list of class indices.
+    The file lists the class indices of each image, in order of file name.
 
     Raises:
-        ImagesError: another form, or another number of images than the folder has.
+        ImagesError: invalid file, or its number of images differs from the folder's.
     """
     try:
-        given = json.loads(file.read_text())
-        sets = [frozenset(int(c) for c in classes) for classes in given]
+        lists = json.loads(file.read_text())
+        sets = [frozenset(int(c) for c in classes) for classes in lists]
     except (OSError, ValueError, TypeError) as error:
-        raise ImagesError(f"{file} is no list of class lists: {error}.", code="labels") from error
+        raise ImagesError(
+            f"{file} is not a list of class lists: {error}.", code="labels"
+        ) from error
     if len(sets) != len(folder):
         raise ImagesError(
-            f"{file} has labels of {len(sets)} images, {folder.root} has {len(folder)} images.",
+            f"{file} has labels for {len(sets)} images, {folder.root} has {len(folder)} images.",
             code="labels",
         )
     by_name = sorted(range(len(folder)), key=lambda row: folder.keys[row].rsplit("/", 1)[-1])
-    made: list[frozenset[int]] = [frozenset()] * len(folder)
+    accepted: list[frozenset[int]] = [frozenset()] * len(folder)
     for row, right in zip(by_name, sets, strict=True):
-        made[row] = right
-    return made
+        accepted[row] = right
+    return accepted
 
 
 def batches(
     preprocessing: Preprocessing, folder: ImageFolder, *, batch: int, threads: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(uint8 (B, 3, H, W), int64 rows of the folder (B,)); unreadable images are left out."""
+    """Yield uint8 pixels (B, 3, H, W) and int64 rows of the folder (B,); skip unreadable images."""
     p = preprocessing
     transform = create_transform(
         (3, *p.size),
@@ -229,8 +231,8 @@ def batches(
             return [pool.submit(_load, path, transform) for path in paths[first : first + batch]]
 
         starts = range(0, len(paths), batch)
-        begun = zip(starts, map(begin, starts), strict=True)
-        for (first, futures), _ in with_next(begun):  # the next batch is loaded meanwhile
+        loading = zip(starts, map(begin, starts), strict=True)
+        for (first, futures), _ in with_next(loading):  # the next batch loads in the background
             loaded = {first + k: future.result() for k, future in enumerate(futures)}
             good = {row: pixels for row, pixels in loaded.items() if pixels is not None}
             if good:

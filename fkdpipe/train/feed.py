@@ -1,9 +1,9 @@
-"""(image, crops) over the run + labels + replay -> batches in the memory of the host.
+"""Batches in host memory: images and crops in training order, with pixels and labels.
 
-The order is decided in `order`, the pixels are made in `replay`; here the two meet the labels.
-Batches are read ahead by a bounded amount: `prefetch` requests of pixels and one window of labels.
-An image that cannot be read is reported by name and replaced by its neighbour in the batch; a
-process whose share holds no other image contributes zero weight.
+`order` decides the order and `replay` produces the pixels; this module adds the labels. Reading
+ahead is bounded: `prefetch` requests of pixels and one window of labels. An unreadable image is
+reported by name and replaced by its neighbour in the batch; a process whose share has no readable
+image contributes zero weight.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fkdpipe.train.stored import Window as OpenWindow
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_SHARE = 0.05  # of the images: more is not a broken file but a broken disk
+MAX_FAILED_SHARE = 0.05  # of all images; more suggests a broken disk, not broken files
 
 
 class Feed:
-    """Batches of a run, from any step on.
+    """Batches of a run, starting at any step.
 
     Args:
-        block: images of a step that no two processes share out.
+        block: number of consecutive images of a step that stay in one process (mixup, CutMix).
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Feed:
         self.failed: dict[str, str] = {}
 
     def stream(self, start: int = 0) -> Iterator[HostBatch]:
-        """Batches of this process from step `start` on.
+        """Batches of this process, starting at step `start`.
 
         Raises:
-            TrainingError: too many images cannot be read.
-            DamagedStoreError: labels differ from what was committed.
+            TrainingError: too many unreadable images.
+            DamagedStoreError: labels fail their checksum.
         """
         with (
             replay.open_replay(
@@ -82,15 +82,15 @@ class Feed:
     def _requests(self, start: int) -> Iterator[Request]:
         for step in self.order.steps(start):
             first, pieces = share(step, self.rank.index, self.rank.world, self.block)
-            idle = not pieces  # fewer images than processes: one contributes zero weight
+            idle = not pieces  # fewer images than processes
             if idle:
                 pieces = (Piece(step.pieces[0].window, step.pieces[0].rows[:1]),)
             rows = np.concatenate([piece.rows for piece in pieces])
-            recorded = join(
+            boxes = join(
                 [self.data.crops(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]
             )
-            data, tag = self.data, _Share(step, pieces, first, recorded.jitter_NM4, idle)
-            yield Request.of(data.root, data.keys[rows], data.size_N2[rows], recorded, tag)
+            data, tag = self.data, _Share(step, pieces, first, boxes.jitter_NM4, idle)
+            yield Request.of(data.root, data.keys[rows], data.size_N2[rows], boxes, tag)
 
     def _batch(self, pixels: Pixels, windows: _Windows) -> HostBatch:
         share_: _Share = pixels.request.tag  # type: ignore[assignment]
@@ -106,7 +106,7 @@ class Feed:
         if share_.jitter_Im4 is not None:
             values["jitter"] = share_.jitter_Im4.reshape(-1, 4)
         bad = self._report(pixels, rows_I)
-        lost = len(bad) == len(rows_I)  # nothing to replace them by: zero pixels, zero weight
+        lost = len(bad) == len(rows_I)  # no replacement: zero pixels, zero weight
         batch = HostBatch(
             step=step.index,
             passed=step.passed,
@@ -122,7 +122,7 @@ class Feed:
         return batch
 
     def _report(self, pixels: Pixels, rows_I: np.ndarray) -> set[int]:
-        """Positions of the batch's broken images; too many of them over the run are an error."""
+        """Positions of the batch's unreadable images. Too many over the run are an error."""
         for failure in pixels.failures:
             key = str(self.data.keys[rows_I[failure.image]])
             if key not in self.failed:
@@ -132,7 +132,7 @@ class Feed:
             key, why = next(iter(self.failed.items()))
             raise TrainingError(
                 f"{len(self.failed)} images could not be read, for example {key}: {why}. Check "
-                f"{self.data.root}; the run goes on from its last checkpoint when started again.",
+                f"{self.data.root}; the same command resumes the run from its last checkpoint.",
                 code="images-lost",
             )
         return {failure.image for failure in pixels.failures}
@@ -140,7 +140,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class _Share:
-    """What a request is for. idle: it only keeps this process in step, with zero weight."""
+    """One process's share of a step. idle: the process only takes part, with zero weight."""
 
     step: Step
     pieces: tuple[Piece, ...]
@@ -150,7 +150,7 @@ class _Share:
 
 
 class _Windows:
-    """Windows of labels and features in use, and the next one being read in a thread."""
+    """Open windows of labels and features; a thread reads the next one."""
 
     def __init__(self, data: TrainingSet, order: Order) -> None:
         self._sources = [source for source in (data.labels, data.features) if source is not None]
@@ -181,7 +181,7 @@ class _Windows:
 
     def _window(self, window: Window) -> list[OpenWindow]:
         future = self._begin(window)
-        if window.key > self._reached:  # its first batch: the next window is read meanwhile
+        if window.key > self._reached:  # first batch of the window: start reading the next
             self._reached = window.key
             following = self._order.following(window)
             if following is not None:
@@ -199,14 +199,14 @@ class _Windows:
 
 
 def _replacements(bad: set[int], images: int) -> np.ndarray:
-    """For every image of a batch the image whose crops stand in its position, not all bad."""
+    """For every position of a batch, the image to use there. At least one image must be good."""
     good = np.array([k for k in range(images) if k not in bad])
     after = np.searchsorted(good, np.arange(images)) % len(good)
     return good[after]
 
 
 def check_batch(batch_size: int, m: int, world: int, block: int = 1) -> None:
-    """Raises UsageError when processes cannot share a step's blocks of images evenly."""
+    """Raise UsageError if the batch does not divide evenly over crops, processes and blocks."""
     if batch_size < 1 or m < 1:
         raise UsageError(
             f"batch size and crops per image must be at least 1; found {batch_size} and {m}."

@@ -18,12 +18,12 @@ from fkdpipe.train.settings import TrainSettings
 
 
 class Learner(nn.Module):
-    """Pixels and targets in, logits and named loss terms out.
+    """Map pixels and targets to logits and named loss terms.
 
-    The teacher is not in here: nothing that trains this module can train it or leave its eval mode.
+    The teacher is not a submodule, so it is neither trained nor switched to training mode.
 
     Args:
-        probe: only the student's classifier trains; the rest stays in eval mode.
+        probe: train only the student's classifier; the rest stays in eval mode.
     """
 
     def __init__(self, student: FeatureNetwork, method: Method, *, probe: bool = False) -> None:
@@ -56,28 +56,29 @@ def build(
     training: TrainingSet,
     device: torch.device,
 ) -> Learner:
-    """Student and method, built for each other and for what the teacher's side gives.
+    """Build the student and a method that fits it and the teacher's outputs.
 
     Raises:
-        UsageError, ModelError: networks that the method cannot pair.
+        UsageError, ModelError: the method cannot combine these networks.
     """
     student = FeatureNetwork(loaded.module, needs.student)
-    if not needs.classifier:  # nothing trains it, and DDP wants to know
+    if not needs.classifier:  # unused parameters would make DDP wait
         student.classifier.requires_grad_(False)
-    given = None
+    teacher_outputs = None
     if training.features is not None:
         if teacher is not None:
             stored.check_teacher(training.features.settings, teacher.facts())
-        given = training.features.outputs(training.features.example(device))
+        teacher_outputs = training.features.outputs(training.features.example(device))
     elif teacher is not None:
-        given = feature_layers.example(teacher.module, teacher.preprocessing.size, device)
+        size = teacher.preprocessing.size
+        teacher_outputs = feature_layers.example(teacher.module, size, device)
     context = Context(
         classes=loaded.classes,
         epochs=settings.epochs,
         scores=training.labels.classes if training.labels else loaded.classes,
         student=feature_layers.example(student, loaded.preprocessing.size, device),
         student_network=loaded.module,
-        teacher=given,
+        teacher=teacher_outputs,
         teacher_network=teacher.module.network if teacher else None,
         features=training.features.settings if training.features else None,
         teacher_facts=_teacher_facts(teacher, training),
@@ -88,7 +89,7 @@ def build(
 
 
 def parameters(learner: Learner) -> dict[str, int]:
-    """Parameters of the student, which is exported, and of the method's auxiliary modules."""
+    """Parameter counts of the student and of the method's auxiliary modules."""
     return {
         "student": sum(p.numel() for p in learner.student.parameters()),
         "auxiliary": sum(p.numel() for p in learner.method.parameters()),

@@ -1,6 +1,6 @@
-"""The training loop: batches in, steps, metrics, evaluations, checkpoints.
+"""The training loop: steps, metrics, evaluations and checkpoints.
 
-No teacher here unless a method asks for a live one: what the student learns comes with the batch.
+Targets come with the batch; a teacher runs only if the method needs a live one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fkdpipe.train.step import step
 
 log = logging.getLogger(__name__)
 
-# Several processes ask each other about stopping this often: a preempted machine gives 30 s or so.
-ASK_SECONDS = 2.0
-ASK_STEPS = 100  # at most, should steps become slower
+# How often processes agree on whether to stop: preemption gives a notice of about 30 s.
+POLL_SECONDS = 2.0
+POLL_STEPS = 100  # upper limit, in case steps become slower
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. top1, top5: percent on the held-out images, None without any."""
+    """Result of a run. top1, top5: percent on the validation images; None without any."""
 
     steps: int
     epochs: int
@@ -49,23 +49,23 @@ class Result:
 
 
 def train(run: Run) -> Result:
-    """Run to the end, from wherever the run folder says it stopped.
+    """Train to the end, resuming from the run folder's newest checkpoint.
 
     Raises:
-        TrainingError: the loss is not finite, the checkpoint cannot be read, or SIGTERM came; a
-            checkpoint is written then.
+        TrainingError: the loss is not finite, the checkpoint cannot be read, or SIGTERM arrived,
+            which writes a checkpoint first.
     """
     resume(run)
     run.wrapped = parallel.wrap(run.learner, run.settings, run.rank, run.device)
     metrics = _metrics(run)
     meter = Meter(run.device)
     task = run.reporter.task("train", run.steps, "steps", done=run.step)
-    with task as advance, _stop_asked() as stop:
-        if run.owed is not None:
-            _judge(run, metrics, stop)
+    with task as advance, _stop_on_sigterm() as stop:
+        if run.pending_eval_epoch is not None:
+            _run_evaluation(run, metrics, stop)
             save(run)
         for batch, following in with_next(_timed(run.crops.stream(run.step), meter)):
-            _one(run, batch, meter)
+            _train_step(run, batch, meter)
             _log_step(run, batch, meter, metrics, advance)
             if following is None or following.passed.index != batch.passed.index:
                 _end_of_pass(run, batch, meter, metrics, stop, last=following is None)
@@ -76,7 +76,7 @@ def train(run: Run) -> Result:
                 _save_and_stop(run)
     file = export(run, weight_files.EXPORT_NAME)
     if run.last is None:  # finished before this start
-        run.last = _recorded(run)
+        run.last = _last_recorded(run)
     if metrics is not None:
         metrics.close()
     return Result(
@@ -90,15 +90,15 @@ def train(run: Run) -> Result:
     )
 
 
-def _recorded(run: Run) -> Accuracy | None:
+def _last_recorded(run: Run) -> Accuracy | None:
     line = last_evaluation(run.out / "metrics.jsonl")
     return Accuracy(*(line[k] for k in ("top1", "top5", "images", "skipped"))) if line else None
 
 
-def _one(run: Run, batch: Batch, meter: Meter) -> None:
+def _train_step(run: Run, batch: Batch, meter: Meter) -> None:
     loss, right = step(run, batch)
     meter.add(loss, right, crops=batch.total, images=batch.total // batch.m, seen=len(batch))
-    if run.device.type == "cpu":  # on a GPU, asking every step would make it wait for the device
+    if run.device.type == "cpu":  # on a GPU, this check would synchronise every step
         _check_finite(run, meter)
     run.step += 1
 
@@ -107,7 +107,7 @@ def _check_finite(run: Run, meter: Meter) -> None:
     value = float(meter.loss)
     if not math.isfinite(value):
         raise TrainingError(
-            f"the loss is {value} at step {run.step}. The last good checkpoint is kept in "
+            f"the loss is {value} at step {run.step}. The last checkpoint is in "
             f"{run.out / CHECKPOINTS}; try a smaller learning rate or float32.",
             code="loss",
         )
@@ -121,8 +121,8 @@ def _save(run: Run, meter: Meter) -> None:
 def _save_and_stop(run: Run) -> NoReturn:
     save(run)
     raise TrainingError(
-        f"stopped at step {run.step} of {run.steps}; a checkpoint is written and the same "
-        "command goes on from it.",
+        f"stopped at step {run.step} of {run.steps}; a checkpoint is written; the same "
+        "command resumes from it.",
         code="stopped",
     )
 
@@ -135,44 +135,48 @@ def _end_of_pass(
     due = last or epoch // every > batch.passed.epoch // every
     if due and run.validation is not None:
         _check_finite(run, meter)
-        run.owed = epoch
-        _judge(run, metrics, stop)
+        run.pending_eval_epoch = epoch
+        _run_evaluation(run, metrics, stop)
     _save(run, meter)
 
 
-def _judge(run: Run, metrics: MetricsLog | None, stop: _Stop) -> None:
-    """The evaluation that is owed. SIGTERM cuts it short; the run that goes on begins with it."""
+def _run_evaluation(run: Run, metrics: MetricsLog | None, stop: _Stop) -> None:
+    """Run the pending evaluation. If SIGTERM interrupts it, the resumed run repeats it first."""
     run.last = _evaluate(run, stop)
     if run.last is None:
         _save_and_stop(run)
     if metrics is not None:
-        line = {"kind": "eval", "step": run.step, "epoch": run.owed, **asdict(run.last)}
+        line = {
+            "kind": "eval",
+            "step": run.step,
+            "epoch": run.pending_eval_epoch,
+            **asdict(run.last),
+        }
         metrics.write(line)
-    run.owed = None
+    run.pending_eval_epoch = None
     if run.last.top1 > run.best_top1:
         run.best_top1 = run.last.top1
         export(run, "best.safetensors")
 
 
 def _evaluate(run: Run, stop: _Stop) -> Accuracy | None:
-    """Accuracy on the held-out images, each process taking its share of them; None when one of
-    them was asked to stop."""
+    """Validation accuracy, the images shared among the processes; None if one received SIGTERM."""
     assert run.validation is not None
-    ours = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
+    share = run.validation.take(np.arange(run.rank.index, len(run.validation), run.rank.world))
     counts = [0.0, 0.0, 0.0, 0.0]
-    if len(ours):
-        made = accuracy(
-            run.judged,
+    if len(share):
+        local = accuracy(
+            run.eval_network,
             run.student.preprocessing,
-            ours,
+            share,
             device=run.device,
             precision=run.precision,
             threads=run.feed.threads,
             allow_none=run.rank.world > 1,
-            stopping=stop.asked.is_set,
+            stopping=stop.requested.is_set,
         )
-        counts = [made.top1 * made.images, made.top5 * made.images, made.images, made.skipped]
-    stopped = float(stop.asked.is_set())
+        counts = [local.top1 * local.images, local.top5 * local.images, local.images, local.skipped]
+    stopped = float(stop.requested.is_set())
     sums = parallel.total([*counts, stopped], run.rank, run.device).tolist()
     top1, top5, seen, skipped, stopping = sums
     if stopping:
@@ -204,35 +208,35 @@ def _log_step(
 
 
 class _Stop:
-    """Whether SIGTERM came, so that a step is never cut in two (preemptible machines)."""
+    """SIGTERM flag, read between steps so that no step is interrupted (preemptible machines)."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.requested = threading.Event()
         self._since, self._step, self._next = time.perf_counter(), 0, 0
 
     def now(self, run: Run) -> bool:
-        """Does any process want to stop? All answer alike, at the same step: which step they ask
-        each other at follows from times that they share."""
+        """Whether any process should stop. All processes poll at the same step, which follows
+        from shared timings, and get the same answer."""
         if run.rank.world == 1:
-            return self.asked.is_set()
+            return self.requested.is_set()
         if run.step < self._next:
             return False
         now, steps = time.perf_counter(), max(1, run.step - self._step)
-        ours = [float(self.asked.is_set()), (now - self._since) / steps]
-        asked, seconds = parallel.total(ours, run.rank, run.device).tolist()
-        ahead = ASK_SECONDS * run.rank.world / max(seconds, 1e-6)
+        status = [float(self.requested.is_set()), (now - self._since) / steps]
+        requests, seconds = parallel.total(status, run.rank, run.device).tolist()
+        ahead = POLL_SECONDS * run.rank.world / max(seconds, 1e-6)
         self._since, self._step = now, run.step
-        self._next = run.step + int(min(max(ahead, 1), ASK_STEPS))
-        return bool(asked)
+        self._next = run.step + int(min(max(ahead, 1), POLL_STEPS))
+        return bool(requests)
 
 
 @contextlib.contextmanager
-def _stop_asked() -> Iterator[_Stop]:
+def _stop_on_sigterm() -> Iterator[_Stop]:
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.requested.set())
     try:
         yield stop
     finally:
@@ -242,9 +246,9 @@ def _stop_asked() -> Iterator[_Stop]:
 def _timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
     """Count the seconds spent waiting for batches."""
     while True:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         batch = next(batches, None)
-        meter.waited += time.perf_counter() - begun
+        meter.waited += time.perf_counter() - start
         if batch is None:
             return
         yield batch

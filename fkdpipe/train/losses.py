@@ -1,4 +1,4 @@
-"""Losses as pure functions: one value per sample unless the paper couples the batch.
+"""Losses as pure functions: one value per sample, unless the paper couples the batch.
 
 Letters: B batch, C classes.
 """
@@ -11,7 +11,7 @@ import torch
 def soft_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
     """float32 (B,): -sum_c target_c log softmax(logits)_c, in nats.
 
-    A class whose target is zero adds nothing, even where its logit is -inf.
+    Classes with zero target contribute zero, even if their logit is -inf.
 
     Args:
         logits_BC: student scores before softmax. target_BC: probabilities, rows sum to 1.
@@ -27,7 +27,7 @@ def soft_cross_entropy(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torc
 def kl_divergence(logits_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
     """float32 (B,): sum_c target_c (log target_c - log softmax(logits)_c), in nats.
 
-    The cross-entropy less the target's own entropy: the same gradient, zero at the optimum.
+    The cross-entropy minus the target's entropy: same gradient, and zero at the optimum.
     """
     entropy_B = -torch.special.xlogy(target_BC, target_BC).sum(dim=1)
     return soft_cross_entropy(logits_BC, target_BC) - entropy_B

@@ -1,4 +1,4 @@
-"""A run's record: one JSON object per line, nothing needed to read it; TensorBoard when asked."""
+"""Training metrics: one JSON object per line, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fkdpipe.common.errors import UsageError
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`; what a stopped run wrote beyond its checkpoint is cut off.
+    """Append to `metrics.jsonl`; lines after the checkpoint of a resumed run are removed.
 
     Raises:
-        UsageError: TensorBoard is asked for and not installed.
+        UsageError: TensorBoard is requested but not installed.
     """
 
     def __init__(self, file: Path, *, resume_step: int, tensorboard: bool = False) -> None:
@@ -26,7 +26,7 @@ class MetricsLog:
         self._board = _board(file.parent / "tensorboard", resume_step) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        """Every line has `step` (optimiser steps done) and `kind` ("train" or "eval")."""
+        """Write a line with at least `step` (completed steps) and `kind` ("train" or "eval")."""
         with open(self._file, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
@@ -51,7 +51,7 @@ def _board(folder: Path, resume_step: int) -> Any:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line cut off by a kill is left out."""
+    """Lines of a metrics file; an incomplete last line is skipped."""
     lines = []
     for text in file.read_text().splitlines():
         try:
@@ -62,20 +62,20 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def last_evaluation(file: Path) -> dict[str, Any] | None:
-    """The last line of a metrics file that tells an accuracy; None without one."""
+    """The last evaluation in a metrics file; None if there is none."""
     lines = read(file) if file.is_file() else []
     return next((line for line in reversed(lines) if line["kind"] == "eval"), None)
 
 
 class Meter:
-    """Sums between two lines of metrics; the loss and the hits stay on the device till asked."""
+    """Sums between two lines of metrics; loss and hits stay on the device until read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.restart()
 
     def restart(self) -> None:
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         self.waited = 0.0
         self.loss = torch.zeros((), device=self._device)
         self.last = torch.zeros((), device=self._device)
@@ -85,7 +85,11 @@ class Meter:
     def add(
         self, loss: torch.Tensor, right: torch.Tensor, *, crops: int, images: int, seen: int
     ) -> None:
-        """Args: crops, images: of the whole step; seen: crops of this process."""
+        """Add a step.
+
+        Args:
+            crops, images: of the whole step. seen: crops of this process.
+        """
         self.last = loss
         self.loss = self.loss + loss
         self.right = self.right + right
@@ -96,13 +100,17 @@ class Meter:
 
     @property
     def sums(self) -> list[float]:
-        """Of this process alone: loss, last loss, right, seen. Waits for the device."""
+        """Loss, last loss, correct and seen crops of this process. Synchronises with the device."""
         return [float(self.loss), float(self.last), float(self.right), float(self.seen)]
 
     def line(self, sums: list[float]) -> dict[str, float]:
-        """Args: sums: the same four, over all processes."""
+        """The metrics of a line.
+
+        Args:
+            sums: as in `sums`, over all processes.
+        """
         loss, last, right, seen = sums
-        seconds = time.perf_counter() - self.begun
+        seconds = time.perf_counter() - self.started
         line = {
             "loss": loss / max(self.steps, 1),
             "last_loss": last,

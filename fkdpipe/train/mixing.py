@@ -1,9 +1,9 @@
-"""Mixup and CutMix, the same whatever the number of processes.
+"""Mixup and CutMix, independent of the number of processes.
 
-Partners come from a permutation drawn for (seed, step, block): the step's images are cut into
-blocks that no process splits, and within a block every image is mixed with another one, never with
-itself. (Rolling the batch by one, as libraries do, pairs neighbouring crops of one image and
-depends on how the batch was laid out.) One coefficient a block.
+Partners come from a permutation seeded by (seed, step, block): the step's images are divided into
+blocks that stay in one process, and within a block every image is mixed with another one, never
+with itself. (Rolling the batch by one, as libraries do, pairs neighbouring crops of one image and
+depends on the batch layout.) Each block has one coefficient.
 
 References:
     Zhang et al., "mixup: Beyond Empirical Risk Minimization", equation 1.
@@ -25,12 +25,12 @@ from fkdpipe.train.settings import MixingSettings
 
 @dataclass(frozen=True)
 class Mix:
-    """Who is mixed with whom.
+    """Partners and coefficients of a batch.
 
     Attributes:
-        partner_B: int64, row of the same batch. own_B: float32, the coefficient lambda.
-        box_B4: float32 (top, left, bottom, right) of the partner's patch as shares of the image;
-            NaN where the two are mixed as a whole.
+        partner_B: int64, row of the partner in the same batch. own_B: float32, lambda.
+        box_B4: float32 (top, left, bottom, right) of the CutMix patch as fractions of the image;
+            NaN for mixup.
     """
 
     partner_B: torch.Tensor
@@ -47,22 +47,22 @@ def draw(
     """The mix of one process's share of a step.
 
     Args:
-        first_image: place of its first image in the step, a multiple of the block.
+        first_image: position of its first image in the step, a multiple of the block size.
     """
     partner_Im = np.empty((images, m), dtype=np.int64)
     own_I = np.empty(images, dtype=np.float32)
     box_I4 = np.full((images, 4), np.nan, dtype=np.float32)
-    of_step = crops.derive_seed(seed, step)
+    step_seed = crops.derive_seed(seed, step)
     for begin in range(0, images, settings.block):
         end = min(begin + settings.block, images)
         number = (first_image + begin) // settings.block
-        random = np.random.default_rng(crops.derive_seed(of_step, number))
+        random = np.random.default_rng(crops.derive_seed(step_seed, number))
         order = begin + random.permutation(end - begin)
         shift = int(random.integers(m))
         partner_Im[order] = np.roll(order, -1)[:, None] * m + (np.arange(m) + shift) % m
         own, box = _coefficient(settings, random)
         own_I[begin:end], box_I4[begin:end] = own, box
-        if end - begin == 1:  # nobody to mix with
+        if end - begin == 1:  # no partner
             own_I[begin:end], box_I4[begin:end] = 1.0, np.nan
     return Mix(
         torch.from_numpy(partner_Im.ravel()),
@@ -90,7 +90,7 @@ def _coefficient(
 
 
 def own_share(mix: Mix, size: tuple[int, int]) -> torch.Tensor:
-    """float32 (B, 1, H, W): how much of each pixel is the image's own; 0 or 1 for CutMix."""
+    """float32 (B, 1, H, W): weight of the image itself at each pixel; 0 or 1 for CutMix."""
     height, width = size
     top, left, bottom, right = _pixels(mix, size)
     device = mix.own_B.device
@@ -103,7 +103,7 @@ def own_share(mix: Mix, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _pixels(mix: Mix, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """The patches in whole pixels, cut off at the border."""
+    """The patches in whole pixels, clipped at the border."""
     top, left, bottom, right = mix.box_B4.nan_to_num(0.0).unbind(1)
     height, width = size
     rows = [(v * height).trunc().clamp(0, height) for v in (top, bottom)]
@@ -112,17 +112,17 @@ def _pixels(mix: Mix, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
 
 
 def mix_pixels(mix: Mix, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-    """x_i and its partner x_j to lambda x_i + (1 - lambda) x_j, or x_i with a patch of x_j."""
+    """lambda x_i + (1 - lambda) x_j for mixup; x_i with a patch of x_j for CutMix."""
     share = own_share(mix, tuple(pixels_B3HW.shape[2:]))  # type: ignore[arg-type]
     share = share.to(pixels_B3HW.dtype)
     return pixels_B3HW * share + pixels_B3HW[mix.partner_B] * (1 - share)
 
 
 def mix_targets(mix: Mix, prob_BC: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """lambda y_i + (1 - lambda) y_j; lambda of CutMix is the share of pixels that are kept.
+    """lambda y_i + (1 - lambda) y_j; for CutMix, lambda is the fraction of pixels kept.
 
     Args:
-        size: of the student's pixels, which decides how the patch was rounded.
+        size: (height, width) of the student's input, which determines the rounding of the patch.
     """
     share_B1 = own_share(mix, size).mean(dim=(2, 3))
     return prob_BC * share_B1 + prob_BC[mix.partner_B] * (1 - share_B1)

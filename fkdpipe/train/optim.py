@@ -1,4 +1,4 @@
-"""Optimisers by timm's names, over the student and a method's auxiliary modules."""
+"""timm's optimisers for the student and a method's auxiliary modules."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fkdpipe.train.settings import OptimizerSettings
 
 
 def build(learner: Learner, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """One optimiser; each of its groups may scale the rate by `lr_scale`.
+    """Build the optimiser; a parameter group may scale the learning rate by `lr_scale`.
 
     Raises:
-        UsageError: timm knows no such optimiser, or it has no such setting.
+        UsageError: unknown optimiser, or a setting that it does not have.
     """
     name = settings.name.lower()
     if name not in list_optimizers():
@@ -52,11 +52,11 @@ def _groups(learner: Learner, settings: OptimizerSettings) -> list[dict[str, Any
     student, decay = learner.student.network, settings.weight_decay
     groups: list[dict[str, Any]]
     if settings.layer_decay is not None:
-        spared = _spared(student)
+        no_decay = _no_weight_decay(student)
         groups = param_groups_layer_decay(
             student,
             decay,
-            no_weight_decay_list=() if settings.decay_all else spared,
+            no_weight_decay_list=() if settings.decay_all else no_decay,
             weight_decay_exclude_1d=not settings.decay_all,
             layer_decay=settings.layer_decay,
         )
@@ -64,25 +64,25 @@ def _groups(learner: Learner, settings: OptimizerSettings) -> list[dict[str, Any
             group.pop("param_names", None)
     else:
         groups = _by_decay(student, settings)
-    helpers = _by_decay(learner.method, settings)
+    auxiliary = _by_decay(learner.method, settings)
     if settings.auxiliary_lr is not None:
-        for group in helpers:
+        for group in auxiliary:
             group["lr_scale"] = settings.auxiliary_lr / settings.lr
-    return groups + helpers
+    return groups + auxiliary
 
 
 def _by_decay(module: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if not trained:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
         return []
     if settings.decay_all:
-        return [{"params": trained, "weight_decay": settings.weight_decay}]
+        return [{"params": trainable, "weight_decay": settings.weight_decay}]
     groups = param_groups_weight_decay(
-        module, settings.weight_decay, no_weight_decay_list=_spared(module)
+        module, settings.weight_decay, no_weight_decay_list=_no_weight_decay(module)
     )
     return [group for group in groups if group["params"]]
 
 
-def _spared(module: nn.Module) -> set[str]:
-    """Parameters that a network itself wants undecayed: position embeddings, class tokens."""
+def _no_weight_decay(module: nn.Module) -> set[str]:
+    """Parameters that the network excludes from weight decay, such as position embeddings."""
     return set(getattr(module, "no_weight_decay", set)())

@@ -1,15 +1,15 @@
-"""The order of images and crops over a run, as a function of (seed, step) alone.
+"""The order of images and crops over a run, a function of (seed, step) only.
 
-For every pass the units are permuted, taken a window at a time, and the images of a window are
-permuted: near enough to a full shuffle, while wide labels are read a window at a time. Passes of
-the same m are one stream of images, which is cut into steps without a short batch between passes;
-where m changes a batch may end short. A run that stops goes on at any step with the very next
-batch, and any number of processes sees the same batches.
+Every pass permutes the units, groups them into windows, and permutes the images of each window.
+This approximates a full shuffle, while wide labels are read one window at a time. Passes of equal m
+form one stream of images, which is divided into steps without a short batch between passes; where m
+changes, a batch may be short. A run can resume at any step with exactly the next batch, and the
+batches do not depend on the number of processes.
 
-Independent, for methods that ask for independent samples: B images are decoded once, and their m
-crops go to m batches that follow one another, crop k of every image to batch k. No batch holds an
-image twice. The images of a pass are cut into equal blocks of at most B, so no batch is much
-shorter than the others; passes do not share a batch.
+In independent mode, for methods that need independent samples, B images are decoded once and their
+m crops go to m consecutive batches, crop k of every image to batch k. No batch holds an image
+twice. The images of a pass are divided into equal blocks of at most B, so no batch is much shorter
+than the others; passes do not share a batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fkdpipe.train.schedule import Pass, Stage
 
 @dataclass(frozen=True)
 class Window:
-    """A run of units whose images are shuffled together, within one pass."""
+    """Consecutive units of a pass whose images are shuffled together."""
 
     passed: Pass
     index: int
@@ -36,13 +36,13 @@ class Window:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Windows are read in the order of their keys."""
+        """Sorting key: the order in which windows are read."""
         return self.passed.index, self.index
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Images of one batch that come from one window, in order."""
+    """The images of a batch that come from one window, in order."""
 
     window: Window
     rows: np.ndarray
@@ -50,13 +50,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
-    """Images that are decoded together: those of one optimiser step, or of m when independent.
+    """Images that are decoded together, for one optimiser step, or for m in independent mode.
 
     Attributes:
-        index: number in the run of the (first) optimiser step. passed: the pass it begins in,
-            which sets its learning rate.
-        pieces: images of the whole (global) batch. images: how many those are.
-        batches: optimiser steps it is for: 1, or m when independent.
+        index: index of its (first) optimiser step in the run. passed: the pass it begins in,
+            which determines the learning rate.
+        pieces: images of the whole (global) batch. images: their number.
+        batches: number of optimiser steps: 1, or m in independent mode.
     """
 
     index: int
@@ -70,9 +70,11 @@ class Step:
 
 
 class Order:
-    """See the module. `rows` are the usable rows; B is `batch_size` in crops.
+    """The order of a run; see the module.
 
-    independent: no two crops of an image in one batch.
+    Args:
+        rows: rows to train on. batch_size: B, in crops.
+        independent: never put two crops of an image in one batch.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Order:
         for stage in stages:
             if batch_size % stage.first.m:
                 raise UsageError(
-                    f"batch size {batch_size} is no multiple of {stage.first.m} crops."
+                    f"batch size {batch_size} is not a multiple of {stage.first.m} crops."
                 )
         self._rows = np.sort(rows)
         self._units, starts = np.unique(self._rows // unit_size, return_index=True)
@@ -99,59 +101,59 @@ class Order:
         self._window, self._batch_size, self._seed = window, batch_size, seed
         self._windows = -(-len(self._units) // window)
         self._stages, self.independent = tuple(stages), independent
-        self._blocks = -(-len(self._rows) // batch_size)  # of a pass, when independent
+        self._blocks = -(-len(self._rows) // batch_size)  # of a pass, in independent mode
         self._units_of = lru_cache(maxsize=2)(self._permuted_units)
 
     def __len__(self) -> int:
-        """Optimiser steps of the run."""
+        """Number of optimiser steps in the run."""
         return sum(self._cuts(stage) * self._batches(stage) for stage in self._stages)
 
     def steps(self, start: int = 0) -> Iterator[Step]:
-        """Steps from number `start` on; when independent, from the block that holds it."""
-        begun = 0
+        """Steps starting at `start`; in independent mode, at the block that contains it."""
+        offset = 0
         for stage in self._stages:
             batches = self._batches(stage)
             count = self._cuts(stage) * batches
-            if start < begun + count:
-                yield from self._run(stage, begun, max(0, start - begun) // batches)
-            begun += count
+            if start < offset + count:
+                yield from self._run(stage, offset, max(0, start - offset) // batches)
+            offset += count
 
     def first_step(self, pass_index: int) -> int:
-        """The first step that begins in this pass or, where none does, after it."""
-        begun = 0
+        """The first step that begins in this pass, or after it if none does."""
+        offset = 0
         for stage in self._stages:
             number = min(pass_index - stage.first.index, stage.count)
             if number < stage.count:
-                return begun + self._first_cut(stage, number) * self._batches(stage)
-            begun += self._cuts(stage) * self._batches(stage)
-        return begun
+                return offset + self._first_cut(stage, number) * self._batches(stage)
+            offset += self._cuts(stage) * self._batches(stage)
+        return offset
 
     def pass_of(self, step: int) -> int:
         """The pass that a step begins in."""
-        begun = 0
+        offset = 0
         for stage in self._stages:
             batches = self._batches(stage)
             count = self._cuts(stage) * batches
-            if step < begun + count:
-                begin = self._cut(stage, (step - begun) // batches)
+            if step < offset + count:
+                begin = self._cut(stage, (step - offset) // batches)
                 return stage.first.index + begin // len(self._rows)
-            begun += count
+            offset += count
         last = self._stages[-1]
         return last.first.index + last.count
 
     def windows(self, passed: Pass) -> list[Window]:
-        """The windows of a pass, in order; their rows are a permutation of all rows."""
+        """The windows of a pass, in order. Their rows are a permutation of all rows."""
         return [self.window(passed, index) for index in range(self._windows)]
 
     def window(self, passed: Pass, index: int) -> Window:
-        """One window of a pass, made without the others: no pass begins with a pause."""
+        """One window of a pass, computed alone, so that no pass begins with a delay."""
         seed = crops.derive_seed(self._seed, passed.index)
         units = self._units_of(seed)[index * self._window : (index + 1) * self._window].tolist()
         rows = np.concatenate([self._of_unit[unit] for unit in units])
         return Window(passed, index, tuple(units), rows[crops.random_order(seed + 1, rows)])
 
     def following(self, window: Window) -> Window | None:
-        """The window read after this one, in this pass or as the first of the next."""
+        """The window after this one, in this pass or the next; None after the last."""
         if window.index + 1 < self._windows:
             return self.window(window.passed, window.index + 1)
         after = window.passed.index + 1
@@ -167,13 +169,13 @@ class Order:
         return stage.first.m if self.independent else 1
 
     def _cuts(self, stage: Stage) -> int:
-        """Into how many pieces the stream of a stage is cut."""
+        """Number of pieces that the stream of a stage is divided into."""
         if self.independent:
             return self._blocks * stage.count
         return -(-len(self._rows) * stage.count // (self._batch_size // stage.first.m))
 
     def _cut(self, stage: Stage, number: int) -> int:
-        """Where in the stream of a stage, counted in images, piece `number` begins."""
+        """Start of piece `number` in the stream of a stage, in images."""
         count = len(self._rows)
         if self.independent:
             passes, block = divmod(number, self._blocks)
@@ -181,29 +183,29 @@ class Order:
         return min(number * (self._batch_size // stage.first.m), count * stage.count)
 
     def _first_cut(self, stage: Stage, number: int) -> int:
-        """The first piece that begins in pass `number` of the stage, or after it."""
+        """The first piece that begins in or after pass `number` of the stage."""
         if self.independent:
             return number * self._blocks
         return -(-number * len(self._rows) // (self._batch_size // stage.first.m))
 
-    def _run(self, stage: Stage, begun: int, skip: int) -> Iterator[Step]:
-        """The steps of a stage, from its piece `skip` on; its first step is number `begun`."""
+    def _run(self, stage: Stage, offset: int, skip: int) -> Iterator[Step]:
+        """The steps of a stage, starting at its piece `skip`; its first step has index `offset`."""
         batches = self._batches(stage)
-        coming = self._stream(stage, self._cut(stage, skip))
-        rest = next(coming)
+        stream = self._stream(stage, self._cut(stage, skip))
+        rest = next(stream)
         for number in range(skip, self._cuts(stage)):
             left = self._cut(stage, number + 1) - self._cut(stage, number)
             pieces = []
             while left:
                 if not len(rest.rows):
-                    rest = next(coming)
+                    rest = next(stream)
                 pieces.append(Piece(rest.window, rest.rows[:left]))
                 rest = Piece(rest.window, rest.rows[left:])
                 left -= len(pieces[-1].rows)
-            yield Step(begun + number * batches, pieces[0].window.passed, tuple(pieces), batches)
+            yield Step(offset + number * batches, pieces[0].window.passed, tuple(pieces), batches)
 
     def _stream(self, stage: Stage, begin: int) -> Iterator[Piece]:
-        """The images of a stage, window after window, from image number `begin` on."""
+        """The images of a stage, window by window, starting at image `begin`."""
         first, skip = divmod(begin, len(self._rows))
         for number in range(first, stage.count):
             for index in range(self._windows):
@@ -214,18 +216,18 @@ class Order:
 
 
 def share(step: Step, rank: int, world: int, block: int = 1) -> tuple[int, tuple[Piece, ...]]:
-    """The contiguous run of a step's images that one process takes, and where it begins.
+    """The start and the images of one process's contiguous share of a step.
 
-    Runs are whole blocks of `block` images, counted from the step's first image (the last one may
-    be shorter), and differ by one block at most.
+    A share consists of whole blocks of `block` images (the last may be shorter). Shares differ by
+    at most one block.
     """
     blocks = -(-step.images // block)
     begin, end = (min(step.images, blocks * r // world * block) for r in (rank, rank + 1))
-    taken = []
+    pieces = []
     at = 0
     for piece in step.pieces:
         rows = piece.rows[max(0, begin - at) : max(0, end - at)]
         at += len(piece.rows)
         if len(rows):
-            taken.append(Piece(piece.window, rows))
-    return begin, tuple(taken)
+            pieces.append(Piece(piece.window, rows))
+    return begin, tuple(pieces)

@@ -1,6 +1,6 @@
-"""Several processes training one student: torch's own process group, DDP and collectives.
+"""Multi-process training with torch's process group, DDP and collectives.
 
-`torchrun` starts the processes and says who is who. Without it everything here does nothing.
+`torchrun` starts the processes and sets their ranks. In a single process, all of this is a no-op.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fkdpipe.common.errors import UsageError
 from fkdpipe.train.learner import Learner
 from fkdpipe.train.settings import TrainSettings
 
-# Processes meet while one of them may still be copying labels to its node's cache.
+# Long enough for one process to fill its node's label cache while the others wait.
 TIMEOUT = timedelta(hours=2)
 
 
 @contextlib.contextmanager
 def group(rank: Rank, device: torch.device) -> Iterator[None]:
-    """The process group of a run: nccl on GPUs, gloo on CPUs."""
+    """The process group of a run: NCCL on GPUs, Gloo on CPUs."""
     if rank.world == 1:
         yield
         return
@@ -39,17 +39,17 @@ def group(rank: Rank, device: torch.device) -> Iterator[None]:
 
 
 def check(settings: TrainSettings, device: torch.device) -> None:
-    """Raises UsageError where torch.compile or synchronised batch norm cannot work."""
+    """Raise UsageError if torch.compile or synchronised batch norm cannot work."""
     if settings.sync_batchnorm and device.type != "cuda":
         raise UsageError(
-            "sync_batchnorm works on GPUs only; on the CPU each process has its own statistics."
+            "sync_batchnorm needs GPUs; on the CPU, each process has its own statistics."
         )
     if settings.compile is not None:
         _check_compiler(settings.compile, device)
 
 
 def wrap(learner: Learner, settings: TrainSettings, rank: Rank, device: torch.device) -> nn.Module:
-    """What is called in a step: the learner, in DDP with several processes, compiled if asked."""
+    """Wrap the learner in DDP if there are several processes, and compile it if configured."""
     if settings.sync_batchnorm:
         learner.student.network = nn.SyncBatchNorm.convert_sync_batchnorm(learner.student.network)
     wrapped: nn.Module = learner
@@ -71,15 +71,15 @@ def _check_compiler(backend: str, device: torch.device) -> None:
     compilers = ("g++", "clang++", "c++") if device.type == "cpu" else ("gcc", "clang", "cc")
     if backend == "inductor" and not any(shutil.which(name) for name in compilers):
         raise UsageError(
-            f"compile = inductor needs a compiler ({' or '.join(compilers)}); none is found here. "
+            f"compile = inductor needs a compiler ({' or '.join(compilers)}); none was found. "
             "Install one, or leave compile out."
         )
 
 
 @contextlib.contextmanager
 def local_first(rank: Rank, device: torch.device) -> Iterator[None]:
-    """The first process of each machine does it, then the others: the one that copies labels to
-    the machine's cache is then also the one that tells how far it is."""
+    """Run the block in the first process of each machine, then in the others. The first one fills
+    the machine's label cache and reports its progress."""
     if rank.local:
         total([0.0], rank, device)
     yield
@@ -88,7 +88,7 @@ def local_first(rank: Rank, device: torch.device) -> Iterator[None]:
 
 
 def quiet(wrapped: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
-    """Gradients of all but the last part of a step are not exchanged yet."""
+    """Skip gradient synchronisation for all but the last part of a step."""
     if isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
     return contextlib.nullcontext()
@@ -96,7 +96,7 @@ def quiet(wrapped: nn.Module, *, last: bool) -> contextlib.AbstractContextManage
 
 def total(values: Sequence[float] | torch.Tensor, rank: Rank, device: torch.device) -> torch.Tensor:
     """float64 sums over all processes."""
-    summed = torch.as_tensor(values, dtype=torch.float64).to(device)
+    sums = torch.as_tensor(values, dtype=torch.float64).to(device)
     if rank.world > 1:
-        distributed.all_reduce(summed)
-    return summed.cpu()
+        distributed.all_reduce(sums)
+    return sums.cpu()

@@ -1,4 +1,4 @@
-"""From settings to a run: everything checked, built and wired before the first step."""
+"""Build a run from its settings: check them, open the data, build the networks."""
 
 from __future__ import annotations
 
@@ -55,45 +55,47 @@ def prepare(
     rank: Rank = Rank(),
     reporter: Reporter = silent,
 ) -> Run:
-    """Open the data, build the student and the method, and compare with an earlier start.
+    """Open the data, build the student and the method, and check the run folder.
 
     Args:
-        student_spec, teacher_spec: of the networks in the settings, where the caller knows them; a
-            command line may name Python code, which settings may not.
+        student_spec, teacher_spec: override the networks in the settings. A command line may name
+            Python code, which settings may not.
         store: labels and crops; None for `ground-truth` on fresh crops.
 
     Raises:
-        UsageError: settings that do not go together.
+        UsageError: incompatible settings.
         TrainingError: the run folder holds another run.
-        StoreError, ImagesError, ModelError: what they say.
+        StoreError, ImagesError, ModelError: the store, images or networks cannot be used.
     """
     needs = methods.needs(settings.method)
     student_spec = student_spec or models.parse_spec(settings.student)
     teacher_spec = teacher_spec or _parse(settings.teacher)
-    checks.check_place(out, data)
+    checks.check_out(out, data)
     settings = dataclasses.replace(settings, target=checks.target(settings, needs, store))
     checks.check(settings, needs, store, rank, device)
-    begun = _begun_crops(out)
+    previous_crops = _previous_crops(out)
     with parallel.local_first(rank, device) if store else contextlib.nullcontext():
-        training = _open(settings, needs, data, store, cache_dir, allow_partial, begun, reporter)
+        training = _open(
+            settings, needs, data, store, cache_dir, allow_partial, previous_crops, reporter
+        )
     loaded = students.build(settings, student_spec, _classes(settings, needs, training))
     loaded.module.to(device).to(memory_format=torch.channels_last)
     teacher = _teacher(settings, teacher_spec, needs, training, device)
-    running = None if needs.stored else teacher
+    live_teacher = None if needs.stored else teacher
     learner = build_learner(settings, needs, loaded, teacher, training, device)
-    # A classifier that is not trained has nothing to be judged by.
+    # An untrained classifier cannot be evaluated.
     validation = _validation(data, training, reporter) if needs.classifier else None
-    counted = parameters(learner)
-    log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counted)
-    digest = _record(settings, training, teacher, counted, out, write=rank.main)
+    counts = parameters(learner)
+    log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counts)
+    digest = _record(settings, training, teacher, counts, out, write=rank.main)
     return Run(
         settings=settings,
         out=out,
-        crops=_crops(settings, needs, training, store, loaded, running, device, rank),
+        crops=_crops(settings, needs, training, store, loaded, live_teacher, device, rank),
         student=loaded,
         learner=learner,
         wrapped=learner,
-        teacher=running,
+        teacher=live_teacher,
         optimizer=optim.build(learner, settings.optimizer),
         scaler=_scaler(settings, device),
         average=ModelEmaV3(learner.student, decay=settings.ema) if settings.ema else None,
@@ -162,10 +164,10 @@ def _teacher(
     if spec is None:
         return None
     class_map = settings.teacher_class_map
-    asked = needs.soft is not None and settings.parsed_target.kind == "ground-truth"
+    labels = needs.soft is not None and settings.parsed_target.kind == "ground-truth"
     (teacher,) = load_teachers(
         [spec],
-        class_names=training.class_names if asked else (),
+        class_names=training.class_names if labels else (),
         class_maps=[read_class_map(class_map)] if class_map else [],
         precision=_precision(settings, device),
         device=device,
@@ -176,14 +178,14 @@ def _teacher(
 
 
 def _classes(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet) -> int:
-    """Width of the student's classifier; of one that is not trained, the folder's classes or 1."""
-    named = max(1, len(training.class_names))
+    """Output width of the student; if its classifier is not trained, the folder's classes or 1."""
+    folder_classes = max(1, len(training.class_names))
     if training.labels is None or needs.scores:
-        return named
+        return folder_classes
     if training.labels.scores:
         raise UsageError(
             f"the stored labels are {training.labels.classes} scores of a self-supervised teacher, "
-            f"not classes; train with --method selfsup."
+            "not class probabilities. Train with --method selfsup."
         )
     return training.labels.classes
 
@@ -191,7 +193,7 @@ def _classes(settings: TrainSettings, needs: MethodNeeds, training: TrainingSet)
 def _preprocessing(
     settings: TrainSettings, loaded: Loaded, teacher: Teacher | None
 ) -> list[Preprocessing]:
-    """The student's, and the live teacher's."""
+    """Preprocessing of the student and of the live teacher."""
     student = loaded.preprocessing
     if settings.interpolation is not None:
         student = dataclasses.replace(student, interpolation=settings.interpolation)
@@ -205,7 +207,7 @@ def _open(
     store: Store | None,
     cache_dir: Path,
     allow_partial: bool,
-    begun: int | None,
+    previous_crops: int | None,
     reporter: Reporter,
 ) -> TrainingSet:
     if store is None:
@@ -223,10 +225,10 @@ def _open(
             target=settings.parsed_target,
             source=settings.source,
             temperature=needs.soft if needs.soft is not None else settings.label_temperature,
-            features=_stored_tap(settings, needs),
+            features=_stored_layer(settings, needs),
             cache_dir=cache_dir,
             allow_partial=allow_partial,
-            crops_per_image=begun,
+            crops_per_image=previous_crops,
             reporter=reporter,
         )
     labelled_crops.check_crops(training, settings.crops_per_image)
@@ -235,14 +237,14 @@ def _open(
     return training
 
 
-def _begun_crops(out: Path) -> int | None:
-    """Crops per image that the run in this folder began with: a store may have grown since."""
+def _previous_crops(out: Path) -> int | None:
+    """Crops per image at the run's first start; the store may have grown since."""
     file = out / "settings.json"
     return json.loads(file.read_text())["data"].get("crops_per_image") if file.exists() else None
 
 
-def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> StoredLayer | None:
-    """Which stored features stand in for a teacher that does not run."""
+def _stored_layer(settings: TrainSettings, needs: MethodNeeds) -> StoredLayer | None:
+    """The layer of the stored features that replace a live teacher; None if not needed."""
     if needs.teacher is None or (settings.teacher is not None and not needs.stored):
         return None
     if needs.teacher.final:
@@ -251,11 +253,11 @@ def _stored_tap(settings: TrainSettings, needs: MethodNeeds) -> StoredLayer | No
 
 
 def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images.ImageFolder | None:
-    """Held-out images, when the folder has a val/ beside its train/."""
+    """The validation images; None if the folder has no val/."""
     try:
         images.split_root(data, "val")
     except ImagesError as error:
-        log.warning("the student is not evaluated while it trains: %s", error)
+        log.warning("no evaluation during training: %s", error)
         return None
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, split="val", on_image=advance)
@@ -267,22 +269,22 @@ def _record(
     settings: TrainSettings,
     training: TrainingSet,
     teacher: Teacher | None,
-    counted: dict[str, int],
+    counts: dict[str, int],
     out: Path,
     *,
     write: bool,
 ) -> str:
-    """Write settings.json, or compare with the one there; returns the digest of both.
+    """Write settings.json, or compare with an existing one, and return the digest.
 
     Raises:
-        TrainingError: the folder holds a run with other settings; says which.
+        TrainingError: the folder holds a run with different settings; the message lists them.
     """
     record: dict[str, Any] = {
         "settings": config.to_table(settings),
         "data": training.facts,
         "teacher": teacher.facts() if teacher else None,
         "class_names": list(training.class_names),
-        "parameters": counted,
+        "parameters": counts,
         "files": methods.digests(settings.method),
     }
     digest = schema.digest({**record, "settings": _binding(record)})
@@ -292,8 +294,9 @@ def _record(
         if old.get("digest") != digest:
             changed = _changed(old, json.loads(json.dumps(record)))
             raise TrainingError(
-                f"{out} holds a run with other settings: {'; '.join(changed) or 'other classes'}. "
-                "Name another --out folder, or delete this one.",
+                f"{out} holds a run with different settings: "
+                f"{'; '.join(changed) or 'other classes'}. Name another --out "
+                "folder, or delete this one.",
                 code="other-run",
             )
     if write:
@@ -304,7 +307,7 @@ def _record(
 
 
 def _binding(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings that two starts of one run must share."""
+    """The settings that must not change when a run resumes."""
     free = {
         "threads", "replay", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
         "tensorboard",
@@ -313,12 +316,12 @@ def _binding(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two starts, settings by the names that `--set` takes."""
+    """The differences between two starts of a run, settings by their `--set` names."""
     lines = schema.differences(_binding(old), _binding(new))
     for name in ("teacher", "files"):
         lines += schema.differences({name: old.get(name)}, {name: new[name]})
     if old.get("data") != new["data"]:
-        lines.append("other images, crops or labels than it began with")
+        lines.append("different images, crops or labels")
     return lines
 
 

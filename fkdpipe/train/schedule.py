@@ -1,4 +1,4 @@
-"""Passes over the images, and the learning rate of each."""
+"""Passes over the images, and their learning rates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings
 
 @dataclass(frozen=True)
 class Pass:
-    """One walk over all images.
+    """One pass over all images.
 
     Attributes:
-        index: number of the pass. epoch: epochs done before it.
-        m: crops of every image in this pass. first_crop: how many crops of each image came before.
+        index: index of the pass. epoch: epochs completed before it.
+        m: crops per image in this pass. first_crop: crops per image used before it.
     """
 
     index: int
@@ -25,10 +25,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Stage:
-    """Passes of the same m that follow one another.
+    """Consecutive passes of equal m.
 
     Attributes:
-        first: the first of them. count: how many.
+        first: the first pass. count: number of passes.
     """
 
     first: Pass
@@ -48,27 +48,27 @@ class Stage:
 def stages(
     epochs: int, m: int, *, single_first: int = 0, single_last: int = 0
 ) -> tuple[Stage, ...]:
-    """The passes of a run: m crops each, single crops at the ends where asked for.
+    """The passes of a run: m crops each, with optional single-crop epochs at both ends.
 
-    Epochs that m does not divide are run with single crops, after the others.
+    If m does not divide the number of epochs, the remaining ones use single crops at the end.
     """
     middle = epochs - single_first - single_last
     widths = [(1, single_first), (m, middle // m), (1, middle % m + single_last)]
-    found: list[Stage] = []
+    result: list[Stage] = []
     index = epoch = 0
     for width, count in widths:
-        if found and width == found[-1].first.m:
-            found[-1] = Stage(found[-1].first, found[-1].count + count)
+        if result and width == result[-1].first.m:
+            result[-1] = Stage(result[-1].first, result[-1].count + count)
         elif count:
-            found.append(Stage(Pass(index, epoch, width, epoch), count))
+            result.append(Stage(Pass(index, epoch, width, epoch), count))
         index, epoch = index + count, epoch + width * count
-    return tuple(found)
+    return tuple(result)
 
 
 def learning_rate(
     schedule: ScheduleSettings, optimizer: OptimizerSettings, *, epoch: int, epochs: int
 ) -> float:
-    """The rate of a pass that begins after `epoch` epochs, as timm's schedulers have it."""
+    """The learning rate of a pass that begins after `epoch` epochs, as in timm's schedulers."""
     base = optimizer.lr
     if epoch < schedule.warmup_epochs:
         slope = (base - schedule.warmup_lr) / schedule.warmup_epochs
@@ -76,7 +76,7 @@ def learning_rate(
     if schedule.name == "constant":
         return base
     if schedule.name == "step":
-        return base * schedule.gamma ** sum(epoch >= stone for stone in schedule.milestones)
+        return base * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
     done = epoch / epochs
     share = 0.5 * (1 + math.cos(math.pi * done)) if schedule.name == "cosine" else 1 - done
     return schedule.min_lr + (base - schedule.min_lr) * share

@@ -1,7 +1,7 @@
-"""What a training run is: the recipe, as settings that `config` checks and reads from TOML.
+"""Settings of a training run, read from TOML and validated by `config`.
 
-Batch size counts crops, over all processes, per optimiser step. Epochs count crops too: one pass
-over the images with m crops of each counts as m epochs.
+The batch size is in crops, over all processes, per optimiser step. Epochs count crops too: one pass
+over the images with m crops each counts as m epochs.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ DEFAULT_METHOD = {"name": "fkd"}
 
 @config.settings
 class OptimizerSettings:
-    """Any optimiser of timm and what it takes."""
+    """A timm optimiser and its settings."""
 
     name: str = "sgd"
-    """Any optimiser of timm: sgd, adamw, lamb, ..."""
+    """Any timm optimiser: sgd, adamw, lamb, ..."""
     lr: PositiveFloat = 0.1
     """Learning rate."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Decay of the weights; see decay_all."""
+    """Weight decay; see decay_all."""
     momentum: NonNegativeFloat = 0.9
-    """Of optimisers that have one."""
+    """Momentum, for optimisers that have one."""
     betas: tuple[float, ...] | None = None
-    """By default the optimiser's own."""
+    """Betas of Adam-like optimisers; default: timm's."""
     eps: PositiveFloat | None = None
-    """By default the optimiser's own."""
+    """Epsilon of the optimiser; default: timm's."""
     auxiliary_lr: PositiveFloat | None = None
-    """Learning rate of a method's auxiliary modules; by default the student's."""
+    """Learning rate of the method's auxiliary modules; default: lr."""
     decay_all: bool = True
-    """Weight decay on biases and norms too."""
+    """Apply weight decay to biases and norms too."""
     layer_decay: PositiveFloat | None = None
-    """Factor of the rate from each layer to the one before it, as timm groups them."""
+    """Layer-wise learning rate decay, with timm's layer groups."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the whole gradient."""
+    """Maximum norm of the gradient."""
 
 
 @config.settings
 class MixingSettings:
-    """Mixup and CutMix of the batch."""
+    """Mixup and CutMix."""
 
     mixup: NonNegativeFloat = 0.0
-    """Alpha of Mixup's Beta distribution; 0 for none."""
+    """Alpha of mixup's Beta distribution; 0 disables mixup."""
     cutmix: NonNegativeFloat = 0.0
-    """Alpha of CutMix's Beta distribution; 0 for none."""
+    """Alpha of CutMix's Beta distribution; 0 disables CutMix."""
     probability: Probability = 1.0
-    """Of mixing a block of images at all."""
+    """Probability of mixing a block of images."""
     switch: Probability = 0.5
-    """Probability of CutMix where both are asked for."""
+    """Probability of CutMix instead of mixup if both are enabled."""
     block: Annotated[int, Field(ge=2)] = 8
-    """Images that are mixed with each other; no process splits a block."""
+    """Number of images that are mixed with each other; a block stays in one process."""
 
     @property
     def on(self) -> bool:
@@ -78,99 +78,98 @@ class MixingSettings:
 
 @config.settings
 class ScheduleSettings:
-    """The learning rate, set once per pass of m epochs (FKD's serrated schedule)."""
+    """Learning rate schedule, updated once per pass of m epochs (FKD's serrated schedule)."""
 
     name: Literal["cosine", "step", "linear", "constant"] = "cosine"
-    """Course of the rate after the warm-up."""
+    """Schedule after the warm-up."""
     warmup_epochs: NonNegativeInt = 0
-    """Epochs of warm-up."""
+    """Number of warm-up epochs."""
     warmup_lr: NonNegativeFloat = 1e-6
-    """Rate where the warm-up begins."""
+    """Learning rate at the start of the warm-up."""
     min_lr: NonNegativeFloat = 0.0
-    """Rate where cosine and linear end."""
+    """Final learning rate of cosine and linear."""
     milestones: tuple[NonNegativeInt, ...] = ()
-    """Epochs at which step multiplies the rate by gamma."""
+    """Epochs at which step multiplies the learning rate by gamma."""
     gamma: PositiveFloat = 0.1
-    """Factor of step at each milestone."""
+    """Learning rate factor of step at each milestone."""
     single_first: NonNegativeInt = 0
-    """Epochs at the beginning of the run that use one crop per image."""
+    """Epochs with one crop per image at the start of the run."""
     single_last: NonNegativeInt = 0
-    """Epochs at the end of the run that use one crop per image."""
+    """Epochs with one crop per image at the end of the run."""
 
 
 @config.settings
 class TrainSettings:
-    """A run."""
+    """A training run."""
 
     student: str
-    """NAME of timm, with random weights, or NAME=FILE; a run folder."""
+    """A timm NAME with random weights, NAME=FILE, or a run folder."""
     target: str | None = None
-    """What is learnt, for example marginal-smoothing:5. By default ground-truth, unless the labels
-    of a store are all there is to teach with: then it must be named."""
+    """Training target, for example marginal-smoothing:5. Default: ground-truth; required if the
+    labels of a store are the only teacher."""
     epochs: PositiveInt = 100
-    """Length of the run; one pass over the images with m crops of each counts as m."""
+    """Number of epochs; one pass over the images with m crops each counts as m."""
     batch_size: PositiveInt = 256
     """Crops per optimiser step, over all processes."""
     crops_per_image: PositiveInt = 1
-    """m: crops of each image in a batch."""
+    """m, the crops of each image in a batch."""
     method: dict[str, Any] = field(default_factory=DEFAULT_METHOD.copy)
     """Name and settings of the distillation method."""
     size: Annotated[int, Field(ge=8)] | None = None
-    """Side of the student's input in pixels; by default the network's own."""
+    """Side of the student's input in pixels; default: the network's."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """Of the crops' resize; by default the network's own."""
+    """Interpolation when crops are resized; default: the network's."""
     student_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of timm.create_model for the student."""
+    """Extra arguments of timm.create_model for the student."""
     crop: CropDistribution = field(default_factory=CropDistribution)
-    """Of the fresh crops when there is no store; a store's crops bring theirs, colour jitter
-    included."""
+    """Crop distribution for training without a store; a store has its own."""
     source: str | None = None
-    """Which labels of the store, when it has several."""
+    """Source of the labels, if the store has several."""
     label_temperature: PositiveFloat | None = None
-    """Temperature of the labels; by default as stored."""
+    """Temperature of the labels; default: as stored."""
     teacher: str | None = None
-    """NAME or NAME=FILE of a teacher that runs beside the student, for methods that need one."""
+    """NAME or NAME=FILE of a live teacher, for methods that need one."""
     teacher_class_map: Path | None = None
-    """File that says which of the teacher's outputs are the folder's classes."""
+    """File that maps the teacher's outputs to the folder's classes."""
     teacher_size: PositiveInt | None = None
-    """Side of the teacher's input in pixels; by default its own."""
+    """Side of the teacher's input in pixels; default: the network's."""
     seed: Seed = 0
-    """Of weights, order and fresh crops."""
+    """Seed for weights, order and fresh crops."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the student's forward pass; auto is bfloat16 on GPUs that have it, else float32."""
+    """Precision of the forward pass; auto: bfloat16 on GPUs that support it, else float32."""
     replay: Literal["auto", "cpu", "dali"] = "auto"
     """Backend that turns recorded crops into pixels."""
     threads: PositiveInt | None = None
-    """Of the replay; by default the machine's cores."""
+    """Threads of the replay; default: the number of CPU cores."""
     window: PositiveInt = 8
-    """Units of images that are shuffled together."""
+    """Number of units whose images are shuffled together."""
     fraction: Share = 1.0
-    """Share of the images of every class that is trained on, chosen by the seed."""
+    """Fraction of the images of every class to train on, chosen by the seed."""
     pretrained: bool = False
-    """Begin from the library's published weights instead of random ones."""
+    """Start from the library's pretrained weights."""
     new_head: bool = False
-    """Leave out the classifier of NAME=FILE; it may be of other classes."""
+    """Replace the classifier of NAME=FILE by a new one, for other classes."""
     train_only: Literal["all", "classifier"] = "all"
-    """classifier trains a linear probe: the rest keeps its weights, in eval mode."""
+    """classifier trains a linear probe; the frozen rest stays in eval mode."""
     accumulate: PositiveInt = 1
-    """Parts that a process's share of a step is cut into, one backward pass each."""
+    """Gradient accumulation steps per optimiser step."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an average of the weights, which is then what is evaluated and exported; for
-    example 0.9999."""
+    """Decay of a moving average of the weights, for example 0.9999; the average is evaluated and
+    exported."""
     compile: str | None = None
-    """A backend of torch.compile: inductor or aot_eager."""
+    """Backend of torch.compile: inductor or aot_eager."""
     sync_batchnorm: bool = False
-    """Batch-norm statistics over all processes (GPUs only)."""
+    """Synchronise batch norm statistics over all processes (GPUs only)."""
     log_every: PositiveInt = 50
     """Steps between lines of metrics."""
     eval_every: PositiveInt = 1
     """Epochs between evaluations."""
     checkpoint_every: PositiveInt | None = None
-    """Steps between checkpoints, beside the one after every pass."""
+    """Steps between checkpoints, in addition to one after every pass."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest stay."""
+    """Number of newest checkpoints to keep."""
     tensorboard: bool = False
-    """Metrics go to TensorBoard too."""
+    """Also write metrics to TensorBoard."""
     mixing: MixingSettings = field(default_factory=MixingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -187,15 +186,15 @@ class TrainSettings:
         batch_size = info.data.get("batch_size", 0)
         if batch_size % crops_per_image:
             raise UsageError(
-                f"batch_size counts crops: {batch_size} is no multiple of {crops_per_image} crops "
-                "per image"
+                f"batch_size counts crops: {batch_size} is not a multiple of {crops_per_image} "
+                "crops per image"
             )
         return crops_per_image
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: dict[str, Any]) -> dict[str, Any]:
-        if method != DEFAULT_METHOD:  # the methods' files need torch, which takes seconds to load
+        if method != DEFAULT_METHOD:  # the methods import torch, which takes seconds
             from fkdpipe.train import methods
 
             methods.parse(method)
@@ -217,7 +216,7 @@ class TrainSettings:
 
 
 def describe(table: Mapping[str, Any]) -> list[config.Setting]:
-    """Every setting of a run, those of the table's method (`method.*`) after the method itself."""
+    """All settings of a run; those of the method (`method.*`) follow `method`."""
     from fkdpipe.train import methods
 
     described = config.describe(TrainSettings)

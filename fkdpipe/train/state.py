@@ -1,4 +1,4 @@
-"""What a running training holds, and how it is saved, taken up again and exported."""
+"""The state of a run: saving, resuming and exporting it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass
 class Run:
-    """Everything a running training holds.
+    """The state of a run.
 
-    wrapped is the learner as it is called: in DDP, compiled, once it trains. average is the moving
-    average of the student. step counts optimiser steps that are done. digest names settings and
-    data; a checkpoint of another digest is refused. owed is the epoch after which an evaluation is
-    due that has not come to its end.
+    Attributes:
+        wrapped: the learner as called in a step, in DDP and compiled once training has started.
+        average: moving average of the student. step: completed optimiser steps.
+        digest: of settings and data; a checkpoint with another digest is refused.
+        pending_eval_epoch: epoch of an evaluation that is due but not complete; None if none is.
     """
 
     settings: TrainSettings
@@ -60,7 +61,7 @@ class Run:
     step: int = 0
     best_top1: float = -1.0
     last: Accuracy | None = None
-    owed: int | None = None
+    pending_eval_epoch: int | None = None
     reporter: Reporter = silent
 
     @property
@@ -69,7 +70,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Optimiser steps in the whole run."""
         return len(self.feed.order)
 
     @property
@@ -82,13 +83,13 @@ class Run:
         return self.learner.method
 
     @property
-    def judged(self) -> FeatureNetwork:
-        """The weights that are evaluated and exported: the moving average where there is one."""
+    def eval_network(self) -> FeatureNetwork:
+        """The network to evaluate and export: the moving average if there is one."""
         return self.module if self.average is None else self.average.module
 
 
 def save(run: Run) -> None:
-    """A checkpoint, by the first process. Randomness needs no state: it is drawn from the step."""
+    """Write a checkpoint, in the first process. There is no RNG state: the step is the seed."""
     if not run.rank.main:
         return
     content = {
@@ -100,23 +101,23 @@ def save(run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "average": run.average.module.state_dict() if run.average else None,
         "best_top1": run.best_top1,
-        "owed": run.owed,
+        "pending_eval_epoch": run.pending_eval_epoch,
     }
     checkpoint.save(run.out / CHECKPOINTS, run.step, content, keep=run.settings.keep_checkpoints)
 
 
 def resume(run: Run) -> None:
-    """Take up the newest checkpoint, if there is one.
+    """Load the newest checkpoint, if there is one.
 
     Raises:
-        TrainingError: it cannot be read, or is of another run.
+        TrainingError: it cannot be read, or belongs to another run.
     """
     content = checkpoint.load_latest(run.out / CHECKPOINTS)
     if content is None:
         return
     if content["digest"] != run.digest:
         raise TrainingError(
-            f"{run.out} holds a run with other settings or data; name another --out folder.",
+            f"{run.out} holds a run with different settings or data; name another --out folder.",
             code="other-run",
         )
     run.module.network.load_state_dict(content["student"])
@@ -126,16 +127,17 @@ def resume(run: Run) -> None:
     if run.average is not None:
         run.average.module.load_state_dict(content["average"])
     run.step, run.best_top1 = int(content["step"]), float(content["best_top1"])
-    run.owed = content.get("owed")
-    log.info("going on from step %d of %d", run.step, run.steps)
+    run.pending_eval_epoch = content.get("pending_eval_epoch")
+    log.info("resuming at step %d of %d", run.step, run.steps)
 
 
 def export(run: Run, name: str) -> Path:
-    """The student alone, as others load it; by the first process."""
+    """Write the student's weights, in the first process."""
     file = run.out / name
     if run.rank.main:
         facts = students.export_facts(run.settings, run.student, run.class_names)
         checkpoint.write_atomically(
-            file, lambda partial: weight_files.write_export(partial, run.judged.network, facts)
+            file,
+            lambda partial: weight_files.write_export(partial, run.eval_network.network, facts),
         )
     return file

@@ -1,4 +1,4 @@
-"""One optimiser step: what a batch is to be, forward, backward, update."""
+"""One optimiser step: targets, forward, backward, update."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Train on a batch.
 
     Returns:
-        (this process's share of the step's mean loss, how many of its crops are right), both
-        scalars on the device: nothing here waits for it.
+        (this process's share of the step's mean loss, its number of correct crops), both scalars
+        on the device, without synchronisation.
     """
     settings = run.settings
-    # Stateless randomness: dropout and drop path of a step depend on (seed, step, rank) alone, so
-    # a run that is stopped and started again draws the same numbers.
+    # Dropout and drop path depend on (seed, step, rank) only, so a resumed run draws the same
+    # numbers.
     torch.manual_seed(crops.derive_seed(settings.seed, run.step * run.rank.world + run.rank.index))
     rate = learning_rate(
         settings.schedule, settings.optimizer, epoch=batch.passed.epoch, epochs=settings.epochs
@@ -33,7 +33,7 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     run.learner.train()
-    pixels, wanted = prepare(run, batch)
+    pixels, targets = prepare(run, batch)
     run.optimizer.zero_grad(set_to_none=True)
     share = torch.zeros((), device=run.device)
     right = torch.zeros((), dtype=torch.int64, device=run.device)
@@ -42,10 +42,10 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         rows = slice(int(part[0]), int(part[-1]) + 1)
         with parallel.quiet(run.wrapped, last=number == len(parts) - 1):
             with autocast(run.precision, run.device):
-                logits_BC, terms = run.wrapped(pixels[rows], wanted.take(rows))
+                logits_BC, terms = run.wrapped(pixels[rows], targets.take(rows))
             losses = [reduce(term, batch.total, len(part)) for term in terms.values()]
             loss = torch.stack(losses).sum()
-            # DDP averages gradients over processes; shares of a mean are to be added up.
+            # DDP averages gradients over processes; shares of a mean have to be summed.
             run.scaler.scale(loss * run.rank.world).backward()
         share += loss.detach()
         right += (logits_BC.detach().argmax(1) == batch.classes[rows]).sum()
@@ -65,18 +65,19 @@ def _update(run: Run) -> None:
         run.average.update(run.module)
 
 
-def reduce(term: torch.Tensor, total: int, ours: int) -> torch.Tensor:
-    """A loss term as a share of the step's mean: (B,) values, or a scalar over `ours` crops.
+def reduce(term: torch.Tensor, total: int, local: int) -> torch.Tensor:
+    """A process's share of the step's mean of a loss term.
 
     Args:
-        total: crops of the step over all processes; 0 for one that only goes along.
+        term: (B,) values, or a scalar mean over `local` crops.
+        total: crops of the step over all processes; 0 gives zero weight.
     """
     weight = 1.0 / total if total else 0.0
-    return term.sum() * weight if term.dim() else term * (ours * weight)
+    return term.sum() * weight if term.dim() else term * (local * weight)
 
 
 def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:
-    """Pixels of the student's view, mixed where asked, and what is to be learnt of them."""
+    """The student's pixels and targets, with mixup and CutMix applied."""
     prob_BC = truth_BC = batch.labels
     from_store = run.feed.data.labels is not None
     if from_store:
@@ -101,7 +102,7 @@ def prepare(run: Run, batch: Batch) -> tuple[torch.Tensor, Targets]:
 def _mix(run: Run, batch: Batch) -> Mix | None:
     if not run.settings.mixing.on:
         return None
-    drawn = mixing.draw(
+    mix = mixing.draw(
         run.settings.mixing,
         seed=run.settings.seed,
         step=batch.step,
@@ -109,11 +110,11 @@ def _mix(run: Run, batch: Batch) -> Mix | None:
         images=len(batch) // batch.m,
         m=batch.m,
     )
-    return drawn.to(run.device)
+    return mix.to(run.device)
 
 
 def _teacher_side(run: Run, batch: Batch, pixels: torch.Tensor | None) -> Outputs | None:
-    """What the live teacher gives for the (mixed) batch, or what the store has kept of it."""
+    """Outputs of the live teacher for the (mixed) batch, or stored features."""
     if run.teacher is not None:
         assert pixels is not None
         return run.teacher.outputs(pixels)

@@ -1,8 +1,8 @@
-"""What a store gives of each crop beside its box: labels and features.
+"""Stored labels and features of crops.
 
-They are opened window by window, so that wide arrays can be read ahead. A window gives the values
-of some of its images as numpy arrays, image-major: row = image * m + crop. They travel to the
-device as they are, and labels become dense probabilities there (FKD equations 3 to 7).
+They are read window by window, so that wide arrays can be read ahead. A window returns the values
+of some of its images as NumPy arrays, image-major: row = image * m + crop. These are copied to the
+device as stored and become dense probabilities there (FKD equations 3 to 7).
 
 Letters: I images of a window, m crops of each, B = I * m, C classes, K kept classes.
 """
@@ -29,7 +29,7 @@ from fkdpipe.storage.settings import FeatureSettings, LabelSettings
 from fkdpipe.storage.store import Store
 
 Values = dict[str, np.ndarray]
-Window = Callable[[np.ndarray], Values]  # int64 (I,) rows to arrays of B rows, by name
+Window = Callable[[np.ndarray], Values]  # maps int64 (I,) rows to arrays of B rows by name
 
 
 def open_labels(
@@ -40,10 +40,10 @@ def open_labels(
     cache_dir: Path,
     advance: Callable[[int], None],
 ) -> Labels:
-    """Labels for a target at a temperature, None as stored.
+    """Labels for a target at a temperature; None keeps the stored temperature.
 
     Raises:
-        StoreMismatchError: the stored form does not serve the target, or this temperature.
+        StoreMismatchError: the stored form cannot serve the target or the temperature.
     """
     form = reader.label_form(segments)
     settings: LabelSettings = segments[0].part.settings
@@ -59,7 +59,7 @@ def open_labels(
 
 @dataclass(frozen=True)
 class SparseLabels:
-    """Labels of forms `topk` and `hard`, from the cache: a window is a choice of crops."""
+    """Labels of forms `topk` and `hard`, read from the cache."""
 
     reader: reader.SparseReader
     target: Target
@@ -82,9 +82,10 @@ class SparseLabels:
 
 @dataclass(frozen=True)
 class DenseLabels:
-    """Labels of forms `full` and `logits`: a window holds the scores of its units in memory.
+    """Labels of forms `full` and `logits`; a window holds the scores of its units in memory.
 
-    temperature: softmax(scores / temperature) is the label.
+    Attributes:
+        temperature: the label is softmax(scores / temperature).
     """
 
     reader: reader.WideReader
@@ -107,14 +108,14 @@ class DenseLabels:
         return from_scores(values["scores"], self.temperature, self.target)
 
 
-# Both have `classes` (C, their width), `scores` (whether they are scores of a self-supervised
-# teacher instead of classes), `open` (the window of some units and crops; reads what it will give)
-# and `dense` (float32 (B, C) probabilities, rows sum to 1, of a window's values on any device).
+# Both have `classes` (C, the width), `scores` (True for scores of a self-supervised teacher, False
+# for class probabilities), `open` (reads a window of some units and crops) and `dense` (a window's
+# values, on any device, to float32 (B, C) probabilities whose rows sum to 1).
 Labels = SparseLabels | DenseLabels
 
 
 def one_hot(class_B: torch.Tensor, classes: int) -> torch.Tensor:
-    """float32 (B, C) of int64 classes; a row of zeros where the class is -1 (unknown)."""
+    """float32 (B, C) one-hot rows of int64 classes; zeros where the class is -1 (unknown)."""
     known_B1 = (class_B >= 0).to(torch.float32)[:, None]
     zeros = torch.zeros(len(class_B), classes, device=class_B.device)
     return zeros.scatter_(1, class_B.clamp_min(0)[:, None], known_B1)
@@ -123,8 +124,8 @@ def one_hot(class_B: torch.Tensor, classes: int) -> torch.Tensor:
 def spread(
     ids_BK: torch.Tensor, prob_BK: torch.Tensor, rest_B: torch.Tensor, classes: int
 ) -> torch.Tensor:
-    """float32 (B, C): kept probabilities at their classes, the rest shared evenly by the C - K
-    others."""
+    """float32 (B, C): kept probabilities at their classes, the rest spread evenly over the other
+    C - K classes."""
     share_B = rest_B / max(classes - ids_BK.shape[1], 1)
     filled = share_B[:, None].expand(-1, classes).contiguous()
     return filled.scatter_(1, ids_BK, prob_BK)
@@ -148,9 +149,10 @@ def from_scores(scores_BC: torch.Tensor, temperature: float, target: Target) -> 
 
 
 class Features:
-    """Features of a store. A window holds those of its units in memory, as they are stored.
+    """Stored features. A window holds those of its units in memory, encoded as stored.
 
-    settings: of their part in the store.
+    Attributes:
+        settings: of the features' part in the store.
     """
 
     def __init__(self, store: Store, segments: Sequence[reader.Segment]) -> None:
@@ -162,7 +164,7 @@ class Features:
         self._unit_size = store.unit_size
 
     def example(self, device: torch.device) -> torch.Tensor:
-        """float32 (1, D) zeros of the shape of one crop's features."""
+        """float32 (1, D) zeros, shaped as the features of one crop."""
         return torch.zeros(1, self.settings.dims, device=device)
 
     def open(self, units: Sequence[int], crops_m: np.ndarray) -> Window:
@@ -182,38 +184,38 @@ class Features:
         return take
 
     def outputs(self, features: torch.Tensor) -> Outputs:
-        """Stored features as a teacher's outputs, as the method asked for them; no logits.
+        """Stored features as the outputs of a teacher, without logits.
 
-        Where a network ends without an activation, one vector is both before and after it.
+        In a network without a last activation, pre and penultimate are the same vector.
 
         Args:
-            features: float32 (B, D); of a map D = C * H * W.
+            features: float32 (B, D), with D = C * H * W for maps.
         """
         both, layer = self.settings.pre_is_post, self.settings.layer
-        nothing = features.new_empty((len(features), 0))
+        no_logits = features.new_empty((len(features), 0))
         if layer == "map":
-            return Outputs(logits=nothing, final=features.unflatten(1, self.settings.shape))
+            return Outputs(logits=no_logits, final=features.unflatten(1, self.settings.shape))
         return Outputs(
-            logits=nothing,
+            logits=no_logits,
             pre=features if both or layer == "pre" else None,
             penultimate=features if both or layer == "post" else None,
         )
 
 
 def check_teacher(settings: FeatureSettings, facts: dict[str, Any]) -> None:
-    """Refuse a live teacher that has not made the stored features.
+    """Refuse a live teacher other than the one of the stored features.
 
     Args:
-        settings: of the features' part. facts: of `teachers.Teacher.facts`.
+        settings: of the features' part. facts: from `teachers.Teacher.facts`.
 
     Raises:
-        StoreMismatchError: naming what differs.
+        StoreMismatchError: the teachers differ; the message says in what.
     """
-    (made_by,) = settings.teachers
-    differs = teachers_differ(made_by, facts)
+    (stored_teacher,) = settings.teachers
+    differs = teachers_differ(stored_teacher, facts)
     if differs:
         raise StoreMismatchError(
-            f"the stored {settings.layer} features are of {made_by['name']} with other "
-            f"{', '.join(differs)} than the live teacher. Name the teacher that made them, or "
-            "generate from this one."
+            f"the stored {settings.layer} features are from {stored_teacher['name']}, which "
+            f"differs from the live teacher in {', '.join(differs)}. Name the teacher that "
+            "generated them, or generate features with this one."
         )

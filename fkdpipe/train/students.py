@@ -1,4 +1,4 @@
-"""Students: any timm model, or a network of the user's, from scratch or from a checkpoint."""
+"""Students: any timm model, or a user's network, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from fkdpipe.train.settings import TrainSettings
 
 
 def build(settings: TrainSettings, spec: ModelSpec, classes: int) -> Loaded:
-    """The student of a run, at random weights unless NAME=FILE says otherwise.
+    """Build the student, with random weights unless NAME=FILE gives others.
 
-    A function that returns one (`python:`) is called with num_classes, where it takes that, and
-    with `student_options`.
+    A `python:` function is called with `student_options` and, if it takes it, num_classes.
 
     Raises:
-        UsageError: a torchvision model, or a size the network cannot take.
+        UsageError: a torchvision model, or an input size that the network does not support.
         ModelError: unknown name, or a checkpoint that does not fit.
     """
     if spec.library not in ("timm", "python"):
         raise UsageError(
-            "students are timm models, or python:PACKAGE.MODULE:FUNCTION; torchvision ones can be "
-            "teachers."
+            "a student is a timm model or python:PACKAGE.MODULE:FUNCTION; torchvision models can "
+            "only be teachers."
         )
     size = (settings.size, settings.size) if settings.size else None
     torch.manual_seed(settings.seed)
@@ -44,7 +43,7 @@ def build(settings: TrainSettings, spec: ModelSpec, classes: int) -> Loaded:
 def export_facts(
     settings: TrainSettings, loaded: Loaded, class_names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What the exported file says of itself; `fkdpipe.networks.models` reads it."""
+    """Metadata of the exported file, read by `fkdpipe.networks.models`."""
     p = loaded.preprocessing
     return {
         "student": str(replace(loaded.spec, weights=None)),

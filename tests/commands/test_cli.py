@@ -203,8 +203,8 @@ def mistakes(pipeline, folder, checkpoint, tmp_path):
         "labels without a store": (2, "needs a store", ["train", folder, "--student", "test_resnet", "--target", "hard", *out]),
         "unknown student": (1, "Did you mean", ["train", folder, "--student", "resnet_18", *out]),
         "no student": (2, "student is required", ["train", folder, *out]),
-        "other classes": (1, "was made for other images", ["train", other, *train[2:], "--target", "hard", *out]),
-        "batch": (2, "no multiple", [*train, "--target", "hard", "--crops-per-image", "3", "--batch-size", "16", *out]),
+        "other classes": (1, "was made from other images", ["train", other, *train[2:], "--target", "hard", *out]),
+        "batch": (2, "not a multiple", [*train, "--target", "hard", "--crops-per-image", "3", "--batch-size", "16", *out]),
         "recipe": (2, "no such recipe", [*train, "--recipe", tmp_path / "none.toml", *out]),
         "set": (2, "KEY=VALUE", [*train, "--set", "epochs", *out]),
         "report": (1, "is not a store", ["report", folder]),
@@ -212,7 +212,7 @@ def mistakes(pipeline, folder, checkpoint, tmp_path):
         "evaluate": (1, "Did you mean", ["evaluate", folder, "resnet_18"]),
         "no val": (1, "has class folders, but no val/ folder", ["evaluate", folder / "train", teacher[1], "--split", "val"]),
         "unfinished": (1, "is a folder without student", ["evaluate", folder, folder]),
-        "no target": (2, "name what the student learns", [*train, *out]),
+        "no target": (2, "name the training target", [*train, *out]),
         "in the store": (2, "is inside the store", [*train, "--target", "hard", "--out", pipeline / "store" / "run"]),
         "twice": (2, "epochs is given twice", [*train, "--epochs", "2", "--set", "epochs=1", *out]),
         "hub": (1, "could not be fetched", ["transfer", "resnet18", folder]),
@@ -307,7 +307,7 @@ def test_a_commands_settings_are_shown_without_its_arguments(tmp_path):
     made = invoke("train", "--show-settings", *given)
     assert made.exit_code == 0, made.output
     assert max(map(len, made.stdout.splitlines())) <= 80
-    assert re.search(r"epochs +7 +Length of the run", made.stdout)
+    assert re.search(r"epochs +7 +Number of epochs", made.stdout)
     assert re.search(r"method.alpha +4 ", made.stdout)
     made = invoke("train", "--show-settings", "--json", *given)
     shown = {each["name"]: each for each in json.loads(made.stdout)["settings"]}

@@ -202,7 +202,7 @@ def test_a_run_tells_everything_that_is_wrong_with_it():
 def test_cross_checks_of_a_run():
     with pytest.raises(UsageError, match="12 epochs of single crops do not fit 10 epochs"):
         TrainSettings("r", epochs=10, schedule=ScheduleSettings(single_first=12))
-    with pytest.raises(UsageError, match="256 is no multiple of 3 crops per image"):
+    with pytest.raises(UsageError, match="256 is not a multiple of 3 crops per image"):
         TrainSettings("r", crops_per_image=3)
     with pytest.raises(UsageError, match=r"method.name must be one of dpk.*found 'kdd'"):
         TrainSettings("r", method={"name": "kdd"})

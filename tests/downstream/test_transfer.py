@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused(tmp_path, folder, backbone):
     with pytest.raises(ImagesError, match="no val"):
         transfer.transfer(model, [folder / "train"], tmp_path, settings(), device=CPU)
     (tmp_path / folder.name).symlink_to(folder)
-    with pytest.raises(UsageError, match="told apart by their names"):
+    with pytest.raises(UsageError, match="must have distinct names"):
         transfer.transfer(model, [folder, folder], tmp_path, settings(), device=CPU)
     kdep = train_settings(
         method={"name": "kdep"}, train_only="classifier", target="ground-truth",

@@ -45,8 +45,8 @@ def test_closed_forms_of_order_0_entropy():
         CropDistribution(scale=(0.1, 0.5), ratio=(1.0, 2.0)),
     ],
 )
-def test_a_box_needs_the_entropy_of_its_law(distribution):
-    """Against the frequencies of 200,000 drawn sizes; places are even by construction."""
+def test_a_box_needs_the_entropy_of_its_distribution(distribution):
+    """Against the frequencies of 200,000 drawn sizes; positions are uniform by construction."""
     size = np.array([[37, 52]])
     drawn = crops.sample(
         distribution,
@@ -57,9 +57,9 @@ def test_a_box_needs_the_entropy_of_its_law(distribution):
     ).box_NM4[0]
     sizes = drawn[:, 2].astype(np.int64) * 1000 + drawn[:, 3]
     counted = entropy.entropy_bits(sizes)
-    places = np.log2((37.0 - drawn[:, 2] + 1) * (52.0 - drawn[:, 3] + 1)).mean()
+    positions = np.log2((37.0 - drawn[:, 2] + 1) * (52.0 - drawn[:, 3] + 1)).mean()
     assert entropy.box_bits(distribution, size[0], drawn) == pytest.approx(
-        counted + places, rel=0.02
+        counted + positions, rel=0.02
     )
 
 

@@ -52,8 +52,8 @@ def opened(store, tmp_path):
 
 def every_label(opened):
     """(N, M, C) of all rows, which are 0 to N - 1 here."""
-    crops_M = np.arange(opened.found.crops_per_image)
-    assert opened.found.rows.tolist() == list(range(51))
+    crops_M = np.arange(opened.finished.crops_per_image)
+    assert opened.finished.rows.tolist() == list(range(51))
     return np.stack([opened.labels[0].take(np.array([row]), crops_M)[0] for row in range(51)])
 
 
@@ -70,7 +70,7 @@ def scores_of(opened, by):
 
 @pytest.mark.parametrize("by", ["sure", "unsure", "entropy", "worst"])
 def test_ranked_crops_are_the_first_of_all_one_an_image(opened, by):
-    found = choose.choose(opened, Choice(by=by, count=5), opened.found.rows)
+    found = choose.choose(opened, Choice(by=by, count=5), opened.finished.rows)
     score_NM = scores_of(opened, by)
     expected = np.sort(score_NM.max(axis=1))[::-1][:5]
     made = [score_NM[each.row, each.crops[0]] for each in found]
@@ -81,7 +81,7 @@ def test_ranked_crops_are_the_first_of_all_one_an_image(opened, by):
 
 def test_disagreement_is_the_distance_of_two_sources(store, tmp_path):
     opened = sources.open_labels(store, ["full", "three"], tmp_path / "cache")
-    found = choose.choose(opened, Choice(by="disagreement", count=3), opened.found.rows)
+    found = choose.choose(opened, Choice(by="disagreement", count=3), opened.finished.rows)
     crops_M = np.arange(4)
     largest = max(
         0.5 * np.abs(a - b).sum()
@@ -95,17 +95,24 @@ def test_disagreement_is_the_distance_of_two_sources(store, tmp_path):
 
 
 def test_stored_order_is_the_stores_own(opened):
-    found = choose.choose(opened, Choice(count=3, crops=2), opened.found.rows[4:])
+    found = choose.choose(opened, Choice(count=3, crops=2), opened.finished.rows[4:])
     assert found == [Chosen(4, (0, 1)), Chosen(5, (0, 1)), Chosen(6, (0, 1))]
-    assert choose.choose(opened, Choice(crops=99), opened.found.rows[:1])[0].crops == (0, 1, 2, 3)
+    assert choose.choose(opened, Choice(crops=99), opened.finished.rows[:1])[0].crops == (
+        0,
+        1,
+        2,
+        3,
+    )
 
 
 def test_one_class_one_image_or_one_crop(opened):
-    found = choose.choose(opened, Choice(class_name="cedar", count=99), opened.found.rows)
+    found = choose.choose(opened, Choice(class_name="cedar", count=99), opened.finished.rows)
     names = [str(opened.store.images.keys[each.row]).split("/")[0] for each in found]
     assert names == ["cedar"] * 19
     key = str(opened.store.images.keys[7])
-    found = choose.choose(opened, Choice(image=key, by="entropy", crops=3), opened.found.rows[:2])
+    found = choose.choose(
+        opened, Choice(image=key, by="entropy", crops=3), opened.finished.rows[:2]
+    )
     score_M = scores_of(opened, "entropy")[7]
     assert found[0].row == 7
     assert score_M[list(found[0].crops)].tolist() == sorted(score_M, reverse=True)[:3]
@@ -122,21 +129,21 @@ def test_what_cannot_be_chosen_says_what_can(opened, tmp_path):
         with pytest.raises(UsageError, match="KEY:INDEX"):
             choose.one_crop(opened, text)
     with pytest.raises(StoreError, match="Did you mean cedar"):
-        choose.choose(opened, Choice(class_name="ceder"), opened.found.rows)
+        choose.choose(opened, Choice(class_name="ceder"), opened.finished.rows)
     with pytest.raises(StoreError, match="It has ash, beech, cedar, date palm, élm"):
-        choose.choose(opened, Choice(class_name="0"), opened.found.rows)
+        choose.choose(opened, Choice(class_name="0"), opened.finished.rows)
     with pytest.raises(StoreError, match=f"One of its images is {opened.store.images.keys[0]}"):
         choose.row_of(opened, "0")
-    with pytest.raises(StoreError, match="look through more with --limit"):
-        choose.choose(opened, Choice(class_name="cedar"), opened.found.rows[:0])
+    with pytest.raises(StoreError, match="search more with --limit"):
+        choose.choose(opened, Choice(class_name="cedar"), opened.finished.rows[:0])
     with pytest.raises(UsageError, match="name two with --source"):
-        choose.choose(opened, Choice(by="disagreement"), opened.found.rows)
+        choose.choose(opened, Choice(by="disagreement"), opened.finished.rows)
     with pytest.raises(UsageError, match="at least 1"):
         Choice(count=0)
     blind = sources.open_labels(make_random_store(tmp_path / "s"), [], tmp_path / "cache")
     for choice in (Choice(by="worst"), Choice(class_name="c1")):
         with pytest.raises(StoreError, match="no classes"):
-            choose.choose(blind, choice, blind.found.rows)
+            choose.choose(blind, choice, blind.finished.rows)
 
 
 def test_views_are_what_replay_and_the_store_say(opened, folder):
@@ -279,7 +286,7 @@ def test_shares_are_written_for_people():
 
 def test_an_analysis_page_stands_alone(store, tmp_path):
     opened = sources.open_labels(store, ["full", "three"], tmp_path / "cache")
-    found = analysis.analyse(opened, opened.found.rows, np.arange(4))
+    found = analysis.analyse(opened, opened.finished.rows, np.arange(4))
     text = pages.analysis_page(found)
     panels = plots.analysis_panels(found)
     assert len(panels) == 8
@@ -300,11 +307,13 @@ def test_an_analysis_page_stands_alone(store, tmp_path):
 
 def test_an_analysis_without_ground_truth_has_what_remains(tmp_path):
     opened = sources.open_labels(make_random_store(tmp_path / "s"), [], tmp_path / "cache")
-    found = analysis.analyse(opened, opened.found.rows[:64], np.arange(4))
+    found = analysis.analyse(opened, opened.finished.rows[:64], np.arange(4))
     panels = plots.analysis_panels(found)
     assert [panel.title for panel in panels] == [
-        "Entropy of the labels", "Largest probability", "Mass kept by the K most probable classes",
-    ]  # fmt: skip
+        "Entropy of the labels",
+        "Largest probability",
+        "Probability of the K most probable classes",
+    ]
     text = pages.analysis_page(found)
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
 
@@ -312,7 +321,7 @@ def test_an_analysis_without_ground_truth_has_what_remains(tmp_path):
 @pytest.mark.parametrize("names", [HOSTILE, ("$", "$a$b", "\\frac{$", "日本", "[red]")])
 def test_hostile_class_names_do_not_break_plots_or_tables(store, tmp_path, names, capsys):
     opened = sources.open_labels(store, ["full"], tmp_path / "cache")
-    found = analysis.analyse(opened, opened.found.rows, np.arange(4))
+    found = analysis.analyse(opened, opened.finished.rows, np.arange(4))
     classes = tuple(
         dataclasses.replace(c, name=n) for c, n in zip(found.classes, names, strict=True)
     )

@@ -39,17 +39,17 @@ def opened_of(store, tmp_path, *names, **options):
 
 def dense(opened, place=0):
     """Every crop's label, in order of image and crop."""
-    crops_M = np.arange(opened.found.crops_per_image)
+    crops_M = np.arange(opened.finished.crops_per_image)
     made = [
         np.stack([opened.labels[place].take(np.array([row]), crops_M)[0]])
-        for row in opened.found.rows
+        for row in opened.finished.rows
     ]
     return np.concatenate(made)
 
 
 def run(opened, **options):
-    crops_M = np.arange(opened.found.crops_per_image)
-    return analysis.analyse(opened, opened.found.rows, crops_M, **options)
+    crops_M = np.arange(opened.finished.crops_per_image)
+    return analysis.analyse(opened, opened.finished.rows, crops_M, **options)
 
 
 def test_closed_forms_of_the_measures():
@@ -97,7 +97,7 @@ def test_a_sources_numbers_are_those_of_plain_loops(stores, form, tmp_path):
     opened = opened_of(stores, tmp_path, form.replace(":", "-"))
     found = run(opened).sources[0]
     crops = dense(opened).astype(np.float64).reshape(-1, 5)
-    truth = np.repeat(opened.truth_N[opened.found.rows], 4)
+    truth = np.repeat(opened.truth_N[opened.finished.rows], 4)
     entropies = [-sum(p * math.log(p) for p in crop if p > 0) for crop in crops]
     assert found.entropy == pytest.approx(np.mean(entropies), abs=1e-6)
     assert found.top1 == pytest.approx(np.mean([max(crop) for crop in crops]), abs=1e-6)
@@ -121,7 +121,7 @@ def test_reliability_bands_are_those_of_plain_loops(stores, tmp_path):
     opened = opened_of(stores, tmp_path, "full")
     found = run(opened).sources[0]
     crops = dense(opened).reshape(-1, 5)
-    truth = np.repeat(opened.truth_N[opened.found.rows], 4)
+    truth = np.repeat(opened.truth_N[opened.finished.rows], 4)
     gap = 0.0
     for band in found.by_confidence:
         inside = [
@@ -163,7 +163,7 @@ def test_distances_are_cross_entropies_by_class(stores, tmp_path):
     opened = opened_of(stores, tmp_path, "full", "topk-3")
     found = run(opened)
     assert found.kinds == ("one-hot", "hard", "full", "topk-3")
-    truth = np.repeat(opened.truth_N[opened.found.rows], 4)
+    truth = np.repeat(opened.truth_N[opened.finished.rows], 4)
     kinds = {
         "one-hot": np.eye(5)[truth],
         "full": dense(opened).reshape(-1, 5),
@@ -220,7 +220,7 @@ def test_a_single_source_is_compared_with_the_labels_it_serves(stores, tmp_path,
 def test_classes_are_those_of_the_images(stores, tmp_path):
     opened = opened_of(stores, tmp_path, "full")
     found = run(opened)
-    crops, truth = dense(opened), opened.truth_N[opened.found.rows]
+    crops, truth = dense(opened), opened.truth_N[opened.finished.rows]
     assert [c.name for c in found.classes] == list(stores.images.class_names)
     for number, each in enumerate(found.classes):
         own = crops[truth == number].reshape(-1, 5)
@@ -251,7 +251,7 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
     )
     with open_replay("cpu", [View.of(model.preprocessing)], threads=1) as replayer:
         predict = models.predictor(opened, folder / "train", model, replayer, batch=16)
-        rows, crops_m = opened.found.rows[:11], np.array([2, 3])
+        rows, crops_m = opened.finished.rows[:11], np.array([2, 3])
         made = predict(rows, crops_m)
         found = analysis.analyse(opened, rows, crops_m, models=[("again", predict)])
     assert np.abs(made - opened.labels[0].take(rows, crops_m)).max() < 2e-3
@@ -261,7 +261,7 @@ def test_a_models_predictions_are_of_the_same_crops(stores, tmp_path, folder, ch
 
 def test_a_model_of_other_classes_is_refused(stores, tmp_path, folder, teacher):
     opened = opened_of(make_random_store(tmp_path / "store"), tmp_path)
-    refused = pytest.raises(ModelError, match="5 outputs, the labels have 40 classes")
+    refused = pytest.raises(ModelError, match="5 outputs, but the labels have 40 classes")
     with open_replay("cpu", [View.of(teacher.preprocessing)], threads=1) as replayer, refused:
         models.predictor(opened, folder / "train", teacher, replayer)
 

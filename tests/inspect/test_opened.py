@@ -135,9 +135,9 @@ def test_what_is_not_there_is_named(stored):
         stored.read(None, "ids")
     with pytest.raises(StoreError, match="no field 'prob' of full; it has box, flip, log_prob"):
         stored.read("full", "prob")
-    with pytest.raises(StoreError, match="sparse holds no features"):
+    with pytest.raises(StoreError, match="sparse has no features"):
         stored.features("sparse")
-    with pytest.raises(StoreError, match="sparse/post holds no labels"):
+    with pytest.raises(StoreError, match="sparse/post has no labels"):
         stored.probabilities("sparse/post")
     with pytest.raises(UsageError, match="has 12 images; index 12 is out of bounds"):
         stored.keys([12])

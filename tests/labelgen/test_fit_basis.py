@@ -215,9 +215,9 @@ def test_a_flat_folder_and_broken_images_will_do(tmp_path, network, cut):
 def test_another_teacher_or_preprocessing_is_refused(network, fitted):
     facts = network.facts()
     fitted.basis.check_teacher(facts)
-    with pytest.raises(ModelError, match="with other weights"):
+    with pytest.raises(ModelError, match="with different weights"):
         fitted.basis.check_teacher(facts | {"weights": "0" * 64})
-    with pytest.raises(ModelError, match="with other size, mean"):
+    with pytest.raises(ModelError, match="with different size, mean"):
         fitted.basis.check_teacher(facts | {"size": [64, 64], "mean": [0.0, 0.0, 0.0]})
 
 

@@ -213,7 +213,9 @@ def test_a_tower_gives_features_with_and_without_class_folders(tmp_path, folder,
 @pytest.mark.parametrize("form", [None, "topk:3", "logits", "hard"])
 def test_only_who_asks_a_tower_for_labels_is_refused(tmp_path, folder, flat, tower, form):
     for data in (folder, flat):
-        with pytest.raises(ModelError, match=r"has no classifier, so it gives no labels") as raised:
+        with pytest.raises(
+            ModelError, match=r"has no classifier, so it cannot label images"
+        ) as raised:
             generate(data, tmp_path / "s", teacher=tower, form=form, features=["post"], crops=1)
         assert raised.value.code == "no-classifier"
     assert not (tmp_path / "s").exists()

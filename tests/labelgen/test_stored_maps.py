@@ -165,7 +165,7 @@ def test_without_the_proxy_path_no_teacher_is_needed_nor_taken(prepare):
     beside = prepare("beside", "live", method={"tpp": False})
     a, b = (next(iter(run.crops.stream())) for run in (alone, beside))
     assert_near(beside, b, alone, a)
-    with pytest.raises(UsageError, match="no use for --teacher"):
+    with pytest.raises(UsageError, match="does not use --teacher"):
         prepare("given", "stored", method={"tpp": False})
     with pytest.raises(UsageError, match="needs a live teacher"):
         prepare("none", "stored", teacher=None)
@@ -173,12 +173,12 @@ def test_without_the_proxy_path_no_teacher_is_needed_nor_taken(prepare):
 
 def test_another_teacher_or_size_is_refused_by_name(prepare, tmp_path, stores, swin):
     other = write_teacher(tmp_path / "other.safetensors", seed=1)
-    with pytest.raises(StoreMismatchError, match="with other weights than the live teacher"):
+    with pytest.raises(StoreMismatchError, match="differs from the live teacher in weights"):
         prepare("weights", "stored", teacher=other)
     kept = stores["float16"].part("rounds/0/features/t/map").settings
     facts = load(swin).facts()
     stored.check_teacher(kept, facts)
-    with pytest.raises(StoreMismatchError, match="with other size than the live teacher"):
+    with pytest.raises(StoreMismatchError, match="differs from the live teacher in size"):
         stored.check_teacher(kept, {**facts, "size": [128, 128]})
 
 
@@ -206,7 +206,7 @@ def test_a_store_without_maps_is_refused(prepare, tmp_path, folder, swin):
 
 def test_a_map_has_no_components_and_stands_beside_the_labels(stores, folder, swin):
     assert features.parse_features("map") == ("map", None)
-    with pytest.raises(FkdpipeError, match="kept whole"):
+    with pytest.raises(FkdpipeError, match="stored whole"):
         features.parse_features("map:512")
     store = stores["float16"]
     part = store.part("rounds/0/features/t/map")

@@ -1,4 +1,4 @@
-"""Taps give what the network itself computes, before and after its last activation."""
+"""Feature layers give what the network itself computes, before and after its last activation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def network(name: str):
 
 
 @pytest.mark.parametrize(("name", "side"), WITH + WITHOUT)
-def test_taps_do_not_change_the_logits(name, side):
+def test_feature_layers_do_not_change_the_logits(name, side):
     model = network(name)
     x = torch.randn(2, 3, side, side)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_pre_is_the_pooled_map_before_the_last_relu():
 
 
 @pytest.mark.parametrize(("name", "side"), WITH)
-def test_the_last_stages_map_is_the_same_with_and_without_the_tap(name, side):
+def test_the_last_stages_map_is_the_same_with_and_without_pre(name, side):
     x = torch.randn(2, 3, side, side)
     with torch.no_grad():
         plain = FeatureNetwork(network(name), Needs(stages=(1,)))(x)
@@ -164,7 +164,7 @@ def test_a_quarter_of_a_plain_networks_blocks_is_a_stage(name, closing):
         assert torch.equal(made.stages[k], blocks[block])
 
 
-def test_gradients_reach_the_network_through_every_tap():
+def test_gradients_reach_the_network_through_every_feature_layer():
     for layer in ("penultimate", "pre"):
         model = network("resnet18")
         made = FeatureNetwork(model, Needs(**{layer: True}))(torch.randn(2, 3, 64, 64))
@@ -180,5 +180,5 @@ def test_refusals():
         FeatureNetwork(timm.create_model("vgg11", num_classes=3), Needs(pre=True))
     model = network("resnet18")
     FeatureNetwork(model, Needs(pre=True))
-    with pytest.raises(ModelError, match="taken out before"):
+    with pytest.raises(ModelError, match="already removed"):
         FeatureNetwork(model, Needs(pre=True))

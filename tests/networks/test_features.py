@@ -17,7 +17,7 @@ FACTS = {"teacher": {"name": "t"}, "tap": "pre"}
 
 
 def vectors(count: int = 200, width: int = 12) -> np.ndarray:
-    """Correlated, off-centre, of falling deviations."""
+    """Correlated, off-centre, with decreasing standard deviations."""
     random = np.random.default_rng(3)
     mixing = random.normal(size=(width, width)) * np.geomspace(5, 0.05, width)
     return random.normal(size=(count, width)) @ mixing + random.normal(size=width) * 4
@@ -120,7 +120,7 @@ def test_pts_is_odd_rising_homogeneous_and_invertible(temperature, power):
 
 
 @pytest.mark.parametrize("s", [0.02, 1.0, 7.0])
-def test_pts_of_normal_values_has_the_deviation_of_its_law(s):
+def test_pts_of_normal_values_has_the_expected_standard_deviation(s):
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(0)) * s
     y = features.pts(x).double()
     constant = math.sqrt(2 ** (1 / 3) * math.gamma(5 / 6) / math.sqrt(math.pi))
@@ -136,7 +136,7 @@ def test_the_papers_example_of_scale_normalisation_and_std_matching():
     assert torch.allclose(features.std_match(f, std, target), torch.tensor([[0.8, 1.2, 4.0]]))
 
 
-def test_std_matching_gives_components_the_deviations_of_the_widest_channels():
+def test_std_matching_gives_components_the_standard_deviations_of_the_widest_channels():
     x = vectors()
     basis = fitted(x)
     wanted = features.target_std(basis, 4)
@@ -170,7 +170,7 @@ def test_the_std_ratio_leaves_dead_channels_out():
 
 
 def test_std_ratios_of_a_basis_agree_with_measured_features():
-    """Normal features, so that the law of PTS holds for their components."""
+    """Normal features, so that the formula of PTS holds for their components."""
     random = np.random.default_rng(0)
     rotation, _ = np.linalg.qr(random.normal(size=(6, 6)))
     x = (random.normal(size=(60_000, 6)) * np.geomspace(8, 0.1, 6)) @ rotation.T + 3

@@ -124,9 +124,9 @@ def test_a_module_that_gives_no_scores_is_refused(network, message):
 
 def test_names_and_precisions_that_cannot_be():
     for name in ("two words", "a/b", ".hidden"):
-        with pytest.raises(UsageError, match="cannot name a teacher"):
+        with pytest.raises(UsageError, match="invalid teacher name"):
             load_teacher(small_cnn(), name=name, size=32, **STATISTICS)
-    with pytest.raises(UsageError, match="name is for a module"):
+    with pytest.raises(UsageError, match="name is only for modules"):
         load_teacher("test_resnet", name="ours")
     with pytest.raises(UsageError, match="precision must be one of"):
         load_teacher(small_cnn(), size=32, precision="int8", **STATISTICS)
@@ -262,7 +262,7 @@ def test_weights_of_a_function(functions, tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nowhere.at_all:f", ModelError, r"there is no module 'nowhere', neither installed nor"),
+        ("nowhere.at_all:f", ModelError, r"no module 'nowhere' is installed or in"),
         ("{}:absent", ModelError, r"has no 'absent'"),
         ("{}:no_module", ModelError, r"returned int, not a torch.nn.Module"),
         ("{}", UsageError, r"write python:PACKAGE.MODULE:FUNCTION"),
@@ -295,7 +295,9 @@ def hostile(functions, tmp_path):
 def test_only_a_caller_who_says_so_gets_a_function(hostile):
     text, mark = hostile
     for ask in (models.parse_spec, load_teacher):
-        with pytest.raises(UsageError, match="names code to run, so it is taken from the command"):
+        with pytest.raises(
+            UsageError, match="names code to run, which is allowed only in the arguments"
+        ):
             ask(text)
     assert not mark.exists()
 
@@ -346,7 +348,7 @@ def test_no_run_folder_runs_code(hostile, folder, tmp_path, command):
     }[command]
     code, output = invoke(command, *words)
     assert code == 1, output
-    assert f"it runs only when you name it: {text}={run}" in output
+    assert f"the code runs only if you name it: {text}={run}" in output
     assert not mark.exists()
 
 

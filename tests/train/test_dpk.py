@@ -64,7 +64,7 @@ def test_parameter_counts_of_table_17(encoder, decoder, millions):
 
 
 def test_positions_are_sines_and_cosines_in_turn():
-    made = dpk_blocks.positions(5, 8)
+    made = dpk_blocks.position_embedding(5, 8)
     assert made[0].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     assert made[3, 2] == pytest.approx(torch.tensor(3 / 10_000 ** (2 / 8)).sin().item(), abs=1e-6)
     assert made[3, 3] == pytest.approx(torch.tensor(3 / 10_000 ** (2 / 8)).cos().item(), abs=1e-6)
@@ -88,7 +88,7 @@ def attentive(fill="teacher", patch=1) -> dpk_blocks.Attentive:
 
 
 def test_the_student_is_never_read_where_the_mask_is_nor_the_teacher_elsewhere():
-    """The strong test of the mask's polarity, with masked places exchanged between tokens."""
+    """The strong test of the mask's polarity, with masked tokens exchanged between tokens."""
     transform = attentive()
     ours, theirs = torch.randn(4, 6, 4, 4), torch.randn(4, 10, 4, 4)
     mask = torch.rand(4, 16).argsort(1) < 7
@@ -118,7 +118,7 @@ def test_encoding_only_the_visible_equals_encoding_all_behind_a_key_mask():
         transform.teacher_encoder, transform._tokens(transform.teacher_patches, theirs), mask
     )
     hybrid = torch.where(mask[:, :, None], transform.to_decoder(given), transform.to_decoder(kept))
-    slow = transform.out(transform.decoder(hybrid + transform.decoder_places))
+    slow = transform.out(transform.decoder(hybrid + transform.decoder_positions))
     assert torch.allclose(fast, slow, atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_the_feature_term_is_the_mean_square_over_all_tokens_and_values():
     assert torch.allclose(term, 0.2 * expected, atol=1e-6)
 
 
-def test_gradients_reach_student_and_helpers_and_never_the_teacher():
+def test_gradients_reach_student_and_auxiliary_modules_and_never_the_teacher():
     method, ours, theirs = pair()
     sum(term.sum() for term in method.loss(ours, targets(theirs)).values()).backward()
     assert theirs.stages[1].grad is None
@@ -199,12 +199,12 @@ def test_every_transform_and_fill_trains(transform, fill):
 @pytest.mark.parametrize("transform", ["encoder-decoder", "mlp"])
 def test_positions_are_learnt_where_the_paper_is_followed(transform):
     fixed, _, _ = pair(transform=transform)
-    learnt, ours, theirs = pair(transform=transform, places="learnable")
+    learnt, ours, theirs = pair(transform=transform, positions="learnable")
     sum(term.sum() for term in learnt.loss(ours, targets(theirs)).values()).backward()
-    of = {name: p for name, p in learnt.named_parameters() if name.endswith("places")}
+    of = {name: p for name, p in learnt.named_parameters() if name.endswith("positions")}
     assert of
     assert all(p.grad.abs().sum() > 0 for p in of.values())
-    assert not any(name.endswith("places") for name, _ in fixed.named_parameters())
+    assert not any(name.endswith("positions") for name, _ in fixed.named_parameters())
 
 
 def test_maps_of_other_grids_meet_on_the_coarser_one():
@@ -285,11 +285,11 @@ def test_settings_that_cannot_be_right_are_refused(change, message):
 
 
 def test_pairs_that_do_not_fit_are_refused_with_a_way_out():
-    with pytest.raises(ModelError, match="Take grid = 2"):
+    with pytest.raises(ModelError, match="Use grid = 2"):
         pair(student=(6, 4), teacher=(10, 6))
     with pytest.raises(ModelError, match="at least 4 tokens"):
         pair(student=(6, 1), teacher=(10, 1))
-    with pytest.raises(ModelError, match="take ratio = cka"):
+    with pytest.raises(ModelError, match="set ratio = cka"):
         pair(ratio="cosine")
-    with pytest.raises(ModelError, match="no even multiple of 8 heads; the nearest is 16"):
+    with pytest.raises(ModelError, match="not an even multiple of 8 heads; the nearest is 16"):
         Stack(20, 1, 8)

@@ -27,7 +27,7 @@ def test_the_feature_term_is_the_weighted_mean_square_of_the_difference():
     assert torch.allclose(terms["feature_1"], expected, atol=1e-5)
 
 
-def test_helpers_are_one_projector_a_stage():
+def test_auxiliary_modules_are_one_projector_per_stage():
     method, _, _ = pair((1, 2))
     assert sum(p.numel() for p in method.parameters()) == 2 * (6 * 10 + 10)
 

@@ -1,4 +1,4 @@
-"""A student of the user's own: trained, exported and judged by its function's name."""
+"""A student of the user's own: trained, exported and evaluated by its function's name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(folder, *words) -> tuple[int, str]:
     return invoke("train", folder, "--out", "run", *fixed, *words)
 
 
-def test_a_students_own_function_is_trained_and_judged(tmp_path, folder, functions):
+def test_a_students_own_function_is_trained_and_evaluated(tmp_path, folder, functions):
     student = f"python:{functions}:student"
     code, output = train(folder, "--student", student, "--set", "student_options.width=6")
     assert code == 0, output
@@ -75,7 +75,7 @@ def test_a_function_of_fixed_width_must_fit_the_classes(folder, functions, tmp_p
     )
     code, output = train(folder, "--student", "python:fixed:ten")
     assert code == 1
-    assert "gives 10 outputs, and 5 classes are to be learnt" in " ".join(output.split())
+    assert "has 10 outputs, but the data has 5 classes" in " ".join(output.split())
 
 
 def test_a_live_teacher_and_a_probe_of_ones_own(folder, functions):

@@ -232,7 +232,7 @@ def test_the_classifier_rests_and_the_export_is_a_plain_timm_model(
     assert not torch.equal(after["conv1.0.weight"], before["conv1.0.weight"])
     assert result.top1 is None  # an untrained classifier is not evaluated
     as_teacher = [models.parse_spec(str(tmp_path / "run"))]
-    with pytest.raises(ModelError, match="its classifier was never trained"):
+    with pytest.raises(ModelError, match="its classifier was not trained"):
         teachers.load_teachers(as_teacher, class_names=CLASSES)
     assert teachers.load_teachers(as_teacher, class_names=())  # it can lend features
     plain = timm.create_model(
@@ -330,24 +330,24 @@ def test_what_does_not_go_together_is_refused(basis_file, tmp_path):
     mistakes = [
         ({}, context, UsageError, "svd of whole vectors needs a basis"),
         ({"alignment": "variance"}, context, UsageError, "variance needs a basis"),
-        ({"basis": basis_file}, wide, UsageError, "120 are asked for"),
+        ({"basis": basis_file}, wide, UsageError, "120 were requested"),
         ({"alignment": "random"}, wide, UsageError, "120 channels cannot be chosen from 96"),
         ({"transformation": "sm"}, stored, UsageError, "transformation sm needs a basis"),
-        ({"alignment": "random"}, stored, StoreMismatchError, "keeps components of a basis"),
-        ({"alignment": "conv-pre"}, stored, StoreMismatchError, "keeps components of a basis"),
+        ({"alignment": "random"}, stored, StoreMismatchError, "holds components of a basis"),
+        ({"alignment": "conv-pre"}, stored, StoreMismatchError, "holds components of a basis"),
     ]
     for settings, given, error, message in mistakes:
         with pytest.raises(error, match=message):
             built(settings, given)
     narrow = context_of(basis_file, student=50, stored={"basis": basis.digest, "dims": 40})
-    with pytest.raises(StoreMismatchError, match="50 wide, and the store keeps 40 components"):
+    with pytest.raises(StoreMismatchError, match="width is 50, but the store holds 40 components"):
         built({}, narrow)
     other = dataclasses.replace(basis, mean_D=basis.mean_D + 1)
     features.save_basis(tmp_path / "other", other)
-    with pytest.raises(StoreMismatchError, match="another basis"):
+    with pytest.raises(StoreMismatchError, match="a different basis"):
         built({"basis": tmp_path / "other"}, stored)
     strange = dataclasses.replace(context, teacher_facts=context.teacher_facts | {"weights": "0"})
-    with pytest.raises(ModelError, match="with other weights"):
+    with pytest.raises(ModelError, match="with different weights"):
         built({"basis": basis_file}, strange)
     features.save_basis(
         tmp_path / "post", dataclasses.replace(basis, facts=basis.facts | {"tap": "post"})
@@ -361,7 +361,7 @@ def test_what_does_not_go_together_is_refused(basis_file, tmp_path):
     [
         ({"temperature": 0.0}, "temperature must be a number above 0; found 0"),
         ({"feature_weight": -1.0}, "feature_weight must be a number above 0 or auto; found -1"),
-        ({"alignment": "random", "transformation": "pts"}, "is for the components of"),
+        ({"alignment": "random", "transformation": "pts"}, "applies to the components of"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(settings, message):

@@ -45,7 +45,7 @@ def test_clipping_bounds_the_gradient(tmp_path, folder, store):
     assert float(torch.stack(norms).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_average_of_the_weights_is_what_is_judged_and_exported(tmp_path, folder, store):
+def test_the_average_of_the_weights_is_what_is_evaluated_and_exported(tmp_path, folder, store):
     run = prepare_run(tmp_path / "run", folder, store, train_settings(ema=0.5, epochs=2))
     seen = []
     plain = loop.step
@@ -91,7 +91,7 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, folder, store, monkeypatch
     monkeypatch.setattr(parallel.shutil, "which", lambda name: None)
     with pytest.raises(UsageError, match="needs a compiler"):
         prepare_run(tmp_path / "b", folder, store, train_settings(compile="inductor"))
-    with pytest.raises(UsageError, match="works on GPUs only"):
+    with pytest.raises(UsageError, match="sync_batchnorm needs GPUs"):
         prepare_run(tmp_path / "c", folder, store, train_settings(sync_batchnorm=True))
 
 
@@ -124,9 +124,9 @@ def test_layer_decay_slows_the_first_layers():
     assert sum(len(g["params"]) for g in made.param_groups) == len(list(a_learner().parameters()))
 
 
-def test_helpers_have_their_own_rate():
+def test_auxiliary_modules_have_their_own_rate():
     learner = a_learner()
-    learner.method.helper = torch.nn.Linear(3, 3)
+    learner.method.auxiliary = torch.nn.Linear(3, 3)
     made = optim.build(learner, OptimizerSettings(lr=0.1, auxiliary_lr=0.001))
     assert made.param_groups[-1]["lr_scale"] == pytest.approx(0.01)
     assert {p.dim() for p in made.param_groups[-1]["params"]} == {1, 2}
@@ -173,7 +173,7 @@ def loop_reduce(*arguments) -> torch.Tensor:
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, folder, store):
     wild = OptimizerSettings(lr=1e30)
-    with pytest.raises(TrainingError, match="last good checkpoint"):
+    with pytest.raises(TrainingError, match="The last checkpoint is in"):
         train(tmp_path / "run", folder, store, optimizer=wild, epochs=8)
     for file in checkpoint.list_all(tmp_path / "run" / state.CHECKPOINTS):
         held = torch.load(file, weights_only=True)["student"]
@@ -215,7 +215,7 @@ def test_methods_without_their_teacher_are_refused(tmp_path, folder, store, chec
     settings = train_settings(target="ground-truth", method={"name": "kd"})
     with pytest.raises(UsageError, match="needs the teacher's probabilities"):
         prepare_run(tmp_path / "a", folder, store, settings)
-    with pytest.raises(UsageError, match="has no use for --teacher"):
+    with pytest.raises(UsageError, match="does not use --teacher"):
         prepare_run(
             tmp_path / "b", folder, store, train_settings(teacher=f"test_resnet={checkpoint}")
         )
@@ -239,7 +239,7 @@ def test_single_crops_frame_the_run_at_the_same_batch_size(tmp_path, folder, sto
     assert written["settings"]["batch_size"] == 16
 
 
-def test_taps_give_what_a_method_needs(tmp_path, folder, store):
+def test_feature_layers_give_what_a_method_needs(tmp_path, folder, store):
     run = prepare_run(tmp_path / "run", folder, store, train_settings())
     assert isinstance(run.module, feature_layers.FeatureNetwork)
-    assert run.judged is run.module
+    assert run.eval_network is run.module

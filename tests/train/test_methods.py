@@ -247,8 +247,8 @@ def test_a_stopped_run_ends_with_the_very_same_weights_and_exports_the_student_a
     assert result.steps > 3
     assert same(load_file(result.student), load_file(resumed.student))
     assert same(whole.method.state_dict(), again.method.state_dict())
-    helpers = checkpoint.load_latest(tmp_path / "run" / state.CHECKPOINTS)["method"]
-    assert same(helpers, again.method.state_dict())
+    auxiliary = checkpoint.load_latest(tmp_path / "run" / state.CHECKPOINTS)["method"]
+    assert same(auxiliary, again.method.state_dict())
     if again.teacher is not None:
         assert not again.teacher.module.training
     student = timm.create_model(

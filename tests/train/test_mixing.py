@@ -57,7 +57,7 @@ def test_other_steps_and_blocks_draw_other_numbers():
     assert len(a.own_B.unique()) == 3  # one for each block of eight images
 
 
-def test_the_coefficient_follows_its_law():
+def test_the_coefficient_follows_its_distribution():
     """Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1))."""
     own = torch.cat([drawn(MIXUP, images=8, m=1, step=step).own_B[:1] for step in range(4000)])
     assert float(own.mean()) == pytest.approx(0.5, abs=0.02)

@@ -240,7 +240,7 @@ def test_passes_and_crops():
 
 
 def test_a_batch_must_hold_whole_images():
-    with pytest.raises(UsageError, match="no multiple"):
+    with pytest.raises(UsageError, match="not a multiple"):
         make(m=5, batch=12, epochs=5)
 
 

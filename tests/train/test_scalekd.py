@@ -23,7 +23,7 @@ def maps(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_equal_opposite_and_orthogonal_maps():
-    """The code's sums over 7 x 7 places: 0, 4 HW and 2 HW; ours are means over places."""
+    """The code's sums over 7 x 7 positions: 0, 4 HW and 2 HW; ours are means over positions."""
     x = maps(3, 8, 7, 7)
     assert scalekd.spatial(x, x).abs().max() < 1e-10
     assert torch.allclose(scalekd.spatial(-x, x) * 49, torch.full((3,), 196.0))
@@ -99,7 +99,7 @@ def test_heads_are_the_released_ones():
     for width, heads in ((384, 3), (768, 6), (50, 1)):
         with torch.device("meta"):
             assert Cap((4, 2, 2), width, (2, 2), attention, own_query=True).heads == heads
-    with pytest.raises(ModelError, match="5 heads do not divide 48 channels; 4 would"):
+    with pytest.raises(ModelError, match="5 heads do not divide 48 channels; use 4"):
         Cap((4, 2, 2), 48, (2, 2), Attention(5, 5.0, False), own_query=True)
 
 
@@ -108,7 +108,7 @@ def test_a_cap_equals_its_formula_written_out():
     cap = Cap((6, 4, 4), 8, (2, 2), Attention(2, 5.0, False), own_query=True).eval()
     x = maps(3, 6, 4, 4)
     with torch.no_grad():
-        memory = (cap.stem(x) + cap.places).flatten(2).transpose(1, 2)
+        memory = (cap.stem(x) + cap.positions).flatten(2).transpose(1, 2)
         query = torch.relu(cap.query @ cap.query_stem[0].weight.T + cap.query_stem[0].bias)
         q, k, v = cap.to_q(query), cap.to_k(memory), cap.to_v(memory)
         heads = []
@@ -122,8 +122,8 @@ def test_a_cap_equals_its_formula_written_out():
     assert torch.allclose(made.flatten(2).transpose(1, 2), y, atol=1e-5)
 
 
-def test_a_caps_places_belong_to_their_tokens():
-    """Exchanging places of the map together with their embeddings changes nothing."""
+def test_a_caps_positions_belong_to_their_tokens():
+    """Exchanging positions of the map together with their embeddings changes nothing."""
     torch.manual_seed(0)
     cap = Cap((6, 4, 4), 8, (2, 2), PLAIN, own_query=True).eval()
     cap.stem[0] = torch.nn.Conv2d(6, 6, 1)  # a 3 x 3 stem mixes neighbours
@@ -135,7 +135,7 @@ def test_a_caps_places_belong_to_their_tokens():
 
     with torch.no_grad():
         plain = cap(x)
-        cap.places.copy_(moved(cap.places))
+        cap.positions.copy_(moved(cap.positions))
         assert torch.allclose(cap(moved(x)), plain, atol=1e-5)
         assert not torch.allclose(cap(x), plain, atol=1e-3)
 
@@ -178,7 +178,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("settings", "terms"), SWITCHES)
-def test_every_row_of_table_9_has_its_terms_and_no_idle_helper(settings, terms):
+def test_every_row_of_table_9_has_its_terms_and_no_unused_module(settings, terms):
     method, ours, given, teacher = pair(**settings)
     made = method.loss(ours, targets(given))
     assert set(made) == terms
@@ -222,8 +222,8 @@ def test_terms_are_the_written_formula():
         summed = (units[0] - units[1]).square().sum((1, 2, 3))
         soft = torch.softmax(given.logits, 1)
         cross = -(soft * torch.log_softmax(ours.logits, 1)).sum(1)
-    places = given.final.shape[2] * given.final.shape[3]
-    assert torch.allclose(terms["frequency"], 2.94 / places * summed, atol=1e-4)
+    positions = given.final.shape[2] * given.final.shape[3]
+    assert torch.allclose(terms["frequency"], 2.94 / positions * summed, atol=1e-4)
     assert torch.allclose(terms["kd"], 0.5 * cross, atol=1e-5)
     hard = torch.nn.functional.cross_entropy(ours.logits, torch.arange(3), reduction="none")
     assert torch.allclose(terms["hard"], 0.5 * hard, atol=1e-5)
@@ -286,7 +286,9 @@ def test_settings_that_cannot_be_right_are_refused(change, message):
 
 
 def test_a_teacher_without_a_tail_is_refused_with_a_way_out():
-    with pytest.raises(ModelError, match=r"Set tpp = false, or take one of those"):
+    with pytest.raises(
+        ModelError, match=r"unknown tail for ResNet\. Set tpp = false, or use a Swin"
+    ):
         pair("resnet")
     method, ours, given, _ = pair("resnet", tpp=False)
     assert "spatial" in method.loss(ours, targets(given))

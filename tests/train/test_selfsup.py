@@ -124,7 +124,7 @@ def test_scores_are_no_classes(tmp_path, folder, files):
 
 
 def test_what_is_no_such_checkpoint_is_refused(tmp_path, files):
-    with pytest.raises(UsageError, match="name the authors' checkpoint"):
+    with pytest.raises(UsageError, match="give the authors' checkpoint"):
         models.parse_spec("moco:resnet18")
     plain = tmp_path / "plain.pth"
     torch.save(torchvision.models.resnet18().state_dict(), plain)

@@ -120,7 +120,7 @@ def test_a_bias_of_the_projector_and_scales_of_the_teachers_channels_do_not_matt
     assert torch.allclose(made.loss(student, other)["rep"], before, atol=1e-3)
 
 
-def test_samples_may_change_places_together_but_not_on_one_side():
+def test_samples_may_be_permuted_together_but_not_on_one_side():
     made = method()
     student, targets = sides()
     order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UsageError, match="components of a basis"):
         srd.build(srd.Settings(), context)
     for settings, message in (
-        ({"form": "corr", "normalise": "l2"}, "normalise: .* it needs bn"),
+        ({"form": "corr", "normalise": "l2"}, "normalise: .* needs normalise = bn"),
         ({"alpha": 0.5}, "alpha must be a number of at least 1; found 0.5"),
         ({"feature_weight": -1.0}, "feature_weight must be a number of at least 0; found -1"),
         ({"groups": 0}, "groups must be a whole number above 0; found 0"),

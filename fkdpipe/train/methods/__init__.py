@@ -1,4 +1,4 @@
-"""The methods: what a student is asked to imitate, one file each.
+"""Distillation methods, one file each.
 
 A method file has a frozen dataclass `Settings`, `needs(settings)` and `build(settings, context)`.
 Adding one touches its file, the table below, its test and its row in docs/methods.md.
@@ -19,7 +19,7 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds
 
 
 class MethodFile(Protocol):
-    """What a method's module offers."""
+    """Interface of a method's module."""
 
     @property
     def Settings(self) -> Any: ...
@@ -43,7 +43,7 @@ METHODS: dict[str, MethodFile] = {
 
 
 def needs(table: Mapping[str, Any]) -> MethodNeeds:
-    """What the method of a recipe's [method] table asks for.
+    """Requirements of the method of a recipe's [method] table.
 
     Raises:
         UsageError: unknown method or settings, all listed.
@@ -52,35 +52,35 @@ def needs(table: Mapping[str, Any]) -> MethodNeeds:
 
 
 def build(table: Mapping[str, Any], context: Context) -> Method:
-    """The method of a recipe's [method] table.
+    """Build the method of a recipe's [method] table.
 
     Raises:
-        UsageError: unknown method or settings, or networks it cannot pair.
+        UsageError: unknown method or settings, or networks it cannot combine.
     """
     return _file(table).build(parse(table), context)
 
 
 def parse(table: Mapping[str, Any]) -> Any:
-    """The settings dataclass of a [method] table, checked."""
+    """The validated settings dataclass of a [method] table."""
     file = _file(table)
     rest = {key: value for key, value in table.items() if key != "name"}
     return config.build(file.Settings, rest, where="", prefix="method.")
 
 
 def describe(table: Mapping[str, Any]) -> list[Setting]:
-    """The settings of a recipe's [method] table, its name first."""
+    """Descriptions of the settings of a [method] table, its name first."""
     allowed = f"one of {', '.join(METHODS)}"
     name = Setting("method.name", allowed, "fkd", False, "The distillation method.")
     return [name, *config.describe(_file(table).Settings, "method.")]
 
 
 def digests(table: Mapping[str, Any]) -> dict[str, str]:
-    """Setting to SHA-256, of the files that a method's settings name."""
+    """SHA-256 of each file in a method's settings, by setting."""
     settings = parse(table)
-    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     return {
         name: hashlib.sha256(value.read_bytes()).hexdigest()
-        for name, value in given.items()
+        for name, value in values.items()
         if isinstance(value, Path)
     }
 

@@ -1,4 +1,4 @@
-"""DPK's transforms: from both networks' maps to a guess of the teacher's map.
+"""DPK's transforms, which predict the teacher's map from the maps of both networks.
 
 Letters: B batch, N tokens, M masked tokens, D width, C channels, H, W map, k side of a patch.
 
@@ -19,12 +19,12 @@ from fkdpipe.common.errors import ModelError
 
 Transform = Literal["encoder-decoder", "mlp", "conv"]
 Fill = Literal["teacher", "zero", "learnable"]
-Places = Literal["sincos", "learnable"]
+Positions = Literal["sincos", "learnable"]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One network's map. patch: k, the side of a token in places of the map."""
+    """One network's map. patch: k, the side of a token in map positions."""
 
     channels: int
     patch: int
@@ -41,13 +41,13 @@ class Stack:
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 2:
             raise ModelError(
-                f"DPK: width {self.width} is no even multiple of {self.heads} heads; the nearest "
-                f"is {max(round(self.width / (2 * self.heads)), 1) * 2 * self.heads}."
+                f"DPK: width {self.width} is not an even multiple of {self.heads} heads; the "
+                f"nearest is {max(round(self.width / (2 * self.heads)), 1) * 2 * self.heads}."
             )
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and around a shortcut; no bias on the keys."""
+    """Pre-norm transformer block with residual connections; keys have no bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -74,17 +74,17 @@ class Block(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = nn.functional.linear(x_BND, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        made = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(made.transpose(1, 2).flatten(2))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 def blocks(stack: Stack) -> nn.Sequential:
-    """The stack, and the LayerNorm that ends it."""
-    made: list[nn.Module] = [Block(stack.width, stack.heads) for _ in range(stack.depth)]
-    return nn.Sequential(*made, nn.LayerNorm(stack.width, eps=1e-6))
+    """The blocks of the stack, followed by a LayerNorm."""
+    layers: list[nn.Module] = [Block(stack.width, stack.heads) for _ in range(stack.depth)]
+    return nn.Sequential(*layers, nn.LayerNorm(stack.width, eps=1e-6))
 
 
-def positions(tokens: int, width: int) -> torch.Tensor:
+def position_embedding(tokens: int, width: int) -> torch.Tensor:
     """float32 (N, D): sin(n / 10000^(2 floor(j/2) / D)) at even j, the cosine at odd j."""
     j = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None]
@@ -93,20 +93,20 @@ def positions(tokens: int, width: int) -> torch.Tensor:
 
 
 def patchify(map_BCHW: torch.Tensor, k: int) -> torch.Tensor:
-    """(B, N, k k C): k x k places of a map to a token, channels fastest."""
+    """(B, N, k k C): each token holds k x k positions of the map, channels fastest."""
     cut = map_BCHW.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # b c h k w k'
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 class Attentive(nn.Module):
-    """Encoder and decoder of transformer blocks; each encoder sees only the tokens it gives.
+    """`encoder-decoder`: transformer blocks; each encoder sees only the tokens that it provides.
 
     Without the teacher's prior knowledge (table 7) there is no teacher encoder: zeros or one
-    learnt token take its place.
+    learnable token replace its output.
     """
 
-    encoder_places: torch.Tensor
-    decoder_places: torch.Tensor
+    encoder_positions: torch.Tensor
+    decoder_positions: torch.Tensor
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Attentive(nn.Module):
         encoder: Stack,
         decoder: Stack,
         fill: Fill,
-        places: Places = "sincos",
+        positions: Positions = "sincos",
     ) -> None:
         super().__init__()
         self.fill = fill
@@ -129,38 +129,43 @@ class Attentive(nn.Module):
         self.to_decoder = nn.Linear(encoder.width, decoder.width, bias=False)
         self.decoder = blocks(decoder)
         self.out = _out(decoder.width, teacher)
-        for name, stack in (("encoder_places", encoder), ("decoder_places", decoder)):
-            _add_places(self, name, positions(tokens, stack.width), places)
+        for name, stack in (("encoder_positions", encoder), ("decoder_positions", decoder)):
+            _add_positions(self, name, position_embedding(tokens, stack.width), positions)
 
     def forward(
         self, student_BCHW: torch.Tensor, teacher_BCHW: torch.Tensor, mask_BN: torch.Tensor, m: int
     ) -> torch.Tensor:
-        """(B, N, k k C_t) guess of the teacher's map.
+        """(B, N, k k C_t) prediction of the teacher's map.
 
         Args:
-            mask_BN: true where the teacher gives the token. m: M, how many those are in each row.
+            mask_BN: True for tokens from the teacher. m: M, their number in each row.
         """
         order_BN = mask_BN.int().argsort(dim=1, stable=True)
-        ours, theirs = order_BN[:, : order_BN.shape[1] - m], order_BN[:, order_BN.shape[1] - m :]
-        kept = self.student_encoder(_pick(self._tokens(self.student_patches, student_BCHW), ours))
+        student_index, teacher_index = (
+            order_BN[:, : order_BN.shape[1] - m],
+            order_BN[:, order_BN.shape[1] - m :],
+        )
+        kept = self.student_encoder(
+            _pick(self._tokens(self.student_patches, student_BCHW), student_index)
+        )
         kept = self.to_decoder(kept)
         if self.fill == "teacher":
-            seen = _pick(self._tokens(self.teacher_patches, teacher_BCHW), theirs)
-            given = self.to_decoder(self.teacher_encoder(seen))
+            visible = _pick(self._tokens(self.teacher_patches, teacher_BCHW), teacher_index)
+            filled = self.to_decoder(self.teacher_encoder(visible))
         else:
-            given = _filled(self.token, kept, m)
-        hybrid = torch.cat([kept, given.to(kept.dtype)], dim=1)
-        hybrid = _pick(hybrid, order_BN.argsort(dim=1)) + self.decoder_places
+            filled = _filled(self.token, kept, m)
+        hybrid = torch.cat([kept, filled.to(kept.dtype)], dim=1)
+        hybrid = _pick(hybrid, order_BN.argsort(dim=1)) + self.decoder_positions
         return self.out(self.decoder(hybrid))
 
     def _tokens(self, patches: nn.Module, map_BCHW: torch.Tensor) -> torch.Tensor:
-        return patches(map_BCHW).flatten(2).transpose(1, 2) + self.encoder_places
+        return patches(map_BCHW).flatten(2).transpose(1, 2) + self.encoder_positions
 
 
 class Pointwise(nn.Module):
-    """`mlp`: no encoders, an MLP brings each token to the decoder's width (MLP-Decoder)."""
+    """`mlp`: an MLP per token instead of the encoders (MLP-Decoder)."""
 
-    places: torch.Tensor
+    positions: torch.Tensor
 
     def __init__(
         self,
@@ -169,7 +174,7 @@ class Pointwise(nn.Module):
         tokens: int,
         decoder: Stack,
         fill: Fill,
-        places: Places = "sincos",
+        positions: Positions = "sincos",
     ) -> None:
         super().__init__()
         self.student_mlp = _mlp(student, decoder.width)
@@ -177,7 +182,7 @@ class Pointwise(nn.Module):
         self.token = _token(decoder.width) if fill == "learnable" else None
         self.decoder = blocks(decoder)
         self.out = _out(decoder.width, teacher)
-        _add_places(self, "places", positions(tokens, decoder.width), places)
+        _add_positions(self, "positions", position_embedding(tokens, decoder.width), positions)
 
     def forward(
         self, student_BCHW: torch.Tensor, teacher_BCHW: torch.Tensor, mask_BN: torch.Tensor, m: int
@@ -185,18 +190,18 @@ class Pointwise(nn.Module):
         """As `Attentive.forward`."""
         kept = self.student_mlp(student_BCHW).flatten(2).transpose(1, 2)
         if self.teacher_mlp is not None:
-            given = self.teacher_mlp(teacher_BCHW).flatten(2).transpose(1, 2)
+            filled = self.teacher_mlp(teacher_BCHW).flatten(2).transpose(1, 2)
         else:
-            given = _filled(self.token, kept, kept.shape[1])
-        hybrid = torch.where(mask_BN[:, :, None], given, kept) + self.places
+            filled = _filled(self.token, kept, kept.shape[1])
+        hybrid = torch.where(mask_BN[:, :, None], filled, kept) + self.positions
         return self.out(self.decoder(hybrid))
 
 
 class Convolutional(nn.Module):
-    """`conv`: two 3 x 3 convolutions as an encoder, two as the decoder.
+    """`conv`: two 3 x 3 convolutions for each encoder and for the decoder.
 
-    The paper names the kind only; the sizes are ours. A kernel reaches over the edge of the mask,
-    so here a network's neighbours of a given token are seen too.
+    The paper does not give the sizes; these are ours. Kernels cross the edge of the mask, so a
+    token also depends on its masked neighbours.
     """
 
     def __init__(self, student: Side, teacher: Side, width: int, fill: Fill) -> None:
@@ -216,16 +221,18 @@ class Convolutional(nn.Module):
         kept = self.student_encoder(student_BCHW)
         grid = kept.shape[2:]
         if self.teacher_encoder is not None:
-            given = self.teacher_encoder(teacher_BCHW)
+            filled = self.teacher_encoder(teacher_BCHW)
         else:
             tokens = _filled(self.token, kept.flatten(2).transpose(1, 2), grid.numel())
-            given = tokens.transpose(1, 2).unflatten(2, grid)
-        hybrid = torch.where(mask_BN.unflatten(1, grid)[:, None], given, kept)
+            filled = tokens.transpose(1, 2).unflatten(2, grid)
+        hybrid = torch.where(mask_BN.unflatten(1, grid)[:, None], filled, kept)
         return self.out(self.decoder(hybrid).flatten(2).transpose(1, 2))
 
 
-def _add_places(module: nn.Module, name: str, start_ND: torch.Tensor, places: Places) -> None:
-    if places == "learnable":
+def _add_positions(
+    module: nn.Module, name: str, start_ND: torch.Tensor, positions: Positions
+) -> None:
+    if positions == "learnable":
         module.register_parameter(name, nn.Parameter(start_ND))
     else:
         module.register_buffer(name, start_ND, persistent=False)
@@ -240,10 +247,10 @@ def _mlp(side: Side, width: int) -> nn.Sequential:
 
 
 def _convolutions(first: nn.Module, width: int) -> nn.Sequential:
-    made = [first]
+    layers = [first]
     for _ in range(2):
-        made += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*made)
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _out(width: int, teacher: Side) -> nn.Linear:
@@ -258,12 +265,12 @@ def _token(width: int) -> nn.Parameter:
 
 
 def _filled(token: torch.Tensor | None, like_BND: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, tokens, D) of zeros, or of the learnt token."""
+    """(B, tokens, D): zeros, or copies of the learnable token."""
     if token is None:
         return like_BND.new_zeros(len(like_BND), tokens, like_BND.shape[2])
     return token.to(like_BND.dtype).expand(len(like_BND), tokens, -1)
 
 
-def _pick(x_BND: torch.Tensor, places_BM: torch.Tensor) -> torch.Tensor:
-    """(B, M, D): tokens at some places, another choice in each row."""
-    return x_BND.gather(1, places_BM[:, :, None].expand(-1, -1, x_BND.shape[2]))
+def _pick(x_BND: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
+    """(B, M, D): the tokens at M positions, which differ between rows."""
+    return x_BND.gather(1, index_BM[:, :, None].expand(-1, -1, x_BND.shape[2]))

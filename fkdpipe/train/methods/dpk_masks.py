@@ -1,6 +1,6 @@
-"""DPK's masks: how many of a student's tokens the teacher gives, and which.
+"""DPK's masks: which of the student's tokens are replaced by the teacher's.
 
-A mask is boolean, true where the teacher's token is taken.
+A mask is boolean, True for tokens from the teacher.
 
 Letters: B batch, D features, N tokens, M masked tokens, H, W the grid of tokens.
 
@@ -18,9 +18,10 @@ import torch
 
 Mask = Literal["random", "block", "grid"]
 
-LEAST, MOST, UNKNOWN = 0.10, 0.95, 0.85  # limits of the ratio; the ratio where CKA is undefined
-GRID_RATIO = 0.75  # one of every four tokens stays the student's
-_RECTANGLES = 16  # drawn for a block-wise mask, more than enough to cover a map
+MIN_RATIO, MAX_RATIO = 0.10, 0.95
+UNDEFINED_RATIO = 0.85  # used where CKA is undefined
+GRID_RATIO = 0.75  # one of every four tokens comes from the student
+_RECTANGLES = 16  # of a block-wise mask, more than enough to cover a map
 
 
 def hsic(k_BB: torch.Tensor, l_BB: torch.Tensor) -> torch.Tensor:
@@ -38,10 +39,10 @@ def hsic(k_BB: torch.Tensor, l_BB: torch.Tensor) -> torch.Tensor:
 
 
 def cka(x_BD: torch.Tensor, y_BE: torch.Tensor) -> torch.Tensor:
-    """float64 scalar within [-1, 1]; NaN where it is undefined (B < 4, or features all alike).
+    """float64 scalar in [-1, 1]; NaN where it is undefined (B < 4, or constant features).
 
-    Features are centred over the batch first. That changes nothing in exact arithmetic, and
-    without it a common mean cancels the digits of float32.
+    Features are centred over the batch first. This changes nothing in exact arithmetic, but avoids
+    cancellation in float32.
     """
     if len(x_BD) < 4:
         return x_BD.new_full((), torch.nan, dtype=torch.float64)
@@ -56,24 +57,28 @@ def _gram(x_BD: torch.Tensor) -> torch.Tensor:
 
 
 def cosine(x_BD: torch.Tensor, y_BD: torch.Tensor) -> torch.Tensor:
-    """float32 scalar: cosine of student and teacher features, mean over the batch."""
+    """float32 scalar: cosine similarity of student and teacher features, mean over the batch."""
     return torch.nn.functional.cosine_similarity(x_BD.float(), y_BD.float(), dim=1).mean()
 
 
 def count(ratio: float, tokens: int) -> int:
-    """M, of N tokens: floor(ratio N), at least 2 and at most N - 2.
+    """M = floor(ratio N), at least 2 and at most N - 2.
 
     Args:
-        ratio: brought within 0.10 and 0.95; 0.85 where it is not finite.
+        ratio: clamped to [0.10, 0.95]; 0.85 replaces a non-finite value.
     """
-    ratio = min(max(ratio, LEAST), MOST) if ratio == ratio and abs(ratio) < 1e9 else UNKNOWN
+    ratio = (
+        min(max(ratio, MIN_RATIO), MAX_RATIO)
+        if ratio == ratio and abs(ratio) < 1e9
+        else UNDEFINED_RATIO
+    )
     return min(max(int(ratio * tokens), 2), tokens - 2)
 
 
 def draw(
     kind: Mask, batch: int, grid: tuple[int, int], masked: int, device: torch.device
 ) -> torch.Tensor:
-    """Boolean (B, N), with M tokens true in each row, drawn anew for each image."""
+    """Boolean (B, N) with M True tokens in each row, sampled independently for each image."""
     tokens = grid[0] * grid[1]
     rank_BN = torch.rand(batch, tokens, device=device)
     if kind == "block":
@@ -85,22 +90,22 @@ def draw(
 
 
 def grid_count(grid: tuple[int, int]) -> int:
-    """M of a grid-wise mask: all but one of every two by two tokens."""
+    """M of a grid mask: all but one of every 2 x 2 tokens."""
     return grid[0] * grid[1] - -(-grid[0] // 2) * -(-grid[1] // 2)
 
 
 def _kept_of_four(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """float32 (N,): 1 at even rows and columns, which are masked last, that is never."""
+    """float32 (N,): 1 at even rows and columns, which sort last and are never masked."""
     rows = torch.arange(grid[0], device=device) % 2 == 0
     columns = torch.arange(grid[1], device=device) % 2 == 0
     return (rows[:, None] & columns[None, :]).float().flatten()
 
 
 def _first_cover(batch: int, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """float32 (B, N): number of the first of several random rectangles that covers a token.
+    """float32 (B, N): index of the first of several random rectangles that covers each token.
 
-    Areas from a twelfth to a third of the map, sides within 0.3 and 1 / 0.3 of each other, as
-    BEiT draws them; taking tokens in this order masks block by block until M are masked.
+    Areas range from 1/12 to 1/3 of the map, aspect ratios from 0.3 to 1 / 0.3, as in BEiT. Taking
+    tokens in this order masks block by block until M are masked.
     """
     height, width = grid
     area, ratio, top, left = torch.rand(4, batch, _RECTANGLES, 1, 1, device=device)

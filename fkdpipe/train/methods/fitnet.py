@@ -1,7 +1,7 @@
-"""FitNet: the student's maps, through a 1 x 1 convolution, imitate the teacher's.
+"""FitNet: match the teacher's maps after a 1 x 1 convolution on the student's.
 
-The feature baseline (FD) of ScaleKD, and of DPK's table 8. For token maps the 1 x 1 convolution is
-a linear layer on each token.
+The feature baseline (FD) of ScaleKD and of DPK's table 8. On token maps, the 1 x 1 convolution is a
+linear layer per token.
 
 References:
     Romero et al., "FitNets: Hints for Thin Deep Nets", equation 3.
@@ -22,18 +22,18 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 @config.settings
 class Settings:
-    """Weights of the terms, and which maps."""
+    """Loss weights and maps."""
 
     feature_weight: NonNegativeFloat = 1.0
-    """Of the maps' squared error, a mean over tokens and channels."""
+    """Weight of the mean squared error of the maps."""
     soft_weight: NonNegativeFloat = 0.0
-    """Of the teacher's probabilities."""
+    """Weight of the KL divergence from the teacher's probabilities."""
     hard_weight: NonNegativeFloat = 1.0
-    """Of the ground truth."""
+    """Weight of the cross-entropy with the ground truth."""
     temperature: PositiveFloat = 1.0
-    """Of the teacher's probabilities."""
+    """Temperature of student and teacher probabilities."""
     stages: tuple[PositiveInt, ...] = (1,)
-    """Counted from the end; 1 is the last map, after the teacher's final norm."""
+    """Stages, counted from the end; 1 is the last map, after the final norm."""
 
     @field_validator("stages")
     @classmethod
@@ -55,7 +55,7 @@ def needs(settings: Settings) -> MethodNeeds:
 
 
 class FitNet(Method):
-    """One projector a stage, C_s -> C_t."""
+    """FitNet's loss, with a projector C_s -> C_t per stage."""
 
     def __init__(self, settings: Settings, student: Outputs, teacher: Outputs) -> None:
         super().__init__()
@@ -80,10 +80,10 @@ class FitNet(Method):
             temperature=s.temperature,
         )
         for stage in s.stages:
-            wanted = _map(targets.teacher, stage)
-            made = self.projectors[str(stage)](_map(student, stage))
-            made = parts.on_grid(made, parts.grid_of(wanted))
-            error = (made.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+            target = _map(targets.teacher, stage)
+            projected = self.projectors[str(stage)](_map(student, stage))
+            projected = parts.on_grid(projected, parts.grid_of(target))
+            error = (projected.float() - target.float()).square().mean(dim=(1, 2, 3))
             terms[f"feature_{stage}"] = s.feature_weight * error
         return terms
 
@@ -93,7 +93,7 @@ def build(settings: Settings, context: Context) -> FitNet:
 
 
 def _map(outputs: Outputs, stage: int) -> torch.Tensor:
-    """The last map is taken after the final norm, earlier ones as they are."""
+    """The map of a stage; the last one after the final norm."""
     if stage > 1:
         return outputs.stages[stage]
     assert outputs.final is not None

@@ -1,6 +1,6 @@
-"""FKD: soft cross-entropy against stored labels of the same crops.
+"""FKD: soft cross-entropy with the stored labels of the same crops.
 
-Also how a teacher or a baseline is trained: with target `ground-truth` the label is one-hot.
+Also trains teachers and baselines: with target `ground-truth`, labels are one-hot.
 
 Reference:
     Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", equation 1.
@@ -19,10 +19,10 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 @config.settings
 class Settings:
-    """Shares of the two terms."""
+    """Weights of the two terms."""
 
     soft_weight: Probability = 1.0
-    """Share of the target's term; the rest is the ground truth's."""
+    """Weight of the target's cross-entropy; the ground truth's has 1 - soft_weight."""
 
 
 def needs(settings: Settings) -> MethodNeeds:

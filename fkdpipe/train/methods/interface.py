@@ -1,8 +1,8 @@
-"""What a method is to the trainer.
+"""Interface between methods and the trainer.
 
-A method says what it needs, holds its trained auxiliary modules, and turns the outputs of student
-and teacher into named loss terms. Whether the teacher's side comes from a store or from a live
-model is not its business.
+A method declares what it needs, holds its auxiliary modules, and computes named loss terms from the
+outputs of student and teacher. It does not know whether the teacher's outputs come from a store or
+from a live model.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from fkdpipe.storage.settings import FeatureSettings
 
 @dataclass(frozen=True)
 class MethodNeeds:
-    """What a method asks for.
+    """Requirements of a method.
 
     Attributes:
         student: feature layers of the student.
-        teacher: feature layers of the teacher beyond its logits, from a live teacher or
-            from stored features; None when it asks for none.
-        soft: temperature at which the teacher's probabilities are wanted, None for none. They
-            come from the store when the run's target does, else from a live teacher.
-        live: only a live teacher will do, for example for its last stage.
-        stored: the teacher's side comes from the store; a live teacher only lends its layers, and
-            nothing is asked of it.
-        classifier: whether the student's logits are in the loss; without, its classifier rests.
+        teacher: feature layers of the teacher, live or stored; None if it needs none.
+        soft: temperature of the teacher's probabilities; None if it needs none. They come from
+            the store if the run's target does, else from a live teacher.
+        live: requires a live teacher, for example for its last stage.
+        stored: the teacher's outputs come from the store; a live teacher only provides layers
+            and is not run on the images.
+        classifier: whether the loss uses the student's logits; if not, its classifier is not
+            trained.
         independent: no two crops of one image in a batch, for losses that couple the batch.
-        least: crops that a process must see at once, of losses with statistics over the batch.
-        mixing: whether mixup and CutMix make sense.
-        scores: whether the stored labels may be scores of something else than the classes.
+        least: minimum crops per forward pass, for losses with batch statistics.
+        mixing: whether mixup and CutMix are supported.
+        scores: whether the stored labels may be scores of something other than the classes.
     """
 
     student: Needs = Needs()
@@ -51,13 +51,13 @@ class MethodNeeds:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch is to be: on the device, float32, B crops.
+    """Targets of a batch of B crops, on the device, in float32.
 
     Attributes:
         prob_BC: probabilities of the run's target; one-hot for ground truth.
-        truth_BC: one-hot of the folder's classes, mixed where the pixels are.
-        teacher: what the method asked of the teacher, without gradients; logits only when live.
-        epoch: epochs done at the beginning of the pass. stored: the target comes from a store.
+        truth_BC: one-hot classes of the folder, mixed like the pixels.
+        teacher: the required outputs of the teacher, without gradients; logits only if live.
+        epoch: epochs completed before the pass. stored: the target comes from a store.
     """
 
     prob_BC: torch.Tensor
@@ -67,7 +67,7 @@ class Targets:
     stored: bool = False
 
     def take(self, rows: slice) -> Targets:
-        """A part of the batch."""
+        """A slice of the batch."""
         return replace(
             self,
             prob_BC=self.prob_BC[rows],
@@ -78,22 +78,22 @@ class Targets:
     def soft(self, temperature: float) -> torch.Tensor:
         """float32 (B, C): the teacher's probabilities at a temperature."""
         if self.stored:
-            return self.prob_BC  # read at this temperature: the run has seen to it
+            return self.prob_BC  # the run reads labels at this temperature
         assert self.teacher is not None
         return torch.softmax(self.teacher.logits.float() / temperature, dim=1)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know when it is built.
+    """Information for building a method.
 
     Attributes:
-        classes: C. epochs: of the whole run. scores: width of the stored labels, C without any.
-        student: outputs of the student for one image; their shapes count.
-        teacher: the same of the teacher or of the stored features, None without.
-        student_network: the student itself. teacher_network: the live teacher, None without one.
-        features: settings of the stored features' part, None when live.
-        teacher_facts: which teacher it is, live or stored (`teachers.Teacher.facts`).
+        classes: C. epochs: of the whole run. scores: width of the stored labels; C without any.
+        student: example outputs of the student for one image, for their shapes.
+        teacher: the same for the teacher or the stored features; None without either.
+        student_network: the student. teacher_network: the live teacher, or None.
+        features: settings of the stored features' part; None if they are live.
+        teacher_facts: identity of the teacher, live or stored (`teachers.Teacher.facts`).
     """
 
     classes: int
@@ -108,15 +108,15 @@ class Context:
 
 
 class Method(nn.Module):
-    """Base of all methods: a module, so that its trained auxiliary modules are its parameters."""
+    """Base class of all methods. Auxiliary modules are submodules, so they are trained too."""
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
-        """Named terms whose sum is optimised: (B,) one value per sample, or a scalar.
+        """Named terms whose sum is minimised: (B,), one value per sample, or a scalar.
 
-        Runs under autocast; what is sensitive is computed in float32.
+        Runs under autocast; numerically sensitive parts are computed in float32.
         """
         raise NotImplementedError
 
     def facts(self) -> dict[str, float]:
-        """Numbers of the last batch worth a place in the metrics, such as a mask ratio."""
+        """Values of the last batch to log as metrics, such as a mask ratio."""
         return {}

@@ -1,7 +1,7 @@
-"""KD: the teacher's softened probabilities beside the ground truth.
+"""KD: KL divergence from the teacher's softened probabilities, plus the ground truth.
 
-With mixup or CutMix and a live teacher, which then sees the mixed images too, this is the
-consistent teaching of FunMatch.
+With mixup or CutMix and a live teacher, which then sees the same mixed images, this is FunMatch's
+consistent teaching.
 
 References:
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", section 2.
@@ -22,12 +22,12 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 @config.settings
 class Settings:
-    """Shares of the two terms, and the teacher's temperature."""
+    """Weights of the two terms, and the temperature."""
 
     soft_weight: Probability = 1.0
-    """Share of the teacher's term; the rest is the ground truth's."""
+    """Weight of the teacher's term; the ground truth's has 1 - soft_weight."""
     temperature: PositiveFloat = 1.0
-    """T, of both sides."""
+    """T, the temperature of student and teacher."""
 
 
 def needs(settings: Settings) -> MethodNeeds:

@@ -1,16 +1,16 @@
-"""KDEP: a student pre-trained on a teacher's penultimate features, without labels.
+"""KDEP: pre-train a student on a teacher's penultimate features, without labels.
 
-The teacher's D_t features before the last activation are brought to the student's width D_s,
+The teacher's D_t features before the last activation are aligned with the student's width D_s,
     svd             leading principal components of the centred features (`fkdpipe fit-basis`)
-    variance        the channels of largest deviation, from the same basis file
-    random          channels at random
+    variance        channels of largest standard deviation, from the same basis file
+    random          random channels
     interpolation   nearest neighbours along the channels
     conv-post       a 1x1 convolution and batch normalisation on the student, after its last ReLU
-    conv-pre        the same before it
-then transformed (PTS, SN, SM or nothing), and matched: w mean_d (z_d - y_d)^2.
+    conv-pre        the same before its last ReLU
+then transformed (PTS, SN, SM or none), and matched: w mean_d (z_d - y_d)^2.
 
-The paper convolves maps; here the pooled vectors go through the linear layer, which is the same
-before the normalisation, whose statistics are then those of the pooled vectors.
+The paper convolves maps; here a linear layer maps the pooled vectors. Both agree up to the batch
+normalisation, whose statistics are those of the pooled vectors here.
 
 Reference:
     He et al., "Knowledge Distillation as Efficient Pre-training: Faster Convergence, Higher
@@ -37,29 +37,28 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 Alignment = Literal["svd", "variance", "random", "interpolation", "conv-post", "conv-pre"]
 
-FIRST_LOSS = 6.9  # ln 1000: where supervised pre-training on ImageNet begins
+FIRST_LOSS = 6.9  # ln 1000, the initial loss of supervised training on ImageNet
 
 
 @config.settings
 class Settings:
-    """How the teacher's features become the student's width, and the weight of the loss."""
+    """Alignment of the teacher's features, and the loss weight."""
 
     alignment: Alignment = "svd"
-    """To the student's width: leading components, the channels of largest variance, random or
-    interpolated ones, or a 1 x 1 convolution of the student's features."""
+    """Alignment with the student's width: principal components, channels of largest variance,
+    random or interpolated channels, or a 1 x 1 convolution of the student's features."""
     transformation: Literal["auto", "pts", "sn", "sm", "none"] = "auto"
-    """Of the aligned features; auto is pts after svd and none after other alignments, as in the
-    paper."""
+    """Transformation of the aligned features; auto: pts for svd, else none, as in the paper."""
     temperature: PositiveFloat = 0.1
-    """T of PTS."""
+    """Temperature T of PTS."""
     power: PositiveFloat = 3.0
-    """n of PTS."""
+    """Power n of PTS."""
     feature_weight: PositiveFloat | Literal["auto"] = "auto"
-    """w, or auto: 6.9 / the first loss, then fixed."""
+    """Loss weight w; auto: 6.9 / loss of the first batch."""
     basis: Path | None = None
-    """File of fit-basis; not needed for stored components, except by sn and sm."""
+    """File written by fit-basis; stored components need it only for sn and sm."""
     seed: int = 0
-    """Of the alignment random."""
+    """Seed of alignment random."""
 
     @field_validator("transformation")
     @classmethod
@@ -67,13 +66,13 @@ class Settings:
         alignment = info.data.get("alignment", "svd")
         if alignment != "svd" and transformation not in ("auto", "none"):
             raise UsageError(
-                f"{transformation} is for the components of alignment svd; {alignment} keeps the "
-                "channels as they are: take none"
+                f"{transformation} applies to the components of alignment svd; set "
+                f"transformation = none for {alignment}"
             )
         return transformation
 
     @property
-    def transformed_by(self) -> str:
+    def resolved_transformation(self) -> str:
         if self.transformation != "auto":
             return self.transformation
         return "pts" if self.alignment == "svd" else "none"
@@ -85,12 +84,11 @@ def needs(settings: Settings) -> MethodNeeds:
 
 
 class Kdep(Method):
-    """The loss.
+    """KDEP's loss.
 
     Args:
-        align: (B, D) teacher features -> (B, D_s or D_t) float32.
-        transform: what is done to them then. project: of the student's features.
-        post: features after the last activation are matched, not before it.
+        align: maps teacher features (B, D) to (B, D_s or D_t), float32.
+        transform: applied to the aligned features. project: applied to the student's features.
     """
 
     weight: torch.Tensor
@@ -105,14 +103,13 @@ class Kdep(Method):
         super().__init__()
         self.align, self.transform, self.project = align, transform, project
         self.post = settings.alignment == "conv-post"
-        self._open = (
-            settings.feature_weight == "auto"
-        )  # until a batch, or a checkpoint, has fixed it
+        # Set by the first batch, or by a checkpoint.
+        self._weight_pending = settings.feature_weight == "auto"
         start = float("nan") if settings.feature_weight == "auto" else settings.feature_weight
-        self.register_buffer("weight", torch.tensor(start))  # in the checkpoint: fixed for good
+        self.register_buffer("weight", torch.tensor(start))  # saved in checkpoints
 
     def target(self, teacher: Outputs) -> torch.Tensor:
-        """float32: what the student's features are to be."""
+        """float32: the target of the student's features."""
         vectors_BD = teacher.penultimate if self.post else teacher.pre
         assert vectors_BD is not None
         with torch.no_grad(), torch.autocast(vectors_BD.device.type, enabled=False):
@@ -120,19 +117,19 @@ class Kdep(Method):
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         assert targets.teacher is not None
-        made = student.penultimate if self.post else student.pre
-        assert made is not None
-        difference = self.project(made).float() - self.target(targets.teacher)
+        features_BD = student.penultimate if self.post else student.pre
+        assert features_BD is not None
+        difference = self.project(features_BD).float() - self.target(targets.teacher)
         value_B = difference.square().mean(dim=1)
-        if self.training and self._open:
-            self._open = False
+        if self.training and self._weight_pending:
+            self._weight_pending = False
             if self.weight.isnan():
                 self._fix_weight(value_B)
         return {"kdep": self.weight * value_B}
 
     def _fix_weight(self, value_B: torch.Tensor) -> None:
         first = value_B.detach().mean()
-        if distributed.is_initialized():  # one weight for all processes
+        if distributed.is_initialized():  # the same weight in all processes
             distributed.all_reduce(first)
             first /= distributed.get_world_size()
         self.weight.copy_(FIRST_LOSS / first)
@@ -142,7 +139,7 @@ class Kdep(Method):
 
 
 def build(settings: Settings, context: Context) -> Kdep:
-    """Raises UsageError or ModelError when features, basis and student do not go together."""
+    """Raises UsageError or ModelError if features, basis and student do not fit together."""
     assert context.teacher is not None
     basis = features.load_basis(settings.basis) if settings.basis else None
     if basis is not None:
@@ -159,11 +156,15 @@ def _parametric(settings: Settings, context: Context) -> Kdep:
     _raw_width(settings, context)
     post = settings.alignment == "conv-post"
     assert context.teacher is not None
-    ours, theirs = (o.penultimate if post else o.pre for o in (context.student, context.teacher))
-    assert ours is not None
-    assert theirs is not None
-    width = theirs.shape[1]
-    project = nn.Sequential(nn.Linear(ours.shape[1], width, bias=False), _BatchNorm(width))
+    student_features, teacher_features = (
+        o.penultimate if post else o.pre for o in (context.student, context.teacher)
+    )
+    assert student_features is not None
+    assert teacher_features is not None
+    width = teacher_features.shape[1]
+    project = nn.Sequential(
+        nn.Linear(student_features.shape[1], width, bias=False), _BatchNorm(width)
+    )
     return Kdep(settings, nn.Identity(), nn.Identity(), project)
 
 
@@ -177,12 +178,12 @@ def _alignment(
     if kind == "interpolation":
         return lambda x_BD: features.interpolate(x_BD, width)
     if kind == "random":
-        chosen = features.random_channels(channels, width, settings.seed)
+        channel_index = features.random_channels(channels, width, settings.seed)
     else:
-        chosen = features.leading_channels(
+        channel_index = features.leading_channels(
             _required(basis, "alignment variance").channel_std_D, width
         )
-    return lambda x_BD: x_BD[:, torch.from_numpy(chosen).to(x_BD.device)]
+    return lambda x_BD: x_BD[:, torch.from_numpy(channel_index).to(x_BD.device)]
 
 
 def _components(
@@ -192,13 +193,13 @@ def _components(
     if stored is not None and stored.basis is not None:
         if width > stored.dims:
             raise StoreMismatchError(
-                f"the student is {width} wide, and the store keeps {stored.dims} components. "
-                f"Generate features pre:{width} or more, or take a narrower student.",
+                f"the student's width is {width}, but the store holds {stored.dims} components. "
+                f"Generate features pre:{width} or more, or use a narrower student.",
                 code="features",
             )
         if basis is not None and basis.digest != stored.basis:
             raise StoreMismatchError(
-                "the stored components belong to another basis than the file that is named.",
+                "the stored components belong to a different basis than method.basis.",
                 code="features",
             )
         return lambda x_BK: x_BK[:, :width]
@@ -211,7 +212,7 @@ def _components(
 def _transformation(
     settings: Settings, basis: Basis | None, width: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    kind = settings.transformed_by
+    kind = settings.resolved_transformation
     if kind == "none":
         return nn.Identity()
     if kind == "pts":
@@ -221,26 +222,27 @@ def _transformation(
     std = _Constant(basis.std_K[:width])
     if kind == "sn":
         return lambda f: features.scale_normalise(f, std.on(f.device))
-    wanted = _Constant(features.target_std(basis, width))
-    return lambda f: features.std_match(f, std.on(f.device), wanted.on(f.device))
+    target_std = _Constant(features.target_std(basis, width))
+    return lambda f: features.std_match(f, std.on(f.device), target_std.on(f.device))
 
 
 def _raw_width(settings: Settings, context: Context) -> int:
-    """D_t, of features that are no components.
+    """D_t, the width of the teacher's own channels.
 
     Raises:
-        StoreMismatchError: the store keeps components only.
+        StoreMismatchError: the store holds components only.
     """
     if context.features is not None and context.features.basis is not None:
         raise StoreMismatchError(
-            f"alignment {settings.alignment} works on the teacher's own channels, and the store "
-            "keeps components of a basis. Generate --features pre, without :D.",
+            f"alignment {settings.alignment} needs the teacher's own channels, but the store "
+            "holds components of a basis. Generate --features pre, without :D.",
             code="features",
         )
     assert context.teacher is not None
-    given = context.teacher.pre if context.teacher.pre is not None else context.teacher.penultimate
-    assert given is not None
-    return int(given.shape[1])
+    teacher = context.teacher
+    features_BD = teacher.pre if teacher.pre is not None else teacher.penultimate
+    assert features_BD is not None
+    return int(features_BD.shape[1])
 
 
 def _check_basis(basis: Basis, context: Context) -> None:
@@ -253,7 +255,7 @@ def _check_basis(basis: Basis, context: Context) -> None:
         same = not feature_layers.has_activation(context.teacher_network)
     if basis.facts["tap"] != "pre" and not same:
         raise ModelError(
-            "the basis was fitted on features after the last activation; KDEP takes those before "
+            "the basis was fitted on features after the last activation; KDEP needs those before "
             "it: fkdpipe fit-basis --layer pre.",
             code="other-layer",
         )
@@ -266,7 +268,7 @@ def _required(basis: Basis | None, what: str) -> Basis:
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """With running statistics for a single vector, in which a pass over the images may end."""
+    """Uses running statistics for a batch of one vector, which may end a pass."""
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         if len(x_BD) > 1:
@@ -277,7 +279,7 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 class _Constant:
-    """Numbers of a basis in float32, moved to a device once."""
+    """An array of a basis in float32, moved to the device once."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

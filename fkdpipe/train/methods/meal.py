@@ -1,8 +1,8 @@
-"""MEAL V2: soft labels of an ensemble, and a discriminator that tells student from teacher.
+"""MEAL V2: soft labels of an ensemble, and a discriminator between student and teacher.
 
-The discriminator sees the student's logits and the stored probabilities of the same crops, as the
-authors' code for stored labels does. In that code its loss is minimised by both sides, the student
-included; `reverse` turns the student's gradient round, which makes it adversarial.
+The discriminator sees the student's logits and the stored probabilities of the same crops, as in
+the authors' code for stored labels. There, the student minimises the discriminator's loss too;
+`reverse` reverses the student's gradient, which makes the training adversarial.
 
 References:
     Shen and Savvides, "MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet
@@ -26,14 +26,14 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 @config.settings
 class Settings:
-    """The discriminator and the weight of its loss."""
+    """The discriminator and its loss weight."""
 
     discriminator_weight: NonNegativeFloat = 1.0
-    """Of the discriminator's loss; that of the labels is 1."""
+    """Weight of the discriminator's loss; the label loss has weight 1."""
     shrink: PositiveInt = 8
-    """Factor between the widths of the discriminator's layers."""
+    """Reduction factor of the width from each layer of the discriminator to the next."""
     reverse: bool = False
-    """The student works against the discriminator, not with it."""
+    """Reverse the student's gradient from the discriminator (adversarial training)."""
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -41,7 +41,7 @@ def needs(settings: Settings) -> MethodNeeds:
 
 
 class _Reverse(torch.autograd.Function):
-    """The same value, the opposite gradient."""
+    """Identity in the forward pass; negates the gradient."""
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
@@ -65,18 +65,18 @@ class Meal(Method):
 
     def loss(self, student: Outputs, targets: Targets) -> dict[str, torch.Tensor]:
         label = losses.soft_cross_entropy(student.logits, targets.prob_BC)
-        seen = student.logits.float()
-        scores_B2 = self.discriminator(_Reverse.apply(seen) if self.reverse else seen)
+        logits = student.logits.float()
+        scores_B2 = self.discriminator(_Reverse.apply(logits) if self.reverse else logits)
         truth_B2 = self.discriminator(targets.prob_BC)
-        told = _told(scores_B2, 0) + _told(truth_B2, 1)
-        return {"label": label, "discriminator": self.weight * told / 2}
+        total = _discriminator_loss(scores_B2, 0) + _discriminator_loss(truth_B2, 1)
+        return {"label": label, "discriminator": self.weight * total / 2}
 
 
-def _told(scores_B2: torch.Tensor, side: int) -> torch.Tensor:
-    """(B,): binary cross-entropy of both outputs, their mean; side 0 is the student."""
-    wanted = torch.zeros_like(scores_B2)
-    wanted[:, side] = 1
-    return binary_cross_entropy_with_logits(scores_B2, wanted, reduction="none").mean(dim=1)
+def _discriminator_loss(scores_B2: torch.Tensor, side: int) -> torch.Tensor:
+    """(B,): binary cross-entropy, mean over both outputs; side 0 is the student."""
+    target_B2 = torch.zeros_like(scores_B2)
+    target_B2[:, side] = 1
+    return binary_cross_entropy_with_logits(scores_B2, target_B2, reduction="none").mean(dim=1)
 
 
 def build(settings: Settings, context: Context) -> Meal:

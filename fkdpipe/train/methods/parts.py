@@ -1,4 +1,4 @@
-"""What several methods share: the terms on logits, checks, maps on one grid.
+"""Shared by several methods: loss terms on logits, checks, resizing of maps.
 
 Letters: B batch, C channels, H, W map.
 """
@@ -22,7 +22,7 @@ def logit_terms(
     soft_weight: float,
     temperature: float,
 ) -> dict[str, torch.Tensor]:
-    """Cross-entropy with the ground truth and KD's divergence times T^2, each (B,), weighted."""
+    """Weighted cross-entropy with the ground truth, and KD's KL divergence times T^2, each (B,)."""
     terms = {}
     if hard_weight:
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
@@ -34,15 +34,15 @@ def logit_terms(
 
 
 def check_stages(stages: tuple[int, ...]) -> None:
-    """Raises UsageError unless stages are at least one and all different."""
+    """Raises UsageError unless there is at least one stage and all differ."""
     if not stages or len(set(stages)) != len(stages):
         raise UsageError(
-            f"stages are counted from the end, 1 is the last, each once; found {list(stages)}"
+            f"must list distinct stages, counted from the end (1 is the last); found {list(stages)}"
         )
 
 
 def on_grid(map_BCHW: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A map averaged, or repeated, to another grid (height, width)."""
+    """A map resized to a grid (height, width) by adaptive average pooling."""
     if map_BCHW.shape[2:] == grid:
         return map_BCHW
     return nn.functional.adaptive_avg_pool2d(map_BCHW, grid)
@@ -57,7 +57,7 @@ def teacher_side(outputs: Outputs | None, method: str) -> Outputs:
     """The teacher's example outputs.
 
     Raises:
-        ModelError: none were made.
+        ModelError: there are none.
     """
     if outputs is None:
         raise ModelError(f"method {method} needs the teacher's maps: --teacher NAME=FILE.")

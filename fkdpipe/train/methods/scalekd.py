@@ -1,14 +1,14 @@
-"""ScaleKD: a student of any architecture imitates the last map of a transformer teacher.
+"""ScaleKD: match the last map of a transformer teacher with a student of any architecture.
 
-Three parts, each with its switch. CAP: cross-attention projectors bring the student's map to the
-teacher's width and grid. DFM: a second path imitates the map without its spatial mean, the
-frequencies that the mean hides. TPP: a proxy path sends the student's last but one map through the
-teacher's own last stage, and what comes out is the query of the projectors of the last map.
+It has three parts, which can be switched off. CAP: cross-attention projectors map the student's
+map to the teacher's width and grid. DFM: a second path matches the maps without their spatial mean.
+TPP: a proxy path sends the student's second-to-last map through the teacher's last stage; its
+output is the query of the projectors of the last map.
 
 Reference:
     Fan et al., "ScaleKD: Strong Vision Transformers Could Be Excellent Teachers", equations 1 to 6
-    and table 9; reductions and weights as in the authors' code (docs/methods.md lists where the
-    two differ).
+    and table 9; reductions and weights follow the authors' code (docs/methods.md lists the
+    differences).
 
 Letters: B batch, C channels of the teacher, H, W its last map.
 """
@@ -31,42 +31,44 @@ from fkdpipe.train.methods import parts
 from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Targets
 from fkdpipe.train.methods.projectors import Attention, Cap, Plain
 
-LAYER_NORMED = ("ConvNeXt", "SwinTransformer", "SwinTransformerV2")  # students, by class
+LAYER_NORMED = ("ConvNeXt", "SwinTransformer", "SwinTransformerV2")  # students, by class name
 
 
 @config.settings
 class Settings:
-    """Switches and weights."""
+    """Parts and loss weights."""
 
     target: Literal["live", "stored"] = "live"
-    """Where the teacher's map comes from: a teacher beside the student, or the store (`generate
-    --features map`); of a teacher given too only the tail runs then."""
+    """Source of the teacher's map: a live teacher, or the store (`generate --features map`), in
+    which case only the tail of a live teacher runs."""
     projector: Literal["cap", "linear", "conv"] = "cap"
-    """cap, or linear or conv to compare."""
+    """Projector of the student's map; linear and conv are for comparison."""
     dfm: bool = True
-    """The second path."""
+    """Add the path without the spatial mean."""
     tpp: bool = True
-    """The proxy path; needs projector cap."""
+    """Add the proxy path; needs projector cap."""
     adaptive_queries: bool = True
-    """The proxy path gives the queries; false learns fixed ones."""
+    """Take the queries from the proxy path; false learns them."""
     spatial_weight: NonNegativeFloat = 3.92
-    """Of the first path, on means over the map's positions. The code's 0.08 is on sums over 49
-    positions, its 0.02 over 196."""
+    """Weight of the first path, on means over positions. The authors' code has 0.08 on sums over 49
+    positions, and 0.02 on sums over 196."""
     frequency_weight: NonNegativeFloat = 2.94
-    """Of the second path, likewise; the code's 0.06 and 0.015."""
+    """Weight of the second path, likewise; 0.06 and 0.015 in the authors' code."""
     soft_weight: NonNegativeFloat = 0.5
-    """Of the teacher's probabilities."""
+    """Weight of the cross-entropy with the teacher's probabilities."""
     hard_weight: NonNegativeFloat | None = None
-    """Of the ground truth; by default 1 - soft_weight as in the authors' code, the paper prints 1
-    for both."""
+    """Weight of the cross-entropy with the ground truth; default: 1 - soft_weight, as in the
+    authors' code (1 in the paper)."""
     heads: tuple[PositiveInt, PositiveInt] | None = None
-    """Of the projectors of the last but one and the last map; by default one for 128 channels."""
+    """Attention heads of the projectors of the second-to-last and the last map; default: one per
+    128 channels."""
     softmax_scale: PositiveFloat = 5.0
-    """5 for Swin teachers, 1 in the authors' settings for others."""
+    """Factor on the attention scores; the authors use 5 for Swin teachers and 1 for others."""
     stem_norm: Literal["auto", "batch", "layer"] = "auto"
-    """auto takes layer norm for ConvNeXt and Swin students, else batch norm."""
+    """Norm of the projectors' stem; auto: layer norm for ConvNeXt and Swin students, else batch
+    norm."""
     tail_blocks: PositiveInt = 2
-    """Of a plain transformer; a Swin's tail is its last stage."""
+    """Blocks in the tail of a plain transformer; the tail of a Swin is its last stage."""
 
     @field_validator("tpp")
     @classmethod
@@ -74,8 +76,8 @@ class Settings:
         projector = info.data.get("projector", "cap")
         if tpp and projector != "cap":
             raise UsageError(
-                f"the proxy path gives queries, and projector {projector} takes none: set tpp = "
-                "false, or projector = cap"
+                f"the proxy path provides queries, which projector {projector} does not take: set "
+                "tpp = false, or projector = cap"
             )
         return tpp
 
@@ -85,14 +87,14 @@ class Settings:
         soft_weight = info.data.get("soft_weight", 0.0)
         if hard_weight is None and soft_weight > 1:
             raise UsageError(
-                f"by default 1 - soft_weight, and soft_weight is {soft_weight}: give hard_weight, "
-                "or a soft_weight within 0 and 1"
+                f"defaults to 1 - soft_weight, but soft_weight is {soft_weight}: set hard_weight, "
+                "or a soft_weight between 0 and 1"
             )
         return hard_weight
 
     @property
     def paths(self) -> dict[str, float]:
-        """Weight by name: the map as it is, and without its mean."""
+        """Weights of the paths, by name."""
         paths = {"spatial": self.spatial_weight}
         return paths | {"frequency": self.frequency_weight} if self.dfm else paths
 
@@ -108,26 +110,26 @@ def needs(settings: Settings) -> MethodNeeds:
     )
 
 
-def spatial(made_BCHW: torch.Tensor, wanted_BCHW: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:
-    """float32 (B,): squared distance of the channel vectors at unit length, mean over places.
+def spatial(map_BCHW: torch.Tensor, target_BCHW: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:
+    """float32 (B,): squared distance of unit-length channel vectors, mean over positions.
 
-    0 where they point the same way, 2 at right angles, 4 where they are opposite.
+    0 for equal directions, 2 for orthogonal and 4 for opposite ones.
     """
-    made = nn.functional.normalize(made_BCHW.float(), dim=1, eps=eps)
-    wanted = nn.functional.normalize(wanted_BCHW.float(), dim=1, eps=eps)
-    return (made - wanted).square().sum(dim=1).mean(dim=(1, 2))
+    unit = nn.functional.normalize(map_BCHW.float(), dim=1, eps=eps)
+    target = nn.functional.normalize(target_BCHW.float(), dim=1, eps=eps)
+    return (unit - target).square().sum(dim=1).mean(dim=(1, 2))
 
 
-def frequency(made_BCHW: torch.Tensor, wanted_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32 (B,): `spatial` of the maps without the zero frequency of their cosine transform.
+def frequency(map_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
+    """float32 (B,): `spatial` without the zero frequency of the maps' cosine transform.
 
-    That is, less each channel's mean over the map.
+    That is, after subtracting the mean of each channel over the map.
     """
-    return spatial(without_mean(made_BCHW), without_mean(wanted_BCHW), eps=1e-6)
+    return spatial(without_mean(map_BCHW), without_mean(target_BCHW), eps=1e-6)
 
 
 def without_mean(map_BCHW: torch.Tensor) -> torch.Tensor:
-    """float32, each channel less its mean over the map."""
+    """float32, the map minus the mean of each channel."""
     map_BCHW = map_BCHW.float()
     return map_BCHW - map_BCHW.mean(dim=(2, 3), keepdim=True)
 
@@ -136,7 +138,7 @@ DISTANCES = {"spatial": spatial, "frequency": frequency}
 
 
 class ScaleKd(Method):
-    """Projectors of each path. tail: the teacher's, held outside the modules."""
+    """ScaleKD's loss, with projectors for each path. The teacher's tail is not a submodule."""
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class ScaleKd(Method):
         assert targets.teacher is not None
         assert targets.teacher.final is not None
         assert student.final is not None
-        wanted = targets.teacher.final.detach()
+        target = targets.teacher.final.detach()
         hard = losses.soft_cross_entropy(student.logits, targets.truth_BC)
         terms = {"hard": (1 - s.soft_weight if s.hard_weight is None else s.hard_weight) * hard}
         if s.soft_weight:
@@ -194,21 +196,23 @@ class ScaleKd(Method):
             query = None
             if self.tail is not None:
                 proxy = self.tail(self.proxy[name](student.stages[2]))
-                terms[f"proxy_{name}"] = weight * distance(proxy, wanted)
+                terms[f"proxy_{name}"] = weight * distance(proxy, target)
                 query = proxy if s.adaptive_queries else None
-            made = self.last[name](student.final, query)
-            terms[name] = weight * distance(made, wanted)
+            projected = self.last[name](student.final, query)
+            terms[name] = weight * distance(projected, target)
         return terms
 
 
 def build(settings: Settings, context: Context) -> ScaleKd:
-    """Raises ModelError: a teacher without a tail for the proxy path."""
+    """Raises ModelError if the teacher has no tail for the proxy path."""
     teacher = parts.teacher_side(context.teacher, "scalekd")
     assert teacher.final is not None
     tail = None
     if settings.tpp:
         if context.teacher_network is None:
-            raise ModelError("scalekd with tpp runs the teacher's last stage: --teacher NAME=FILE.")
+            raise ModelError(
+                "scalekd with tpp needs the teacher's last stage: --teacher NAME=FILE."
+            )
         tail = tails.of(context.teacher_network, settings.tail_blocks)
     layer_norm = settings.stem_norm == "layer"
     if settings.stem_norm == "auto":

@@ -1,8 +1,8 @@
-"""A student of a self-supervised teacher: the same kind of scores, softened on both sides.
+"""Distil a self-supervised teacher: cross-entropy between softened scores of the same kind.
 
-The student's head is a helper: it is trained and left behind, and what is exported is a backbone
-for `fkdpipe transfer` to probe. Targets are stored `logits`: embeddings of MoCo v2 or prototype
-scores of SwAV, turned to probabilities at the same temperature as the student's.
+The student's head is an auxiliary module and is not exported; the exported backbone can be probed
+with `fkdpipe transfer`. Targets are stored `logits`, MoCo v2 embeddings or SwAV prototype scores,
+converted to probabilities at the student's temperature.
 
 Reference:
     Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", section 3.4.
@@ -25,16 +25,16 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 @config.settings
 class Settings:
-    """Kind of scores, and the student's head."""
+    """Type of scores, and the student's head."""
 
     head: Literal["moco", "swav"] = "moco"
-    """Which teacher's kind of scores."""
+    """Type of the teacher's scores."""
     temperature: PositiveFloat = 0.2
-    """Of both sides."""
+    """Temperature of student and teacher."""
     hidden: PositiveInt | None = None
-    """Width of the student's head; by default that of its features."""
+    """Hidden width of the student's head; default: the width of its features."""
     embedding: PositiveInt = 128
-    """Width of the embedding of a SwAV head."""
+    """Embedding width of a SwAV head."""
 
 
 def needs(settings: Settings) -> MethodNeeds:
@@ -57,7 +57,7 @@ class SelfSup(Method):
         self.prototypes = nn.Linear(embedding, scores, bias=False) if swav else nn.Identity()
 
     def scores(self, student: Outputs) -> torch.Tensor:
-        """(B, scores): cosine-like scores of the same kind as the teacher's."""
+        """(B, scores): scores of the same type as the teacher's."""
         assert student.penultimate is not None
         return self.prototypes(normalize(self.head(student.penultimate).float(), dim=1))
 

@@ -1,13 +1,13 @@
 """SRD: a linear projector, batch normalisation without parameters, and a soft maximum.
 
-With p = W z_s the student's projected features, ^ batch normalisation over the batch, and d = p^ -
-z_t^ over all B samples and D dimensions,
+With p = W z_s (the student's projected features), ^ for batch normalisation, and d = p^ - z_t^ over
+all B samples and D dimensions,
     form elementwise   L_rep = log(sum_bd |d_bd|^alpha)
     form corr          L_rep = log(sum_d |c_d - 1|^alpha + 1e-5), c_d = mean_b p^_bd z_t^_bd
-    loss               CE + 2 L_rep + KL (T = 1); weight 1 with form corr, as the authors' DeiT code
+    loss               CE + 2 L_rep + KL (T = 1); weight 1 for corr, as in the authors' DeiT code
 
-Statistics are those of the batch, also on the teacher's side and also in the last pass: neither
-normalisation is ever in eval mode. They couple the batch, so its crops must be of distinct images.
+Both normalisations, the teacher's too, always use batch statistics and are never in eval mode. They
+couple the batch, so its crops must come from distinct images.
 
 Reference:
     Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation"
@@ -31,43 +31,43 @@ from fkdpipe.train.methods.interface import Context, Method, MethodNeeds, Target
 
 Normalisation = Literal["bn", "group", "l2", "none"]
 
-_LEAST = 1e-10  # eps of form corr: a constant channel stays 0, and its gradient within bounds
-_TINY = 1e-12  # times the number of elements, so that equal features have a logarithm
+_MIN_EPS = 1e-10  # for form corr: a constant channel stays 0, with a bounded gradient
+_TINY = 1e-12  # times the number of elements; keeps the logarithm finite for equal features
 
 
 @config.settings
 class Settings:
-    """The distance of the representations, and the weights of the terms."""
+    """Distance of the representations, and loss weights."""
 
     form: Literal["elementwise", "corr"] = "elementwise"
-    """Of the distance: over every element, or over each dimension's correlation."""
+    """Form of the distance: over all elements, or over the correlation of each dimension."""
     alpha: Annotated[float, Field(ge=1)] = 4.0
-    """Of the soft maximum."""
+    """Exponent of the soft maximum."""
     log: bool = True
-    """Logarithm of the distance; without, the mean of |d|^alpha."""
+    """Take the logarithm of the sum; false uses the mean of |d|^alpha."""
     normalise: Normalisation = "bn"
-    """How both sides are normalised; form corr needs bn."""
+    """Normalisation of student and teacher features; form corr needs bn."""
     groups: PositiveInt = 32
-    """Of normalise group."""
+    """Number of groups of normalise group."""
     projector: Literal["linear", "mlp"] = "linear"
-    """linear, or mlp of one hidden layer."""
+    """linear, or mlp with one hidden layer."""
     hidden: PositiveInt = 1024
-    """Units of the hidden layer of mlp."""
+    """Hidden units of the mlp."""
     student: Literal["penultimate", "tokens"] = "penultimate"
-    """tokens takes the mean of a transformer's patch tokens after its final norm, as the authors do
-    for DeiT."""
+    """Student features; tokens: the mean of a transformer's patch tokens after the final norm, as
+    in the authors' DeiT code."""
     feature_weight: NonNegativeFloat | None = None
-    """Of L_rep; by default 2, and 1 with form corr."""
+    """Weight of L_rep; default: 2, or 1 with form corr."""
     hard_weight: NonNegativeFloat = 1.0
-    """Of the cross-entropy with the folder's classes."""
+    """Weight of the cross-entropy with the ground truth."""
     soft_weight: NonNegativeFloat = 1.0
-    """Of the KL divergence from the teacher."""
+    """Weight of the KL divergence from the teacher's probabilities."""
 
     @field_validator("normalise")
     @classmethod
     def _over_the_batch(cls, normalise: str, info: ValidationInfo) -> str:
         if info.data.get("form") == "corr" and normalise != "bn":
-            raise UsageError("form corr is a correlation over the batch: it needs bn")
+            raise UsageError("form corr correlates over the batch and needs normalise = bn")
         return normalise
 
     @property
@@ -77,7 +77,7 @@ class Settings:
 
     @property
     def eps(self) -> float:
-        """Of the batch normalisation, as the authors' ImageNet and DeiT codes have it."""
+        """Epsilon of the batch normalisation, as in the authors' ImageNet and DeiT code."""
         return 0.0 if self.form == "corr" else 1e-4
 
 
@@ -116,12 +116,20 @@ class Srd(Method):
         """float32 scalar: L_rep, one value for the whole batch."""
         s = self.settings
         if s.normalise == "bn" and len(projected_BD) < 2:
-            return 0.0 * projected_BD.float().sum()  # the end of a pass: one crop has no deviation
+            return (
+                0.0 * projected_BD.float().sum()
+            )  # one crop, at the end of a pass, has no batch statistics
         with torch.autocast(projected_BD.device.type, enabled=False):  # |d|^4 needs the range
-            ours, theirs = (normalise(x.float(), s) for x in (projected_BD, teacher_BD.detach()))
+            student_normed, teacher_normed = (
+                normalise(x.float(), s) for x in (projected_BD, teacher_BD.detach())
+            )
             if s.form == "corr":
-                return correlation_distance(ours, theirs, s.alpha)
-            return log_sum(ours - theirs, s.alpha) if s.log else mean_power(ours - theirs, s.alpha)
+                return correlation_distance(student_normed, teacher_normed, s.alpha)
+            return (
+                log_sum(student_normed - teacher_normed, s.alpha)
+                if s.log
+                else mean_power(student_normed - teacher_normed, s.alpha)
+            )
 
 
 def log_sum(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -134,27 +142,23 @@ def log_sum(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def mean_power(difference_BD: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Scalar: mean |d|^alpha, the soft maximum left out (the paper's "w/o LogSum")."""
+    """Scalar: mean |d|^alpha, without the soft maximum (the paper's "w/o LogSum")."""
     return difference_BD.abs().pow(alpha).mean()
 
 
 def correlation_distance(
-    ours_BD: torch.Tensor, theirs_BD: torch.Tensor, alpha: float
+    student_BD: torch.Tensor, teacher_BD: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """Scalar: log(sum_d |c_d - 1|^alpha + 1e-5), c_d the correlation of dimension d."""
-    correlation_D = (ours_BD * theirs_BD).mean(dim=0)
+    """Scalar: log(sum_d |c_d - 1|^alpha + 1e-5), with c_d the correlation of dimension d."""
+    correlation_D = (student_BD * teacher_BD).mean(dim=0)
     return torch.log((correlation_D - 1).abs().pow(alpha).sum() + 1e-5)
 
 
 def normalise(features_BD: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """(B, D), each dimension over the batch (bn), each sample (l2, group), or as it is (none).
-
-    Raises:
-        UsageError: batch statistics of a single sample.
-    """
+    """(B, D), normalised over the batch (bn), within each sample (l2, group) or not (none)."""
     kind = settings.normalise
     if kind == "bn":
-        eps = max(settings.eps, _LEAST)
+        eps = max(settings.eps, _MIN_EPS)
         return functional.batch_norm(features_BD, None, None, training=True, eps=eps)
     if kind == "group":
         return functional.group_norm(features_BD, settings.groups)
@@ -182,15 +186,15 @@ def _projector(settings: Settings, student_width: int, teacher_width: int) -> nn
 
 
 def build(settings: Settings, context: Context) -> Srd:
-    """Raises UsageError when the features are components of a basis, or groups do not divide."""
+    """Raises UsageError if the features are components of a basis, or groups do not divide them."""
     assert context.teacher is not None
     assert context.teacher.penultimate is not None
     width = context.teacher.penultimate.shape[1]
     if context.features is not None and context.features.basis is not None:
         raise UsageError(
-            "srd normalises the teacher's own channels, and the store keeps components of a "
+            "srd normalises the teacher's own channels, but the store holds components of a "
             "basis. Generate --features post, without :D."
         )
     if settings.normalise == "group" and width % settings.groups:
-        raise UsageError(f"{width} channels cannot be split into {settings.groups} groups.")
+        raise UsageError(f"{width} channels do not divide into {settings.groups} groups.")
     return Srd(settings, _represent(context.student, settings).shape[1], width)
