@@ -1,13 +1,13 @@
-"""What stored labels are worth: FKD with each target against vanilla KD, and several crops a batch.
+"""Accuracy with stored labels: FKD with each target against vanilla KD, several crops per image.
 
     python benchmarks/accuracy.py [--quick] [--seeds 3]
 
-A real task with headroom: scikit-learn's scans of handwritten digits, small, faint of colour and
-anywhere on larger pieces of real photographs, so that many crops show little of them (the oracle
-stays well below 95 %, which is asserted). The teacher is a ResNet-10 at 64 px, the student a
-quarter as wide at 32 px. All students see crops of the same law for the same number of epochs, by
-the paper's schedule: the rate is set per pass of m epochs, and the last m epochs have single crops.
-Mean and spread over the seeds.
+A real task with headroom: scikit-learn's scans of handwritten digits, small, faint and at random
+positions on larger pieces of real photographs, so that many crops show little of them (the oracle
+stays well below 95 %, which is asserted). The teacher is a ResNet-10 at 64 px, the student is a
+quarter as wide at 32 px. All students see crops of the same distribution for the same number of
+epochs, with the paper's schedule: the learning rate is set per pass of m epochs, and the last m
+epochs use one crop per image. Reported are mean and spread over the seeds.
 
 first table    no distillation, FKD with each target, and the oracle, vanilla KD: a live teacher
                on the same crops (FKD paper, table 6 in small)
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def summary(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Mean, standard deviation and range over the seeds of rows that agree in `keys`."""
+    """Mean, standard deviation and range over the seeds, grouped by `keys`."""
     made = []
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
         found = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
@@ -123,11 +123,13 @@ def make_images(
     sides: tuple[int, int] = DIGIT_SIDES,
     plain: bool = False,
 ) -> None:
-    """`train/` and `val/` of scans on photographs; `val/` has the same scans whatever is learnt.
+    """`train/` and `val/` of scans on photographs; `val/` has the same scans for any `learned`.
 
     Args:
-        learned: scans in `train/`, at most LEARNED. copies: pictures of each of them.
-        sides: range of a digit's side in pixels. plain: grounds of one random grey.
+        learned: scans in `train/`, at most LEARNED.
+        copies: images of each of these scans.
+        sides: range of the digit's side in pixels.
+        plain: backgrounds of a single random grey level.
     """
     digits, photographs = load_digits(), load_sample_images().images
     random = np.random.default_rng(0)
@@ -148,7 +150,7 @@ def make_images(
 def picture(
     scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator, sides: tuple[int, int]
 ) -> Image.Image:
-    """A scan, lighter or darker than what is behind it, at a random spot and size."""
+    """A scan, lighter or darker than its background, at a random position and size."""
     top, left = (int(random.integers(side - SIDE)) for side in photograph.shape[:2])
     ground = photograph[top : top + SIDE, left : left + SIDE].astype(np.float32)
     side = int(random.integers(*sides))
@@ -206,7 +208,7 @@ def make_store(root: Path, teacher: str, **changes) -> Store:
 
 
 def top1_of(root: Path, teacher: str, epochs: int, one: Student) -> float:
-    """Train a student in a process of its own; top-1 percent on the held-out pictures."""
+    """Train a student in its own process; return top-1 percent on the held-out images."""
     torch.set_num_threads(1)
     changes = {
         "student_options": NARROW, "size": 32, "epochs": epochs, "crops_per_image": one.m,

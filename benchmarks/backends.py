@@ -1,12 +1,12 @@
-"""By how much the two replay backends differ: in pixels, and in what networks make of them.
+"""Differences between the two replay backends, in pixels and in a network's labels.
 
     python benchmarks/backends.py [--quick]
 
 The same crops of the same JPEGs through `cpu` (torch's uint8 kernel) and `dali` (its resize, here
-on the CPU too), at 224 px. A network sees both: a small timm model with random weights, its head
-scaled so that its labels are neither flat nor all alike. Random weights show how far a difference
-in pixels travels, not how much accuracy it costs. As a yardstick the same is done between bilinear
-and bicubic of the `cpu` backend: the mistake that a store's provenance prevents.
+also on the CPU), at 224 px. A network labels both: a small timm model with random weights, with its
+head scaled so that the labels are neither flat nor all alike. Random weights show how pixel
+differences propagate, not how they affect accuracy. For comparison, the same is measured between
+bilinear and bicubic of the `cpu` backend, a mismatch that the provenance of a store prevents.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pixels(backend: Backend, kind: Interpolation, wanted: list[Request]) -> torc
 
 
 def network(some: torch.Tensor) -> torch.nn.Module:
-    """Random weights; the head's outputs are standardised on some crops, times 2.5."""
+    """A random network whose outputs are standardised on some crops and scaled by 2.5."""
     torch.manual_seed(0)
     module = timm.create_model(MODEL, num_classes=1000).eval()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def probabilities(module: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
 
 
 def compare(name: str, module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
-    """Differences in grey levels, and in total variation of the labels."""
+    """Differences of pixels in grey levels, and total variation of the labels."""
     levels = (a.int() - b.int()).abs()
     inside = levels[..., 1:-1, 1:-1]
     p, q = probabilities(module, a), probabilities(module, b)

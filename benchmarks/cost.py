@@ -1,11 +1,12 @@
-"""Step time and memory of each method for Swin-S to ResNet-50, beside ScaleKD's table 15.
+"""Step time and memory of each method for Swin-S to ResNet-50, compared with ScaleKD's table 15.
 
     python benchmarks/cost.py [--quick]
 
-On a GPU at 224 px, 128 crops, bfloat16; `--quick` runs the same code on whatever is here, 8 crops
-of 64 px. Random weights and pixels: neither changes what a step takes. A step is the teacher's
-forward pass, the student's forward and backward and the update. Times are medians of interleaved
-rounds over those of FitNet (the paper's FD), memory is the peak above nothing at all (GPU only).
+On a GPU at 224 px, 128 crops, bfloat16; `--quick` runs the same code on any device with 8 crops of
+64 px. Weights and pixels are random, which does not affect the time of a step. A step consists of
+the teacher's forward pass, the student's forward and backward passes, and the update. Times are
+medians over interleaved rounds, relative to FitNet (the paper's FD). Memory is the peak of
+allocated GPU memory.
 
 The paper, on V100s: ScaleKD 6.65 GB and 2.10 days, FD 3.66 GB and 1.67 days: 1.82 and 1.26.
 """
@@ -47,7 +48,7 @@ QUICK = ("none", BASELINE)
 
 
 def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None]:
-    """A training step of a method on one batch, to be called again and again."""
+    """A function that runs a training step of a method on a fixed batch."""
     torch.manual_seed(0)
     needs = methods.needs(table)
     student, teacher = (
@@ -86,7 +87,7 @@ def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None
 
 
 def seconds(step: Callable[[], None], steps: int) -> float:
-    """Of one step, the mean of a few."""
+    """Seconds per step, averaged over a few steps."""
     wait()
     begun = time.perf_counter()
     for _ in range(steps):
@@ -101,7 +102,7 @@ def wait() -> None:
 
 
 def peak_gb(table: dict[str, Any], side: int, batch: int) -> float | None:
-    """Of a method alone on the GPU; None without one."""
+    """Peak GPU memory of a method in GB; None without a GPU."""
     if not ON_GPU:
         return None
     torch.cuda.empty_cache()
@@ -115,7 +116,7 @@ def peak_gb(table: dict[str, Any], side: int, batch: int) -> float | None:
 def main() -> None:
     given = common.arguments(__doc__)
     if not (ON_GPU or given.quick):
-        raise SystemExit("the full run needs a GPU; --quick tries the code here")
+        raise SystemExit("the full run needs a GPU; use --quick to test the code without one")
     side, batch = (64, 8) if given.quick else (224, 128)
     tables = {name: METHODS[name] for name in (QUICK if given.quick else METHODS)}
     peaks = {name: peak_gb(table, side, batch) for name, table in tables.items()}

@@ -1,21 +1,21 @@
-"""Damage anywhere in a store or its cache: is it found by a full verify, and is it ever served?
+"""Damage in a store or its cache: does a full verify find it, and is it ever served?
 
-A small store is generated with the public command (labels top-5 and full, four units or more), its
-cache is filled as training fills it, and then one thing at a time is damaged and put back:
+A small store is generated with the public command (top-5 and full labels, four units or more), its
+cache is filled as in training, and then one thing at a time is damaged and restored:
 
-    flip        one random bit, at a random place of all bytes of store and cache
-    truncate    a random file loses a random part of its end
-    delete      a random file is gone
-    swap        two files of the same kind change places, within the store or with a second store
-                made from other seeds
-    swap cache  a whole cache folder stands in another one's place
-    forge       a marker of another unit, of the other store, or a newly made one with right
-                checksums of wrong files, takes a marker's place
+    flip        a random bit of store or cache is flipped
+    truncate    a random file is truncated at a random position
+    delete      a random file is deleted
+    swap        two files of the same kind are swapped, within the store or with a second store
+                generated from other seeds
+    swap cache  a whole cache folder is replaced by another one
+    forge       a commit record is replaced: by that of another unit or of the other store, or by a
+                new one with correct checksums of wrong files
 
 found: `storage.verify` with the cache reports it (opening the store may already refuse it).
 served: a reader, opened as the trainer opens it, hands out a box, a flip, a label or an image name
-that differs from the whole store's. A sample is repaired with `generate --repair` and compared byte
-for byte.
+that differs from that of the intact store. A sample is repaired with `generate --repair` and
+compared byte for byte.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def settings(source: str, form: str, seed: int) -> GenerateSettings:
 
 
 def make(place: Path, bench: Bench, teacher: Teacher, seed: int) -> None:
-    """Both sources of a store, through the library calls of `fkdpipe generate`."""
+    """Generate both sources of a store, using the library calls of `fkdpipe generate`."""
     for source, form in ((SPARSE, "topk:5"), (WIDE, "full")):
         run(place, bench, teacher, settings(source, form, seed))
 
@@ -75,10 +75,10 @@ def run(
 
 
 def served(place: Path, cache_dir: Path) -> list[np.ndarray]:
-    """Everything a trainer could get out of a store.
+    """All data that a trainer could read from a store.
 
     Raises:
-        FkdpipeError: the store or its cache is refused.
+        FkdpipeError: the store or its cache is rejected.
     """
     store = open_store(place)
     found = reader.finished(store, [("labels", SPARSE, ""), ("labels", WIDE, "")])
@@ -132,7 +132,7 @@ class Field:
         return lambda: _write(file, data)
 
     def swap(self) -> Undo:
-        """Two files of a kind that differ change places."""
+        """Swap two different files of the same kind."""
         while True:
             first = self.chance.choice(self.files)
             second = self.chance.choice(self._alike(first))
@@ -149,7 +149,7 @@ class Field:
         return undo
 
     def _alike(self, file: Path) -> list[Path]:
-        """Files of the same kind: by name without numbers, in both stores or both caches."""
+        """Files of the same kind: same name up to numbers, in both stores or both caches."""
         if self.cache in file.parents:
             every = [*self.cache.rglob(file.name), *self.other_cache.rglob(file.name)]
         else:
@@ -161,7 +161,7 @@ class Field:
         return every
 
     def swap_cache(self) -> Undo:
-        """A cache folder in the place of another one's, of the same or of the other store."""
+        """Replace a cache folder by another one, of the same or of the other store."""
         mine = self.chance.choice(sorted(p for p in self.cache.iterdir() if p.is_dir()))
         others = [p for c in (self.cache, self.other_cache) for p in c.iterdir() if p.is_dir()]
         other = self.chance.choice(sorted(p for p in others if p != mine))
@@ -176,7 +176,7 @@ class Field:
         return undo
 
     def forge(self) -> Undo:
-        """A marker whose own checksum is right and that is not the committed one."""
+        """Replace a commit record by a different one with a correct checksum."""
         markers = [f for f in self.files if f.stem.isdigit() and "commits" in f.parts]
         file = self.chance.choice(markers)
         data = file.read_bytes()
@@ -216,7 +216,7 @@ def is_found(place: Path, cache_dir: Path) -> bool:
 
 
 def is_served(place: Path, cache_dir: Path, truth: list[np.ndarray], scratch: Path) -> bool:
-    """Does a trainer get something else than the truth? It may fill a broken cache again."""
+    """Whether a trainer reads wrong data. It may rebuild a broken cache."""
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(cache_dir, scratch)
     try:
@@ -239,7 +239,7 @@ def trials(field: Field, budget: dict[str, int]) -> Iterator[tuple[str, Undo]]:
 def repair_some(
     root: Path, bench: Bench, teacher: Teacher, field: Field, count: int
 ) -> tuple[int, int]:
-    """Damage the store, repair it; (how often, how often every byte was as before)."""
+    """Damage the store and repair it; return (attempts, repairs identical to the byte)."""
     whole = contents(field.store)
     same = 0
     done = 0

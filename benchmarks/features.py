@@ -1,17 +1,17 @@
-"""Stored features instead of a teacher: bytes per crop, reading, and the training step.
+"""Stored features against a live teacher: bytes per crop, reading, and the training step.
 
     python benchmarks/features.py [--quick] [--rounds 5]
 
-A ResNet-50 with random weights is the teacher, a ResNet-18 the student, on pieces of photographs at
-64 pixels. Kept are its whole vectors (2,048) and 512 components of a basis, in float16 and int8.
+The teacher is a ResNet-50 with random weights, the student a ResNet-18, on pieces of photographs at
+64 pixels. Stored are whole vectors (2,048) and 512 components of a basis, in float16 and int8.
 
 bytes     stored bytes per crop of the features, from `fkdpipe report`
-read      milliseconds to open a window of features and take its batches, per batch of 64 crops, and
-          the size of that against decoding and resizing the same batch's pixels
-loss      largest relative difference of a batch's loss from that with the teacher online, at the
-          same weights
-step      seconds of a KDEP step (student and teacher's side) with the teacher online over that with
-          stored features: interleaved rounds in one process, medians of the ratios within rounds
+read      milliseconds to open a window of features and read its batches, per batch of 64 crops, and
+          relative to decoding and resizing the pixels of the same batch
+loss      largest relative difference of a batch's loss from that with the live teacher, at the same
+          weights
+step      time of a KDEP step with the live teacher relative to that with stored features:
+          interleaved rounds in one process, medians of the ratios within rounds
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def make_teacher(place: Path) -> tuple[str, Teacher]:
 
 
 def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
-    """One for each kind, and `basis` beside them."""
+    """Generate one store for each kind of features, and the basis."""
     resources = Resources(device=CPU, threads=common.cores())
     wanted = FitSettings(teacher="t", fraction=1.0, crops=CROPS)
     sample = fit_basis.from_folder(data, wanted)
@@ -86,7 +86,7 @@ def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> d
         planned = plan.prepare(location, data, generation, [teacher], device=CPU)
         generate.generate(planned, [teacher], resources)
         stores[name] = open_store(place / name)
-        common.say(f"{name}: made")
+        common.say(f"{name}: generated")
     return stores
 
 
@@ -100,7 +100,7 @@ def prepare(place: Path, data: Path, store: Store, teacher: str | None) -> Run:
 
 
 def read_seconds(prepared: Run, batches: list[Batch]) -> float:
-    """Seconds per batch of the features alone, windows opened anew."""
+    """Seconds per batch for reading features only, including opening of windows."""
     data, order = prepared.feed.data, prepared.feed.order
     assert data.features is not None
     begun = time.perf_counter()
@@ -134,7 +134,7 @@ def loss(prepared: Run, batch: Batch) -> float:
 
 
 def loss_difference(stored: Run, online: Run, batches: list[tuple[Batch, Batch]]) -> float:
-    """Largest |stored / online - 1| of the losses of the same crops and weights."""
+    """Largest |stored / online - 1| of the losses, for the same crops and weights."""
     stored.learner.load_state_dict(online.learner.state_dict())
     return max(abs(loss(stored, ours) / loss(online, theirs) - 1) for ours, theirs in batches)
 
@@ -185,10 +185,13 @@ def compare(
 
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rounds", type=int, default=5, help="Interleaved rounds.")
+        parser.add_argument("--rounds", type=int, default=5, help="Number of interleaved rounds.")
 
     given = common.arguments(__doc__, add)
-    count, components = (96 if given.quick else 512), 512  # components as wide as the student
+    count, components = (
+        (96 if given.quick else 512),
+        512,
+    )  # as the student has channels
     with tempfile.TemporaryDirectory(prefix="fkdpipe-features-") as folder:
         place = Path(folder)
         photographs.write_folder(place / "images", count)

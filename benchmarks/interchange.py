@@ -1,9 +1,9 @@
-"""Importing and exporting label files: rates, memory against the number of files, round trips.
+"""Import and export of label files: speed, memory by number of files, round trips.
 
-Writes label files for synthetic images (their list and sizes only; no pixels are needed), imports
-them into a store and exports them again. Baselines: `torch.load` of the same files, which is what
-the other systems' own loaders do, and `torch.save`. Memory is the growth of this process's peak
-over the import, for a small and a six times larger set of files.
+The script writes label files for synthetic images (only names and sizes; no pixels are needed),
+imports them into a store and exports them again. Baselines: `torch.load` of the same files, as in
+the loaders of the other systems, and `torch.save`. Memory is the increase of this process's peak
+during the import, for a small set of files and one six times as large.
 
 Usage: python benchmarks/interchange.py [--quick]
 """
@@ -33,7 +33,7 @@ SIZE = (375, 500)
 
 
 def folder_of(count: int) -> ImageFolder:
-    """A list of images as a scan gives it, without files behind it."""
+    """A list of images as returned by a scan, without any files."""
     keys = [f"n{i // PER_CLASS:04}/i{i:07}.JPEG" for i in range(count)]
     return ImageFolder(
         root=Path("images"),
@@ -47,7 +47,7 @@ def folder_of(count: int) -> ImageFolder:
 
 
 def label(random: np.random.Generator, crops: int, k: int) -> list[torch.Tensor]:
-    """One image's crops and labels, as FKD keeps them."""
+    """Crops and labels of one image in FKD's format."""
     H, W = SIZE
     h, w = random.integers(30, H + 1, crops), random.integers(30, W + 1, crops)
     top, left = ((random.random(crops) * (n - m + 1)).astype(int) for n, m in ((H, h), (W, w)))
@@ -117,7 +117,7 @@ def send(name: str, store: Store, out: Path) -> float:
 
 
 def load_all(files: list[Path]) -> float:
-    """Seconds to torch.load every file, once."""
+    """Seconds to torch.load every file once."""
     begun = time.perf_counter()
     for file in files:
         torch.load(file, weights_only=False)
@@ -125,7 +125,7 @@ def load_all(files: list[Path]) -> float:
 
 
 def save_all(values: list[torch.Tensor], count: int, out: Path) -> float:
-    """Seconds to torch.save as many files as an export writes."""
+    """Seconds to torch.save the number of files that an export writes."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     begun = time.perf_counter()
@@ -135,7 +135,7 @@ def save_all(values: list[torch.Tensor], count: int, out: Path) -> float:
 
 
 def growth_mb(work: Callable[[], object]) -> float:
-    """Growth of the peak resident set over what was there before, in MB."""
+    """Increase of the peak resident set, in MB."""
     before = common.resident_bytes()
     common.reset_peak()
     peak = common.peak_bytes()
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def memory(place: Path, count: int, rows: list[dict]) -> dict[str, float]:
-    """Peak memory of an import of few and of six times as many small files."""
+    """Peak memory of importing a few small files, and six times as many."""
     found = {}
     small, large = folder_of(4 * count), folder_of(24 * count)
     for name, folder in (("small", small), ("large", large)):

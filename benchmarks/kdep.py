@@ -1,18 +1,19 @@
-"""KDEP's tables 1, 2, 4 and 5 in small: pre-train without labels, transfer to other classes.
+"""KDEP's tables 1, 2, 4 and 5 at small scale: pre-train without labels, transfer to other classes.
 
     python benchmarks/kdep.py [--quick]
 
-Handwritten digits on photographs, as `fkdpipe demo` makes them. A teacher learns the digits 0 to 5.
-Students four times as narrow are pre-trained on the same pictures without labels, from its stored
-features, with each alignment and transformation; beside them supervised pre-training on the labels
-of 0 to 5, at equal crops and at equal time (the time of fitting the basis and of generation counted
-against KDEP), and no pre-training. Each is then fine-tuned and linearly probed on the digits 6 to
-9, which nobody has seen, from a few pictures of each class. Three seeds; a table of means follows.
+Handwritten digits on photographs, as in `fkdpipe demo`. A teacher learns the digits 0 to 5.
+Students a quarter as wide are pre-trained on the same images without labels, on the teacher's
+stored features, with each alignment and transformation. Baselines are supervised pre-training on
+the labels of 0 to 5, with equal crops and with equal time (the time for fitting the basis and for
+generation counts as KDEP's), and no pre-training. Each student is then fine-tuned and linearly
+probed on the unseen digits 6 to 9, with a few images of each class. Three seeds; the table shows
+means.
 
-Trends that the paper claims, and that the last line answers: KDEP transfers better than random
-initialisation and than supervised pre-training at equal budget, also on a fraction of the pictures;
-SVD is the best alignment and the non-parametric ones beat the 1x1 convolutions; after SVD, PTS (and
-SM) beat no transformation. T and n of PTS are varied beside the paper's 0.1 and 3 (table 5).
+The last line reports whether the paper's claims hold: KDEP transfers better than random
+initialisation and than supervised pre-training with equal budget, also on a fraction of the images;
+SVD is the best alignment, and the non-parametric ones beat the 1x1 convolutions; after SVD, PTS and
+SM beat no transformation. T and n of PTS are varied around the paper's 0.1 and 3 (table 5).
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import export
 
 CPU = torch.device("cpu")
-LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is another shape
+LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is a different shape
 TEACHER = {"channels": [32, 64, 128, 256]}
 STUDENT = {"channels": [8, 16, 32, 64]}
 SUPERVISED, EQUAL_TIME, RANDOM = "supervised", "supervised, equal time", "random initialisation"
-FEW = ", a quarter of the pictures"  # as often as all of them: four times the epochs
+FEW = ", a quarter of the pictures"  # with four times the epochs, for equal numbers of steps
 KDEP = {
     "kdep svd + pts": {"alignment": "svd", "transformation": "pts"},
     "kdep svd": {"alignment": "svd", "transformation": "none"},
@@ -68,8 +69,12 @@ KDEP = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. scans: pictures in all, None for the 1,797 there are.
-    fraction: of the new classes' pictures that transfer may use."""
+    """Scale of the experiment.
+
+    Attributes:
+        scans: number of images, None for all 1,797.
+        fraction: share of the new classes' images used for transfer.
+    """
 
     scans: int | None
     teacher_epochs: int
@@ -84,7 +89,7 @@ QUICK = Size(200, 4, 4, 3, 0.5, (0,))
 
 
 def make_folders(place: Path, size: Size) -> tuple[Path, Path]:
-    """(pictures of 0 to 5, pictures of 6 to 9), each with train/ and val/."""
+    """(folder of 0 to 5, folder of 6 to 9), each with train/ and val/."""
     demo_data.make_images(place / "all", count=size.scans)
     for name, digits in (("old", range(6)), ("new", range(6, 10))):
         for split in ("train", "val"):
@@ -105,7 +110,7 @@ def settings(options: dict[str, Any], epochs: int, seed: int, **changes: Any) ->
 
 
 def train(place: Path, data: Path, store: Store | None, wanted: TrainSettings) -> float:
-    """Seconds of a run whose student lies in `place` then."""
+    """Train a student in the run folder `place`; return the seconds."""
     prepared = run.prepare(
         wanted, data, place, store=store, cache_dir=place.parent / "cache", device=CPU
     )
@@ -115,7 +120,7 @@ def train(place: Path, data: Path, store: Store | None, wanted: TrainSettings) -
 
 
 def make_store(place: Path, data: Path, teacher: str, size: Size) -> tuple[Store, Path, float]:
-    """(features of recorded crops, basis, seconds that both took)."""
+    """(store of features, basis, seconds to produce both)."""
     begun = time.perf_counter()
     wanted = FitSettings(teacher=teacher, fraction=1.0, crops=2, crop=LAW)
     (loaded,) = teachers.load_teachers(
@@ -161,7 +166,7 @@ def one_seed(
     size: Size,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Every pre-training of one seed, transferred: a row for each mode and learning rate."""
+    """Run and transfer every pre-training with one seed; a row for each mode and learning rate."""
     rows: list[dict[str, Any]] = []
 
     def row(name: str, model: str, pretrain_s: float) -> None:
@@ -191,7 +196,7 @@ def one_seed(
 
 
 def untrained(place: Path, data: Path, seed: int) -> str:
-    """An exported student at its random weights."""
+    """Export a student with random weights."""
     prepared = run.prepare(
         settings(STUDENT, 4, seed), data, place, cache_dir=place.parent / "cache", device=CPU
     )
@@ -200,7 +205,7 @@ def untrained(place: Path, data: Path, seed: int) -> str:
 
 
 def transferred(place: Path, model: str, data: Path, size: Size, seed: int) -> list[Trial]:
-    """Runs on the new classes, of both modes at two learning rates."""
+    """Trials on the new classes, for both modes and two learning rates."""
     wanted = TransferSettings(
         lr=(0.03, 0.01), seeds=(seed,), epochs=size.transfer_epochs, batch_size=32, size=32,
         crop=LAW, threads=1, fraction=size.fraction,
@@ -209,7 +214,7 @@ def transferred(place: Path, model: str, data: Path, size: Size, seed: int) -> l
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each pre-training: means over seeds at the better learning rate, deviations."""
+    """A row for each pre-training: mean and standard deviation at the better learning rate."""
     table = []
     for name in dict.fromkeys(row["pretraining"] for row in rows):
         same = [row for row in rows if row["pretraining"] == name]
@@ -227,7 +232,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def trends(table: list[dict[str, Any]], mode: str) -> dict[str, bool]:
-    """What the paper claims, and whether it came out so in the means."""
+    """Whether each claim of the paper holds for the means."""
     top1 = {line["pretraining"]: line[mode] for line in table}
     best, plain = top1["kdep svd + pts"], top1["kdep svd"]
     selections = [top1[f"kdep {name}"] for name in ("variance", "random", "interpolation")]

@@ -1,22 +1,22 @@
-"""All methods on one pair of networks: accuracy, time of a step, memory, helpers.
+"""All methods on one pair of networks: accuracy, step time, memory, auxiliary modules.
 
     python benchmarks/methods.py [--quick] [--seeds 3]
 
-Scans of handwritten digits (scikit-learn) on plain grounds, at 32 px. The teacher, a small Swin,
-learns from 1,000 scans on eight grounds each; before the photographs of `accuracy.py` it learns far
-too slowly (under 50 % in 1,800 steps). The student, a narrow ResNet-10, has one picture of each of
-128 scans and the same number of epochs with every method. Methods have the settings of their
-papers; nothing is tuned here. Accuracy is on the 797 other scans.
+Scans of handwritten digits (scikit-learn) on plain backgrounds, at 32 px. The teacher, a small
+Swin, is trained on 1,000 scans with eight backgrounds each; with the photographs of `accuracy.py`
+it learns far too slowly (under 50 % in 1,800 steps). The student, a narrow ResNet-10, has one image
+of each of 128 scans and the same number of epochs with every method. Methods use the settings of
+their papers without further tuning. Accuracy is measured on the other 797 scans.
 
-main      no distillation, KD, FitNet, SRD, DPK and ScaleKD beside the live teacher, and FKD from
-          its stored labels
+main      no distillation; KD, FitNet, SRD, DPK and ScaleKD with the live teacher; FKD with its
+          stored labels
 dpk       DPK with a teacher half as wide ("better teacher, better student")
 scalekd   a linear projector instead of CAP, CAP with and without DFM and TPP, and the whole method
-          with the map from the store, where of the teacher only the tail runs
+          with the map from the store, where only the tail of the teacher runs
 
-step_over_none: seconds of a step (teacher, student, update; not the feed) over those without
-distillation, median over rounds in turns. peak_mb: how far the largest resident set of a fresh
-process is above what the imports take. top1_over_none and the differences in the last line are of
+step_over_none: time of a step (teacher, student, update; without the feed) relative to that without
+distillation, median over interleaved rounds. peak_mb: increase of the peak resident set of a new
+process after the imports. top1_over_none and the differences in the last line are between runs with
 the same seeds, in percentage points.
 """
 
@@ -57,7 +57,7 @@ NONE = "no distillation"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. copies: backgrounds of each scan that the teachers see."""
+    """Scale of the experiment. copies: number of backgrounds per scan for the teachers."""
 
     copies: int
     teacher_epochs: int
@@ -72,7 +72,7 @@ QUICK = Size(copies=1, teacher_epochs=4, epochs=4, rounds=1, memory_steps=2)
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train the student. teacher: beside it, of WIDTHS; quick: in a trial too."""
+    """A way to train the student. teacher: key of WIDTHS; quick: included in a trial."""
 
     table: str
     name: str
@@ -107,7 +107,7 @@ CASES = (
     STORED,
 )
 
-# The papers' claims that a pair of cases answers: (the better one, the other).
+# Claims of the papers as pairs of cases: (the better one, the other one).
 CLAIMS = {
     "dpk_large_teacher_over_small": ("dpk", "dpk, small teacher"),
     "dpk_over_fitnet": ("dpk", "fitnet"),
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def pool(*, fresh: bool = False) -> ProcessPoolExecutor:
-    """One process a core; `fresh` runs one thing at a time, each in a new process."""
+    """A pool with one process per core; `fresh` runs one task at a time, each in a new process."""
     spawn = multiprocessing.get_context("spawn")
     if fresh:
         return ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,), max_tasks_per_child=1)
@@ -161,7 +161,7 @@ def pool(*, fresh: bool = False) -> ProcessPoolExecutor:
 
 
 def make_teachers(root: Path, size: Size) -> dict[str, float]:
-    """Pictures, and networks trained on them; held-out top-1 percent by name."""
+    """Write the images and train the teachers; return held-out top-1 percent by name."""
     looks = {"sides": SIDES, "plain": True}
     accuracy.make_images(root / "images", learned=LEARNED, **looks)
     accuracy.make_images(root / "teacher-images", copies=size.copies, **looks)
@@ -207,7 +207,7 @@ def store_of(root: Path, case: Case) -> Store | None:
 
 
 def train_all(root: Path, cases: list[Case], epochs: int, seeds: int) -> list[dict[str, Any]]:
-    """A row for each case and seed, with its top-1 percent."""
+    """Train every case; a row for each case and seed, with its top-1 percent."""
     rows = []
     with pool() as workers:
         jobs = {
@@ -229,7 +229,7 @@ def train(root: Path, case: Case, epochs: int, seed: int) -> float:
 
 
 def measure(root: Path, cases: list[Case], size: Size) -> dict[str, dict[str, Any]]:
-    """Helpers, time of a step and memory of each case."""
+    """Auxiliary modules, step time and memory of each case."""
     runs = {case.name: prepare(root, case, "timed") for case in cases}
     measures = {name: stepper(made) for name, made in runs.items()}
     common.interleaved(1, **measures)  # the first step of each is slower
@@ -256,7 +256,7 @@ def prepare(root: Path, case: Case, name: str) -> Run:
 
 
 def stepper(prepared: Run) -> Callable[[], float]:
-    """Seconds of one step on a batch that is there already."""
+    """A function that measures the seconds of one step on a prefetched batch."""
     batch = next(iter(prepared.crops.stream()))
 
     def seconds() -> float:
@@ -268,7 +268,7 @@ def stepper(prepared: Run) -> Callable[[], float]:
 
 
 def peak_mb(root: Path, case: Case, steps: int) -> float:
-    """Megabytes that a run's start and first steps take beyond the imports."""
+    """Megabytes used by the start and first steps of a run, without the imports."""
     common.reset_peak()
     before = common.peak_bytes()
     prepared = prepare(root, case, "memory")
@@ -304,7 +304,7 @@ def difference(results: list[dict[str, Any]], better: str, other: str) -> dict[s
 
 
 def claims(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By how much each claim holds, where both of its cases have been run."""
+    """Margin of each claim whose two cases have both been run."""
     names = {row["method"] for row in results}
     return {
         claim: difference(results, *pair) for claim, pair in CLAIMS.items() if set(pair) <= names
