@@ -69,14 +69,14 @@ def main() -> None:
         make_images(root / "images")
         teacher = train_teacher(root, epochs=4 if quick else 120)
         make_store(root, teacher)
-        asked = [("ground-truth", "ground-truth", 4), (ORACLE, "kd", 4)]
-        asked += [(f"FKD {target}", target, 4) for target in TARGETS]
-        asked += [(f"FKD full, m = {m}", "full", m) for m in (1, 2, 8)]
-        some = asked[:3] if quick else asked
+        cases = [("ground-truth", "ground-truth", 4), (ORACLE, "kd", 4)]
+        cases += [(f"FKD {target}", target, 4) for target in TARGETS]
+        cases += [(f"FKD full, m = {m}", "full", m) for m in (1, 2, 8)]
+        some = cases[:3] if quick else cases
         runs = [Student(*one, seed) for one in some for seed in range(seeds)]
         with ProcessPoolExecutor(common.cores(), mp_context=get_context("spawn")) as pool:
-            found = pool.map(partial(top1_of, root, teacher, epochs), runs)
-            for one, top1 in zip(runs, found, strict=True):
+            values = pool.map(partial(top1_of, root, teacher, epochs), runs)
+            for one, top1 in zip(runs, values, strict=True):
                 rows.append({"target": one.name, "m": one.m, "seed": one.seed, "top1": top1})
                 common.say(f"{one.name}, m = {one.m}, seed {one.seed}: {top1:.2f}")
     table = summary(rows, ("target", "m"))
@@ -85,20 +85,20 @@ def main() -> None:
 
 def summary(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     """Mean, standard deviation and range over the seeds, grouped by `keys`."""
-    made = []
+    summaries = []
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        found = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
-        made.append(
+        values = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
+        summaries.append(
             {
                 **dict(zip(keys, group, strict=True)),
-                "seeds": len(found),
-                "top1_mean": round(statistics.fmean(found), 2),
-                "top1_std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
-                "top1_min": round(min(found), 2),
-                "top1_max": round(max(found), 2),
+                "seeds": len(values),
+                "top1_mean": round(statistics.fmean(values), 2),
+                "top1_std": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+                "top1_min": round(min(values), 2),
+                "top1_max": round(max(values), 2),
             }
         )
-    return made
+    return summaries
 
 
 def answers(table: list[dict]) -> dict[str, float | bool]:
@@ -133,18 +133,18 @@ def make_images(
     """
     digits, photographs = load_digits(), load_sample_images().images
     random = np.random.default_rng(0)
-    for place, index in enumerate(random.permutation(len(digits.images)).tolist()):
-        if learned <= place < LEARNED:
+    for position, index in enumerate(random.permutation(len(digits.images)).tolist()):
+        if learned <= position < LEARNED:
             continue
-        split = "train" if place < LEARNED else "val"
+        split = "train" if position < LEARNED else "val"
         folder = root / split / str(digits.target[index])
         folder.mkdir(parents=True, exist_ok=True)
         for copy in range(copies if split == "train" else 1):
-            ground = photographs[place % 2]
+            ground = photographs[position % 2]
             if plain:
                 ground = np.full_like(ground, int(random.integers(256)))
-            made = picture(digits.images[index], ground, random, sides)
-            made.save(folder / f"{index:04d}-{copy}.jpg", quality=92)
+            image = picture(digits.images[index], ground, random, sides)
+            image.save(folder / f"{index:04d}-{copy}.jpg", quality=92)
 
 
 def picture(
@@ -178,11 +178,21 @@ def settings(**changes) -> TrainSettings:
 
 
 def train(
-    root: Path, name: str, made: TrainSettings, store: Store | None, *, images: str = "images"
+    root: Path,
+    name: str,
+    train_settings: TrainSettings,
+    store: Store | None,
+    *,
+    images: str = "images",
 ) -> loop.Result:
     return loop.train(
         run.prepare(
-            made, root / images, root / name, store=store, cache_dir=root / "cache", device=CPU
+            train_settings,
+            root / images,
+            root / name,
+            store=store,
+            cache_dir=root / "cache",
+            device=CPU,
         )
     )
 
@@ -196,14 +206,16 @@ def train_teacher(root: Path, *, epochs: int) -> str:
 def make_store(root: Path, teacher: str, **changes) -> Store:
     defaults = {"crops": CROPS, "crop": LAW, "source": "t", "form": "full", "seed": 1}
     wanted = GenerateSettings(teacher=(teacher,), **{**defaults, **changes})
-    made = teachers.load_teachers(
+    loaded = teachers.load_teachers(
         [models.parse_spec(teacher)],
         class_names=[str(k) for k in range(10)],
         device=CPU,
         needs=wanted.needs,
     )
-    planned = plan.prepare(LocalLocation(root / "store"), root / "images", wanted, made, device=CPU)
-    generate.generate(planned, made, generate.Resources(device=CPU, batch=64, threads=1))
+    planned = plan.prepare(
+        LocalLocation(root / "store"), root / "images", wanted, loaded, device=CPU
+    )
+    generate.generate(planned, loaded, generate.Resources(device=CPU, batch=64, threads=1))
     return open_store(root / "store")
 
 

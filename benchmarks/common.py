@@ -32,9 +32,7 @@ def arguments(
     """Parse the command line of a benchmark; `add` adds its own options."""
     first = (description or "").strip().splitlines()[0]
     parser = argparse.ArgumentParser(description=first)
-    parser.add_argument(
-        "--quick", action="store_true", help="Run a small trial, save no results."
-    )
+    parser.add_argument("--quick", action="store_true", help="Run a small trial, save no results.")
     add(parser)
     return parser.parse_args()
 

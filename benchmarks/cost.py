@@ -74,11 +74,11 @@ def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None
 
     def step() -> None:
         with autocast("bfloat16" if ON_GPU else "float32", DEVICE):
-            given = None
+            outputs = None
             if live:
                 with torch.no_grad():
-                    given = frozen(pixels)
-            _, terms = learner(pixels, Targets(truth_BC, truth_BC, given))
+                    outputs = frozen(pixels)
+            _, terms = learner(pixels, Targets(truth_BC, truth_BC, outputs))
         torch.stack([term.float().mean() for term in terms.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -114,26 +114,29 @@ def peak_gb(table: dict[str, Any], side: int, batch: int) -> float | None:
 
 
 def main() -> None:
-    given = common.arguments(__doc__)
-    if not (ON_GPU or given.quick):
+    arguments = common.arguments(__doc__)
+    if not (ON_GPU or arguments.quick):
         raise SystemExit("the full run needs a GPU; use --quick to test the code without one")
-    side, batch = (64, 8) if given.quick else (224, 128)
-    tables = {name: METHODS[name] for name in (QUICK if given.quick else METHODS)}
+    side, batch = (64, 8) if arguments.quick else (224, 128)
+    tables = {name: METHODS[name] for name in (QUICK if arguments.quick else METHODS)}
     peaks = {name: peak_gb(table, side, batch) for name, table in tables.items()}
     steps = {name: make_step(table, side, batch) for name, table in tables.items()}
-    rounds, each = (2, 1) if given.quick else (7, 10)
+    rounds, each = (2, 1) if arguments.quick else (7, 10)
     measures = {name: lambda s=step: seconds(s, each) for name, step in steps.items()}
-    times = {name: found[1:] for name, found in common.interleaved(rounds + 1, **measures).items()}
+    times = {
+        name: durations[1:]
+        for name, durations in common.interleaved(rounds + 1, **measures).items()
+    }
     rows = [
         {
             "method": name,
-            "step_ms": 1000 * statistics.median(found),
-            "step_over_fitnet": common.median_ratio(found, times[BASELINE]),
+            "step_ms": 1000 * statistics.median(durations),
+            "step_over_fitnet": common.median_ratio(durations, times[BASELINE]),
             "peak_gb": peaks[name],
         }
-        for name, found in times.items()
+        for name, durations in times.items()
     ]
-    common.finish("cost", rows, {"rows": rows}, quick=given.quick)
+    common.finish("cost", rows, {"rows": rows}, quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -169,9 +169,7 @@ def attempt(stage: Stage, trial: Trial, how: str) -> bool:
     if how == "random":
         codes = stop_random(stage, children, signal.SIGKILL, within=(0.1, 1.0))
     elif how == "SIGTERM":
-        until = (
-            time.monotonic() + 60
-        )  # until then, the handler may be missing
+        until = time.monotonic() + 60  # until then, the handler may be missing
         while not all(w.journal.exists() and w.journal.stat().st_size for w in watches):
             assert time.monotonic() < until, _logs(stage)
             time.sleep(0.01)
@@ -253,10 +251,10 @@ def finish(stage: Stage, trial: Trial) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[bool]:
+def small_disk(mount_point: Path) -> Iterator[bool]:
     """A tmpfs of 300 kB; False if this process may not mount one."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount_point)]
     try:
         mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -265,20 +263,20 @@ def small_disk(place: Path) -> Iterator[bool]:
         yield mounted
     finally:
         if mounted:
-            subprocess.run(["umount", str(place)], check=True)
+            subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def full_disk(stage: Stage, times: int) -> Counter[str] | None:
     """Fill a small disk while generating, and enlarge it step by step; None if not possible."""
     total: Counter[str] = Counter()
     for number in range(times):
-        place = stage.root / f"disk-{number}"
-        with small_disk(place) as mounted:
+        mount_point = stage.root / f"disk-{number}"
+        with small_disk(mount_point) as mounted:
             if not mounted:
                 return None
-            trial = Trial(place / "store")
+            trial = Trial(mount_point / "store")
             for size in (stage.chance.randint(300, 500), stage.chance.randint(500, 700)):
-                resize = ["mount", "-o", f"remount,size={size}k", str(place)]
+                resize = ["mount", "-o", f"remount,size={size}k", str(mount_point)]
                 subprocess.run(resize, check=True)
                 watches = stage.watches(trial.store)
                 codes = [small.wait(c) for c in start(stage, trial.store, watches)]
@@ -289,7 +287,7 @@ def full_disk(stage: Stage, times: int) -> Counter[str] | None:
                     trial.counts["full_disks"] += code == STOPPED and good
                     trial.counts["other_ends"] += not (code == DONE or (code == STOPPED and good))
                 trial.note_committed(faults.events([w.journal for w in watches]))
-            subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+            subprocess.run(["mount", "-o", "remount,size=64m", str(mount_point)], check=True)
             total += finish(stage, trial)
     return total
 

@@ -54,33 +54,33 @@ def settings(source: str, form: str, seed: int) -> GenerateSettings:
     )
 
 
-def make(place: Path, bench: Bench, teacher: Teacher, seed: int) -> None:
+def make(store_path: Path, bench: Bench, teacher: Teacher, seed: int) -> None:
     """Generate both sources of a store, using the library calls of `fkdpipe generate`."""
     for source, form in ((SPARSE, "topk:5"), (WIDE, "full")):
-        run(place, bench, teacher, settings(source, form, seed))
+        run(store_path, bench, teacher, settings(source, form, seed))
 
 
 def run(
-    place: Path,
+    store_path: Path,
     bench: Bench,
     teacher: Teacher,
     wanted: GenerateSettings,
     restored: repair.Restored | None = None,
 ) -> None:
     cpu = torch.device("cpu")
-    made = plan.prepare(LocalLocation(place), bench.data, wanted, [teacher], device=cpu)
+    made = plan.prepare(LocalLocation(store_path), bench.data, wanted, [teacher], device=cpu)
     batch_of = repair.withdraw(made, restored).batch_of if restored is not None else {}
     resources = generate.Resources(device=cpu, batch=16, threads=1, batch_of=batch_of)
     generate.generate(made, [teacher], resources)
 
 
-def served(place: Path, cache_dir: Path) -> list[np.ndarray]:
+def served(store_path: Path, cache_dir: Path) -> list[np.ndarray]:
     """All data that a trainer could read from a store.
 
     Raises:
         FkdpipeError: the store or its cache is rejected.
     """
-    store = open_store(place)
+    store = open_store(store_path)
     found = reader.finished(store, [("labels", SPARSE, ""), ("labels", WIDE, "")])
     rows, crops_m = np.arange(store.num_images), np.arange(small.CROPS)
     boxes = reader.CropReader(store, found.crops, cache_dir).take(rows, crops_m)
@@ -115,8 +115,8 @@ class Field:
     def flip(self) -> Undo:
         (file,) = self.chance.choices(self.files, self.lengths)
         data = file.read_bytes()
-        place, bit = self.chance.randrange(len(data)), 1 << self.chance.randrange(8)
-        file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        position, bit = self.chance.randrange(len(data)), 1 << self.chance.randrange(8)
+        file.write_bytes(data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :])
         return lambda: _write(file, data)
 
     def truncate(self) -> Undo:
@@ -208,19 +208,19 @@ def _write(file: Path, data: bytes) -> None:
     file.write_bytes(data)
 
 
-def is_found(place: Path, cache_dir: Path) -> bool:
+def is_found(store_path: Path, cache_dir: Path) -> bool:
     try:
-        return bool(verify.verify(open_store(place), full=True, cache_dir=cache_dir))
+        return bool(verify.verify(open_store(store_path), full=True, cache_dir=cache_dir))
     except FkdpipeError:
         return True
 
 
-def is_served(place: Path, cache_dir: Path, truth: list[np.ndarray], scratch: Path) -> bool:
+def is_served(store_path: Path, cache_dir: Path, truth: list[np.ndarray], scratch: Path) -> bool:
     """Whether a trainer reads wrong data. It may rebuild a broken cache."""
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(cache_dir, scratch)
     try:
-        values = served(place, scratch)
+        values = served(store_path, scratch)
     except FkdpipeError:
         return False
     same = len(values) == len(truth) and all(

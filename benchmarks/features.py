@@ -57,10 +57,10 @@ def kinds(components: int) -> dict[str, tuple[str, str]]:
     }
 
 
-def make_teacher(place: Path) -> tuple[str, Teacher]:
+def make_teacher(root: Path) -> tuple[str, Teacher]:
     torch.manual_seed(0)
     module = timm.create_model("resnet50", num_classes=10, zero_init_last=False)
-    file = place / "teacher.safetensors"
+    file = root / "teacher.safetensors"
     weight_files.write_export(file, module, {"size": [SIDE, SIDE], "interpolation": "bilinear"})
     text = f"resnet50={file}"
     (loaded,) = teachers.load_teachers(
@@ -69,34 +69,34 @@ def make_teacher(place: Path) -> tuple[str, Teacher]:
     return text, loaded
 
 
-def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
+def make_stores(root: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
     """Generate one store for each kind of features, and the basis."""
     resources = Resources(device=CPU, threads=common.cores())
-    wanted = FitSettings(teacher="t", fraction=1.0, crops=CROPS)
-    sample = fit_basis.from_folder(data, wanted)
-    basis = place / "basis.safetensors"
-    features.save_basis(basis, fit_basis.fit(sample, teacher, wanted, resources).basis)
+    fit_settings = FitSettings(teacher="t", fraction=1.0, crops=CROPS)
+    sample = fit_basis.from_folder(data, fit_settings)
+    basis = root / "basis.safetensors"
+    features.save_basis(basis, fit_basis.fit(sample, teacher, fit_settings, resources).basis)
     stores = {}
     for name, (text, code) in kinds(components).items():
         generation = GenerateSettings(
             teacher=("t",), source="t", form="none", features=(text,), features_code=code,
             basis=basis, crops=CROPS,
         )  # fmt: skip
-        location = LocalLocation(place / name)
+        location = LocalLocation(root / name)
         planned = plan.prepare(location, data, generation, [teacher], device=CPU)
         generate.generate(planned, [teacher], resources)
-        stores[name] = open_store(place / name)
+        stores[name] = open_store(root / name)
         common.say(f"{name}: generated")
     return stores
 
 
-def prepare(place: Path, data: Path, store: Store, teacher: str | None) -> Run:
+def prepare(root: Path, data: Path, store: Store, teacher: str | None) -> Run:
     settings = TrainSettings(
         student="resnet18", size=SIDE, epochs=CROPS, batch_size=BATCH, teacher=teacher,
-        method={"name": "kdep", "feature_weight": 1.0, "basis": str(place / "basis.safetensors")},
+        method={"name": "kdep", "feature_weight": 1.0, "basis": str(root / "basis.safetensors")},
     )  # fmt: skip
-    out = place / f"run-{Path(store.url).name}-{'online' if teacher else 'stored'}"
-    return run.prepare(settings, data, out, store=store, cache_dir=place / "cache", device=CPU)
+    out = root / f"run-{Path(store.url).name}-{'online' if teacher else 'stored'}"
+    return run.prepare(settings, data, out, store=store, cache_dir=root / "cache", device=CPU)
 
 
 def read_seconds(prepared: Run, batches: list[Batch]) -> float:
@@ -128,8 +128,8 @@ def pixel_seconds(prepared: Run, count: int) -> float:
 def loss(prepared: Run, batch: Batch) -> float:
     prepared.learner.train()
     with torch.no_grad():
-        pixels, wanted = step.prepare(prepared, batch)
-        _, terms = prepared.learner(pixels, wanted)
+        pixels, targets = step.prepare(prepared, batch)
+        _, terms = prepared.learner(pixels, targets)
     return float(torch.stack([term.mean() for term in terms.values()]).sum())
 
 
@@ -140,10 +140,10 @@ def loss_difference(stored: Run, online: Run, batches: list[tuple[Batch, Batch]]
 
 
 def compare(
-    place: Path, data: Path, stores: dict[str, Store], teacher: str, rounds: int
+    root: Path, data: Path, stores: dict[str, Store], teacher: str, rounds: int
 ) -> list[dict[str, Any]]:
-    stored = {name: prepare(place, data, store, None) for name, store in stores.items()}
-    online = prepare(place, data, stores["whole_float16"], teacher)
+    stored = {name: prepare(root, data, store, None) for name, store in stores.items()}
+    online = prepare(root, data, stores["whole_float16"], teacher)
     runs = {**stored, "online": online}
     batches = {
         name: [b for _, b in zip(range(3), r.crops.stream(), strict=False)]
@@ -161,7 +161,7 @@ def compare(
         if prepared is not online:
             measures[f"read {name}"] = lambda r=prepared, b=batches[name]: read_seconds(r, b)
             measures[f"feed {name}"] = lambda r=prepared: pixel_seconds(r, 3)
-    found = common.interleaved(rounds, **measures)
+    times = common.interleaved(rounds, **measures)
     rows = []
     for name, store in stores.items():
         size = sum(
@@ -169,15 +169,15 @@ def compare(
             for field_name, field in measure(store).fields.items()
             if field_name in ("value", "code", "scale")
         )
-        read_s = statistics.median(found[f"read {name}"])
+        read_s = statistics.median(times[f"read {name}"])
         rows.append(
             {
                 "features": name,
                 "bytes_per_crop": round(size, 1),
                 "read_ms_per_batch": 1000 * read_s,
-                "read_share_of_feed": read_s / statistics.median(found[f"feed {name}"]),
+                "read_share_of_feed": read_s / statistics.median(times[f"feed {name}"]),
                 "loss_difference": differences[name],
-                "step_vs_online": common.median_ratio(found["step online"], found[f"step {name}"]),
+                "step_vs_online": common.median_ratio(times["step online"], times[f"step {name}"]),
             }
         )
     return rows
@@ -187,24 +187,22 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--rounds", type=int, default=5, help="Number of interleaved rounds.")
 
-    given = common.arguments(__doc__, add)
-    count, components = (
-        (96 if given.quick else 512),
-        512,
-    )  # as the student has channels
+    arguments = common.arguments(__doc__, add)
+    count = 96 if arguments.quick else 512
+    components = 512  # as many as the student has channels
     with tempfile.TemporaryDirectory(prefix="fkdpipe-features-") as folder:
-        place = Path(folder)
-        photographs.write_folder(place / "images", count)
-        text, teacher = make_teacher(place)
-        stores = make_stores(place, place / "images", teacher, components)
-        rounds = 2 if given.quick else given.rounds
-        rows = compare(place, place / "images", stores, text, rounds)
+        root = Path(folder)
+        photographs.write_folder(root / "images", count)
+        text, teacher = make_teacher(root)
+        stores = make_stores(root, root / "images", teacher, components)
+        rounds = 2 if arguments.quick else arguments.rounds
+        rows = compare(root, root / "images", stores, text, rounds)
     names = (
         "bytes_per_crop", "read_ms_per_batch", "read_share_of_feed", "loss_difference",
         "step_vs_online",
     )  # fmt: skip
     figures = {name: {row["features"]: row[name] for row in rows} for name in names}
-    common.finish("features", rows, figures, quick=given.quick)
+    common.finish("features", rows, figures, quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -59,23 +59,23 @@ WARM = 6  # untimed batches at both ends: more than any side reads ahead
 WIDTHS = (1, 2, 4, 8)
 
 
-def make_store(place: Path, data: Path) -> Store:
+def make_store(workdir: Path, data: Path) -> Store:
     """Generate a real store: a tiny network of 1,000 classes labels 16 crops of every image."""
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=1000).eval()
-    file = place / "teacher.safetensors"
+    file = workdir / "teacher.safetensors"
     shape = {"student": "test_resnet", "size": [64, 64], "interpolation": "bilinear"}
     weight_files.write_export(file, module, shape)
     loaded = teachers.load_teachers(
         [ModelSpec("test_resnet", "timm", file)], class_names=(), device=CPU
     )
     settings = GenerateSettings(teacher=("t",), crops=CROPS, source="t", form=f"topk:{K}")
-    planned = plan.prepare(LocalLocation(place / "store"), data, settings, loaded, device=CPU)
+    planned = plan.prepare(LocalLocation(workdir / "store"), data, settings, loaded, device=CPU)
     generate.generate(planned, loaded, generate.Resources(device=CPU, batch=256))
     return planned.store
 
 
-def write_label_files(store: Store, place: Path) -> list[tuple[str, Path]]:
+def write_label_files(store: Store, workdir: Path) -> list[tuple[str, Path]]:
     """Write one file per image in FKD's format; return a list of (key, file).
 
     A file has crops as fractions of the image, flips, and the kept classes and probabilities as
@@ -91,7 +91,7 @@ def write_label_files(store: Store, place: Path) -> list[tuple[str, Path]]:
     form = labels.parse_form(f"topk:{K}")
     ids = read("ids").astype(np.float32)
     prob = labels.decode_probabilities(form, read("prob").reshape(-1, K)).reshape(ids.shape)
-    place.mkdir()
+    workdir.mkdir()
     listed = []
     for unit in range(store.num_units):
         drawn = rounds.crops_of(store, part, unit)
@@ -104,7 +104,7 @@ def write_label_files(store: Store, place: Path) -> list[tuple[str, Path]]:
                 torch.from_numpy(drawn.flip_NM[local].copy()),
                 torch.from_numpy(np.stack([ids[row], prob[row]], axis=1)),
             ]
-            file = place / f"{row}.tar"
+            file = workdir / f"{row}.tar"
             torch.save(state, file)
             listed.append((str(store.images.keys[row]), file))
     return listed
@@ -247,14 +247,14 @@ def least(work: Callable[[], None]) -> float:
     return min(taken)
 
 
-def measure(place: Path, *, images: int, rounds_: int, batches: int) -> tuple[list[dict], dict]:
-    pixels = photographs.write_folder(place / "data", images)
-    store = make_store(place, place / "data")
-    listed = write_label_files(store, place / "labels")
+def measure(workdir: Path, *, images: int, rounds_: int, batches: int) -> tuple[list[dict], dict]:
+    pixels = photographs.write_folder(workdir / "data", images)
+    store = make_store(workdir, workdir / "data")
+    listed = write_label_files(store, workdir / "labels")
     target = Target("marginal-smoothing", K)
     data = training_data.from_store(
-        store, place / "data", target=target, source=None, temperature=None,
-        cache_dir=place / "cache",
+        store, workdir / "data", target=target, source=None, temperature=None,
+        cache_dir=workdir / "cache",
     )  # fmt: skip
     files = [str(data.root / key).encode() for key in data.keys]
     seen: dict[tuple[str, int], list[float]] = {}  # images per second
@@ -319,9 +319,9 @@ def main() -> None:
 
     asked = common.arguments(__doc__, add)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as workdir:
         rows, figures = measure(
-            Path(place),
+            Path(workdir),
             images=128 if asked.quick else 512,
             rounds_=2 if asked.quick else asked.rounds,
             batches=2 * WARM + (6 if asked.quick else 16),

@@ -124,9 +124,9 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--seeds", type=int, default=3)
 
-    given = common.arguments(__doc__, add)
-    size, seeds = (QUICK, 1) if given.quick else (FULL, given.seeds)
-    cases = [case for case in CASES if case.quick or not given.quick]
+    arguments = common.arguments(__doc__, add)
+    size, seeds = (QUICK, 1) if arguments.quick else (FULL, arguments.seeds)
+    cases = [case for case in CASES if case.quick or not arguments.quick]
     torch.set_num_threads(1)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fkdpipe-methods-") as folder:
@@ -149,7 +149,7 @@ def main() -> None:
         "rows": results,
         "seconds": round(time.perf_counter() - begun),
     }
-    common.finish("methods", rows, figures, quick=given.quick)
+    common.finish("methods", rows, figures, quick=arguments.quick)
 
 
 def pool(*, fresh: bool = False) -> ProcessPoolExecutor:
@@ -233,14 +233,14 @@ def measure(root: Path, cases: list[Case], size: Size) -> dict[str, dict[str, An
     runs = {case.name: prepare(root, case, "timed") for case in cases}
     measures = {name: stepper(made) for name, made in runs.items()}
     common.interleaved(1, **measures)  # the first step of each is slower
-    found = common.interleaved(size.rounds, **measures)
+    times = common.interleaved(size.rounds, **measures)
     costs: dict[str, dict[str, Any]] = {}
     with pool(fresh=True) as worker:
         for case in cases:
             peak = worker.submit(peak_mb, root, case, size.memory_steps).result()
             costs[case.name] = {
-                "step_over_none": common.median_ratio(found[case.name], found[NONE]),
-                "step_ms": 1000 * statistics.median(found[case.name]),
+                "step_over_none": common.median_ratio(times[case.name], times[NONE]),
+                "step_ms": 1000 * statistics.median(times[case.name]),
                 "peak_mb": round(peak, 1),
                 "helper_params": parameters(runs[case.name].learner)["auxiliary"],
             }
@@ -296,10 +296,12 @@ def table(
 def difference(results: list[dict[str, Any]], better: str, other: str) -> dict[str, float | None]:
     """Percentage points between two cases, mean and standard deviation over seeds."""
     top1 = {(row["method"], row["seed"]): row["top1"] for row in results}
-    found = [value - top1[other, seed] for (name, seed), value in top1.items() if name == better]
+    differences = [
+        value - top1[other, seed] for (name, seed), value in top1.items() if name == better
+    ]
     return {
-        "mean": round(statistics.fmean(found), 2),
-        "std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
+        "mean": round(statistics.fmean(differences), 2),
+        "std": round(statistics.stdev(differences), 2) if len(differences) > 1 else None,
     }
 
 

@@ -102,9 +102,11 @@ def step(pair: Pair) -> dict[str, Any]:
     before = {name: p.detach().clone() for name, p in learner.named_parameters()}
     begun = time.perf_counter()
     with torch.no_grad():
-        given = frozen(pixels(teacher))
+        outputs = frozen(pixels(teacher))
     truth_BC = torch.nn.functional.one_hot(torch.arange(BATCH), CLASSES).float()
-    _, terms = learner(pixels(student), Targets(prob_BC=truth_BC, truth_BC=truth_BC, teacher=given))
+    _, terms = learner(
+        pixels(student), Targets(prob_BC=truth_BC, truth_BC=truth_BC, teacher=outputs)
+    )
     loss = torch.stack([term.mean() for term in terms.values()]).sum()
     loss.backward()
     optimizer.step()

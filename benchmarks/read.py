@@ -84,19 +84,19 @@ def _watched(work: Callable[..., None], *paths: Path) -> dict[str, float]:
     }
 
 
-def fill_cache(place: Path, cache_dir: Path) -> None:
-    open_readers(open_store(place), cache_dir)
+def fill_cache(store_path: Path, cache_dir: Path) -> None:
+    open_readers(open_store(store_path), cache_dir)
 
 
-def train_epoch(place: Path, cache_dir: Path) -> None:
+def train_epoch(store_path: Path, cache_dir: Path) -> None:
     """Read all images of the store through the trainer's path."""
-    store = open_store(place)
+    store = open_store(store_path)
     trainer_reads(store, *open_readers(store, cache_dir), store.num_images)()
 
 
-def stream(place: Path) -> None:
+def stream(store_path: Path) -> None:
     """Read one pass of a wide store."""
-    store = open_store(place)
+    store = open_store(store_path)
     found = reader.finished(store, [("labels", "w", "")])
     streamed = reader.WideReader(store, found.labels[0], "log_prob")
     for first in range(0, store.num_units, WINDOW):
@@ -178,11 +178,11 @@ def narrow(root: Path, made: Labels, times: int, rounds: int) -> tuple[list[dict
         fkd=fkd_reads(root / "fkd", made.images, 512),
     )
     ratio = common.median_ratio(turns["ours"], turns["fkd"])
-    place = Path(store.url)
+    store_path = Path(store.url)
     memory = [
         memory_of(fill_cache, Path(few.url), root / "memory-few"),
-        memory_of(fill_cache, place, root / "memory-all"),
-        memory_of(train_epoch, place, root / "memory-all"),
+        memory_of(fill_cache, store_path, root / "memory-all"),
+        memory_of(train_epoch, store_path, root / "memory-all"),
     ]
     fill, again, ours, fkd = (
         statistics.median(r) for r in (*rates.values(), turns["ours"], turns["fkd"])
@@ -203,7 +203,7 @@ def narrow(root: Path, made: Labels, times: int, rounds: int) -> tuple[list[dict
     return rows, figures
 
 
-def make_wide(place: Path, units: int) -> Store:
+def make_wide(store_path: Path, units: int) -> Store:
     """A store of random log-probabilities; they are not compressed, so the values do not matter."""
     made = Labels(
         np.zeros((1024 * units, WIDE_CROPS, 1), dtype=np.int64),
@@ -212,7 +212,9 @@ def make_wide(place: Path, units: int) -> Store:
         np.full((1024 * units, 2), 400, dtype=np.uint16),
         {},
     )
-    store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=1024)
+    store = writer.create_store(
+        LocalLocation(store_path), simulated.columns(made), seed=0, unit=1024
+    )
     boxes = writer.add_crops(store, CropDistribution(), seed=0, count=WIDE_CROPS)
     form, teachers = labels.Form("full"), ({"name": "random"},)
     settings = LabelSettings(form, simulated.CLASSES, WIDE_CROPS, teachers=teachers)

@@ -151,9 +151,9 @@ def _statistics(ids: np.ndarray, prob: np.ndarray, entropy: float) -> dict[str, 
     }
 
 
-def make_store(place: Path, made: Labels, form: Form, *, derived: bool = False) -> Store:
+def make_store(folder: Path, made: Labels, form: Form, *, derived: bool = False) -> Store:
     """Write a store of these labels with the public writer; sparse forms only."""
-    store = writer.create_store(LocalLocation(place), columns(made), seed=0, unit=1024)
+    store = writer.create_store(LocalLocation(folder), columns(made), seed=0, unit=1024)
     distribution = CropDistribution()
     boxes = writer.add_crops(store, distribution, seed=0, count=made.crops, derived=derived)
     settings = LabelSettings(

@@ -82,18 +82,18 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
 
-    asked = common.arguments(__doc__, add)
-    if asked.device == "cuda" and not torch.cuda.is_available():
+    arguments = common.arguments(__doc__, add)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         common.say("no CUDA device found; use --quick --device cpu to test the script without one.")
         sys.exit(2)
-    if asked.device == "cpu" and not asked.quick:
+    if arguments.device == "cpu" and not arguments.quick:
         common.say("--device cpu only tests the script and requires --quick.")
         sys.exit(2)
-    scale = FULL if asked.device == "cuda" else TRIAL
-    if asked.quick and asked.device == "cuda":
+    scale = FULL if arguments.device == "cuda" else TRIAL
+    if arguments.quick and arguments.device == "cuda":
         scale = replace(FULL, images=1000, crops=M, steps=10, rounds=2)
-    with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Path(place), scale, torch.device(asked.device))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), scale, torch.device(arguments.device))
         rates = common.interleaved(
             scale.rounds + 1,
             generation=bench.generation,
@@ -111,7 +111,7 @@ def main() -> None:
         "wait_share": statistics.median(bench.wait_shares[1:]),
         "training_limit": max(parts_ms, key=lambda name: parts_ms[name]),
     }
-    common.finish("throughput", rows, figures, quick=asked.quick)
+    common.finish("throughput", rows, figures, quick=arguments.quick)
 
 
 class Bench:
