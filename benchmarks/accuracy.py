@@ -40,7 +40,7 @@ from fkdpipe.train import loop, run
 from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
 
 CPU = torch.device("cpu")
-LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)
+CROP = CropDistribution(scale=(0.25, 1.0), flip=0.0)
 SIDE, DIGIT_SIDES, LEARNED = 96, (36, 64), 1000
 CROPS = 48
 NARROW = {"channels": [16, 32, 64, 128]}
@@ -169,7 +169,7 @@ def settings(**changes) -> TrainSettings:
         "student": "resnet10t",
         "batch_size": 64,
         "crops_per_image": 4,
-        "crop": LAW,
+        "crop": CROP,
         "threads": 1,
         "eval_every": 1000,
         "optimizer": OptimizerSettings(name="adamw", lr=3e-3, weight_decay=0.01),
@@ -204,7 +204,7 @@ def train_teacher(root: Path, *, epochs: int) -> str:
 
 
 def make_store(root: Path, teacher: str, **changes) -> Store:
-    defaults = {"crops": CROPS, "crop": LAW, "source": "t", "form": "full", "seed": 1}
+    defaults = {"crops": CROPS, "crop": CROP, "source": "t", "form": "full", "seed": 1}
     wanted = GenerateSettings(teacher=(teacher,), **{**defaults, **changes})
     loaded = teachers.load_teachers(
         [models.parse_spec(teacher)],

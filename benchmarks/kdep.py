@@ -46,7 +46,7 @@ from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import export
 
 CPU = torch.device("cpu")
-LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is a different shape
+CROP = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is a different shape
 TEACHER = {"channels": [32, 64, 128, 256]}
 STUDENT = {"channels": [8, 16, 32, 64]}
 SUPERVISED, EQUAL_TIME, RANDOM = "supervised", "supervised, equal time", "random initialisation"
@@ -104,7 +104,7 @@ def settings(options: dict[str, Any], epochs: int, seed: int, **changes: Any) ->
     return TrainSettings(
         student="resnet10t", target="ground-truth", student_options=options, size=32,
         epochs=epochs, seed=seed,
-        batch_size=64, crops_per_image=4, crop=LAW, threads=1, eval_every=epochs,
+        batch_size=64, crops_per_image=4, crop=CROP, threads=1, eval_every=epochs,
         optimizer=OptimizerSettings(name="adamw", lr=0.003), **changes,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def train(root: Path, data: Path, store: Store | None, wanted: TrainSettings) ->
 def make_store(root: Path, data: Path, teacher: str, size: Size) -> tuple[Store, Path, float]:
     """(store of features, basis, seconds to produce both)."""
     begun = time.perf_counter()
-    wanted = FitSettings(teacher=teacher, fraction=1.0, crops=2, crop=LAW)
+    wanted = FitSettings(teacher=teacher, fraction=1.0, crops=2, crop=CROP)
     (loaded,) = teachers.load_teachers(
         [parse_spec(teacher)],
         class_names=(),
@@ -136,7 +136,11 @@ def make_store(root: Path, data: Path, teacher: str, size: Size) -> tuple[Store,
     ratios = features.std_ratios(fitted.basis, STUDENT["channels"][-1])
     common.say(f"Std Ratio: {', '.join(f'{k} {v:.1f}' for k, v in ratios.items())}")
     generation = GenerateSettings(
-        teacher=(teacher,), form="none", features=("pre", "post"), crops=size.epochs, crop=LAW
+        teacher=(teacher,),
+        form="none",
+        features=("pre", "post"),
+        crops=size.epochs,
+        crop=CROP,
     )
     location = LocalLocation(root / "store")
     planned = plan.prepare(location, data, generation, [loaded], device=CPU)
@@ -208,7 +212,7 @@ def transferred(root: Path, model: str, data: Path, size: Size, seed: int) -> li
     """Trials on the new classes, for both modes and two learning rates."""
     wanted = TransferSettings(
         lr=(0.03, 0.01), seeds=(seed,), epochs=size.transfer_epochs, batch_size=32, size=32,
-        crop=LAW, threads=1, fraction=size.fraction,
+        crop=CROP, threads=1, fraction=size.fraction,
     )  # fmt: skip
     return transfer.transfer(model, [data], root, wanted, device=CPU)
 

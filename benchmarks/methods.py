@@ -47,7 +47,7 @@ from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSet
 from fkdpipe.train.state import Run
 from fkdpipe.train.step import step
 
-LAW = CropDistribution(scale=(0.5, 1.0), flip=0.0)
+CROP = CropDistribution(scale=(0.5, 1.0), flip=0.0)
 SIDES, LEARNED = (60, 90), 128
 SWIN = "swin_small_patch4_window7_224"
 WIDTHS = {"large": 64, "small": 32}  # of the teachers' first stage
@@ -133,7 +133,11 @@ def main() -> None:
         root = Path(folder)
         teachers = make_teachers(root, size)
         store = accuracy.make_store(
-            root, teacher(root, "large"), crop=LAW, crops=size.epochs, features=("map",)
+            root,
+            teacher(root, "large"),
+            crop=CROP,
+            crops=size.epochs,
+            features=("map",),
         )
         fields = measure_store(store).fields
         costs = measure(root, cases, size)
@@ -181,7 +185,7 @@ def train_teacher(root: Path, name: str, epochs: int) -> float:
         "window_size": 4, "drop_path_rate": 0.0,
     }  # fmt: skip
     made = accuracy.settings(
-        student=SWIN, student_options=options, size=32, epochs=epochs, crop=LAW, crops_per_image=1,
+        student=SWIN, student_options=options, size=32, epochs=epochs, crop=CROP, crops_per_image=1,
         optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.02),
         schedule=ScheduleSettings(warmup_epochs=1, warmup_lr=2e-4),
     )  # fmt: skip
@@ -196,7 +200,7 @@ def teacher(root: Path, name: str) -> str:
 
 def settings(root: Path, case: Case, *, epochs: int, seed: int) -> TrainSettings:
     return accuracy.settings(
-        student_options=STUDENT, size=32, crop=LAW, batch_size=32, epochs=epochs, seed=seed,
+        student_options=STUDENT, size=32, crop=CROP, batch_size=32, epochs=epochs, seed=seed,
         method=case.method, target=case.target,
         teacher=teacher(root, case.teacher) if case.teacher else None,
     )  # fmt: skip

@@ -115,8 +115,8 @@ def import_(
         f"{f' ({reasons})' if reasons else ''}."
     )
     others = [name for name in result.store.sources() if name != result.source]
-    beside = f", beside {', '.join(others)}" if others else ""
-    click.echo(f"The labels are source {result.source}{beside}.")
+    more = f"; the store also has {', '.join(others)}" if others else ""
+    click.echo(f"The labels are stored as source {result.source}{more}.")
 
 
 @click.command()

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import CLASSES
 
 from fkdpipe.cli import cli
-from fkdpipe.commands import terminal
+from fkdpipe.commands import bars
 
 COMMANDS = sorted(cli.commands)
 
@@ -273,8 +273,8 @@ def test_a_signal_ends_generation_with_a_message_and_keeps_what_is_committed(
 
 def test_what_an_earlier_run_did_is_no_part_of_rate_and_time_left(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    with terminal._Lines().task("train", 1000, "steps", done=900) as advance:
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    with bars.Lines().task("train", 1000, "steps", done=900) as advance:
         for _ in range(2):
             now[0] += 20
             advance(20)
