@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("basis", type=click.Path(path_type=Path))
 @click.option("--teacher", metavar="NAME[=FILE]", help="Teacher, named as for generate.")
-@click.option("--fraction", type=float, help="Share of images per class.  [default: 0.1]")
+@click.option("--fraction", type=float, help="Share of the images of each class.  [default: 0.1]")
 @click.option(
     "--layer",
     metavar="pre|post",

@@ -42,7 +42,7 @@ from fkdpipe.commands import options, terminal
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.1]")
 @click.option("--size", type=int, help="Input size in pixels.  [default: the model's]")
 @click.option("--seed", type=int, help="Seed for weights, order and crops.  [default: 0]")
-@click.option("--fraction", type=float, help="Share of images per class.  [default: 1]")
+@click.option("--fraction", type=float, help="Share of the images of each class.  [default: 1]")
 @click.option("--source", help="Labels to train on, if the store has several.")
 @click.option(
     "--method",

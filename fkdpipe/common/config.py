@@ -81,7 +81,7 @@ def load_toml(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"no such recipe: {file}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{file} is not valid TOML: {error}.") from error
+        raise UsageError(f"{file} cannot be read as TOML: {error}.") from error
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
