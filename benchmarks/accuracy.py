@@ -1,13 +1,13 @@
-"""What stored labels are worth: FKD with each target against vanilla KD, and several crops a batch.
+"""Accuracy with stored labels: FKD with each target against vanilla KD, several crops per image.
 
     python benchmarks/accuracy.py [--quick] [--seeds 3]
 
-A real task with headroom: scikit-learn's scans of handwritten digits, small, faint of colour and
-anywhere on larger pieces of real photographs, so that many crops show little of them (the oracle
-stays well below 95 %, which is asserted). The teacher is a ResNet-10 at 64 px, the student a
-quarter as wide at 32 px. All students see crops of the same law for the same number of epochs, by
-the paper's schedule: the rate is set per pass of m epochs, and the last m epochs have single crops.
-Mean and spread over the seeds.
+A real task with headroom: scikit-learn's scans of handwritten digits, small, faint and at random
+positions on larger pieces of real photographs, so that many crops show little of them (the oracle
+stays well below 95 %, which is asserted). The teacher is a ResNet-10 at 64 px, the student is a
+quarter as wide at 32 px. All students see crops of the same distribution for the same number of
+epochs, with the paper's schedule: the learning rate is set per pass of m epochs, and the last m
+epochs use one crop per image. Reported are mean and spread over the seeds.
 
 first table    no distillation, FKD with each target, and the oracle, vanilla KD: a live teacher
                on the same crops (FKD paper, table 6 in small)
@@ -40,7 +40,7 @@ from fkdpipe.train import loop, run
 from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
 
 CPU = torch.device("cpu")
-LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)
+CROP = CropDistribution(scale=(0.25, 1.0), flip=0.0)
 SIDE, DIGIT_SIDES, LEARNED = 96, (36, 64), 1000
 CROPS = 48
 NARROW = {"channels": [16, 32, 64, 128]}
@@ -69,14 +69,14 @@ def main() -> None:
         make_images(root / "images")
         teacher = train_teacher(root, epochs=4 if quick else 120)
         make_store(root, teacher)
-        asked = [("ground-truth", "ground-truth", 4), (ORACLE, "kd", 4)]
-        asked += [(f"FKD {target}", target, 4) for target in TARGETS]
-        asked += [(f"FKD full, m = {m}", "full", m) for m in (1, 2, 8)]
-        some = asked[:3] if quick else asked
+        cases = [("ground-truth", "ground-truth", 4), (ORACLE, "kd", 4)]
+        cases += [(f"FKD {target}", target, 4) for target in TARGETS]
+        cases += [(f"FKD full, m = {m}", "full", m) for m in (1, 2, 8)]
+        some = cases[:3] if quick else cases
         runs = [Student(*one, seed) for one in some for seed in range(seeds)]
         with ProcessPoolExecutor(common.cores(), mp_context=get_context("spawn")) as pool:
-            found = pool.map(partial(top1_of, root, teacher, epochs), runs)
-            for one, top1 in zip(runs, found, strict=True):
+            values = pool.map(partial(top1_of, root, teacher, epochs), runs)
+            for one, top1 in zip(runs, values, strict=True):
                 rows.append({"target": one.name, "m": one.m, "seed": one.seed, "top1": top1})
                 common.say(f"{one.name}, m = {one.m}, seed {one.seed}: {top1:.2f}")
     table = summary(rows, ("target", "m"))
@@ -84,21 +84,21 @@ def main() -> None:
 
 
 def summary(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Mean, standard deviation and range over the seeds of rows that agree in `keys`."""
-    made = []
+    """Mean, standard deviation and range over the seeds, grouped by `keys`."""
+    summaries = []
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        found = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
-        made.append(
+        values = [row["top1"] for row in rows if tuple(row[key] for key in keys) == group]
+        summaries.append(
             {
                 **dict(zip(keys, group, strict=True)),
-                "seeds": len(found),
-                "top1_mean": round(statistics.fmean(found), 2),
-                "top1_std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
-                "top1_min": round(min(found), 2),
-                "top1_max": round(max(found), 2),
+                "seeds": len(values),
+                "top1_mean": round(statistics.fmean(values), 2),
+                "top1_std": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+                "top1_min": round(min(values), 2),
+                "top1_max": round(max(values), 2),
             }
         )
-    return made
+    return summaries
 
 
 def answers(table: list[dict]) -> dict[str, float | bool]:
@@ -123,32 +123,34 @@ def make_images(
     sides: tuple[int, int] = DIGIT_SIDES,
     plain: bool = False,
 ) -> None:
-    """`train/` and `val/` of scans on photographs; `val/` has the same scans whatever is learnt.
+    """`train/` and `val/` of scans on photographs; `val/` has the same scans for any `learned`.
 
     Args:
-        learned: scans in `train/`, at most LEARNED. copies: pictures of each of them.
-        sides: range of a digit's side in pixels. plain: grounds of one random grey.
+        learned: scans in `train/`, at most LEARNED.
+        copies: images of each of these scans.
+        sides: range of the digit's side in pixels.
+        plain: backgrounds of a single random grey level.
     """
     digits, photographs = load_digits(), load_sample_images().images
     random = np.random.default_rng(0)
-    for place, index in enumerate(random.permutation(len(digits.images)).tolist()):
-        if learned <= place < LEARNED:
+    for position, index in enumerate(random.permutation(len(digits.images)).tolist()):
+        if learned <= position < LEARNED:
             continue
-        split = "train" if place < LEARNED else "val"
+        split = "train" if position < LEARNED else "val"
         folder = root / split / str(digits.target[index])
         folder.mkdir(parents=True, exist_ok=True)
         for copy in range(copies if split == "train" else 1):
-            ground = photographs[place % 2]
+            ground = photographs[position % 2]
             if plain:
                 ground = np.full_like(ground, int(random.integers(256)))
-            made = picture(digits.images[index], ground, random, sides)
-            made.save(folder / f"{index:04d}-{copy}.jpg", quality=92)
+            image = picture(digits.images[index], ground, random, sides)
+            image.save(folder / f"{index:04d}-{copy}.jpg", quality=92)
 
 
 def picture(
     scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator, sides: tuple[int, int]
 ) -> Image.Image:
-    """A scan, lighter or darker than what is behind it, at a random spot and size."""
+    """A scan, lighter or darker than its background, at a random position and size."""
     top, left = (int(random.integers(side - SIDE)) for side in photograph.shape[:2])
     ground = photograph[top : top + SIDE, left : left + SIDE].astype(np.float32)
     side = int(random.integers(*sides))
@@ -167,7 +169,7 @@ def settings(**changes) -> TrainSettings:
         "student": "resnet10t",
         "batch_size": 64,
         "crops_per_image": 4,
-        "crop": LAW,
+        "crop": CROP,
         "threads": 1,
         "eval_every": 1000,
         "optimizer": OptimizerSettings(name="adamw", lr=3e-3, weight_decay=0.01),
@@ -176,11 +178,21 @@ def settings(**changes) -> TrainSettings:
 
 
 def train(
-    root: Path, name: str, made: TrainSettings, store: Store | None, *, images: str = "images"
+    root: Path,
+    name: str,
+    train_settings: TrainSettings,
+    store: Store | None,
+    *,
+    images: str = "images",
 ) -> loop.Result:
     return loop.train(
         run.prepare(
-            made, root / images, root / name, store=store, cache_dir=root / "cache", device=CPU
+            train_settings,
+            root / images,
+            root / name,
+            store=store,
+            cache_dir=root / "cache",
+            device=CPU,
         )
     )
 
@@ -192,21 +204,23 @@ def train_teacher(root: Path, *, epochs: int) -> str:
 
 
 def make_store(root: Path, teacher: str, **changes) -> Store:
-    defaults = {"crops": CROPS, "crop": LAW, "source": "t", "form": "full", "seed": 1}
+    defaults = {"crops": CROPS, "crop": CROP, "source": "t", "form": "full", "seed": 1}
     wanted = GenerateSettings(teacher=(teacher,), **{**defaults, **changes})
-    made = teachers.load_teachers(
+    loaded = teachers.load_teachers(
         [models.parse_spec(teacher)],
         class_names=[str(k) for k in range(10)],
         device=CPU,
         needs=wanted.needs,
     )
-    planned = plan.prepare(LocalLocation(root / "store"), root / "images", wanted, made, device=CPU)
-    generate.generate(planned, made, generate.Resources(device=CPU, batch=64, threads=1))
+    planned = plan.prepare(
+        LocalLocation(root / "store"), root / "images", wanted, loaded, device=CPU
+    )
+    generate.generate(planned, loaded, generate.Resources(device=CPU, batch=64, threads=1))
     return open_store(root / "store")
 
 
 def top1_of(root: Path, teacher: str, epochs: int, one: Student) -> float:
-    """Train a student in a process of its own; top-1 percent on the held-out pictures."""
+    """Train a student in its own process; return top-1 percent on the held-out images."""
     torch.set_num_threads(1)
     changes = {
         "student_options": NARROW, "size": 32, "epochs": epochs, "crops_per_image": one.m,

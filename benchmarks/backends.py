@@ -1,12 +1,12 @@
-"""By how much the two replay backends differ: in pixels, and in what networks make of them.
+"""Differences between the two replay backends, in pixels and in a network's labels.
 
     python benchmarks/backends.py [--quick]
 
 The same crops of the same JPEGs through `cpu` (torch's uint8 kernel) and `dali` (its resize, here
-on the CPU too), at 224 px. A network sees both: a small timm model with random weights, its head
-scaled so that its labels are neither flat nor all alike. Random weights show how far a difference
-in pixels travels, not how much accuracy it costs. As a yardstick the same is done between bilinear
-and bicubic of the `cpu` backend: the mistake that a store's provenance prevents.
+also on the CPU), at 224 px. A network labels both: a small timm model with random weights, with its
+head scaled so that the labels are neither flat nor all alike. Random weights show how pixel
+differences propagate, not how they affect accuracy. For comparison, the same is measured between
+bilinear and bicubic of the `cpu` backend, a mismatch that the provenance of a store prevents.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ SIZE, CROPS, MODEL = 224, 4, "resnet18"
 
 def requests(data: Path) -> list[Request]:
     """CROPS crops of every image, 16 images at a time."""
-    found = images.scan(data, need_classes=False)
+    listed = images.scan(data, need_classes=False)
     drawn = crops.sample(
         CropDistribution(),
         seed=0,
-        image_id_N=crops.image_ids(found.keys),
-        size_N2=found.size_N2,
+        image_id_N=crops.image_ids(listed.keys),
+        size_N2=listed.size_N2,
         crops_M=np.arange(CROPS),
     )
-    parts = [slice(k, k + 16) for k in range(0, len(found.keys), 16)]
+    parts = [slice(k, k + 16) for k in range(0, len(listed.keys), 16)]
     return [
-        Request.of(found.root, found.keys[part], found.size_N2[part], drawn[part]) for part in parts
+        Request.of(listed.root, listed.keys[part], listed.size_N2[part], drawn[part])
+        for part in parts
     ]
 
 
-def pixels(backend: Backend, kind: Interpolation, wanted: list[Request]) -> torch.Tensor:
+def pixels(backend: Backend, kind: Interpolation, batches: list[Request]) -> torch.Tensor:
     """uint8 (crops, 3, 224, 224)."""
     with open_replay(backend, [View((SIZE, SIZE), kind)], threads=2) as replayer:
-        made = [p.views[0].clone() for p in replayer.run(wanted)]
-    return torch.cat(made)
+        outputs = [p.views[0].clone() for p in replayer.run(batches)]
+    return torch.cat(outputs)
 
 
 def network(some: torch.Tensor) -> torch.nn.Module:
-    """Random weights; the head's outputs are standardised on some crops, times 2.5."""
+    """A random network whose outputs are standardised on some crops and scaled by 2.5."""
     torch.manual_seed(0)
     module = timm.create_model(MODEL, num_classes=1000).eval()
     with torch.no_grad():
@@ -72,7 +73,7 @@ def probabilities(module: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
 
 
 def compare(name: str, module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
-    """Differences in grey levels, and in total variation of the labels."""
+    """Differences of pixels in grey levels, and total variation of the labels."""
     levels = (a.int() - b.int()).abs()
     inside = levels[..., 1:-1, 1:-1]
     p, q = probabilities(module, a), probabilities(module, b)
@@ -90,13 +91,13 @@ def compare(name: str, module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor
 
 
 def main() -> None:
-    asked = common.arguments(__doc__)
+    arguments = common.arguments(__doc__)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        photographs.write_folder(Path(place), 32 if asked.quick else 128)
-        wanted = requests(Path(place))
+    with tempfile.TemporaryDirectory() as folder:
+        photographs.write_folder(Path(folder), 32 if arguments.quick else 128)
+        batches = requests(Path(folder))
         seen = {
-            (backend, kind): pixels(backend, kind, wanted)
+            (backend, kind): pixels(backend, kind, batches)
             for backend in ("cpu", "dali")
             for kind in ("bilinear", "bicubic")
         }
@@ -114,7 +115,7 @@ def main() -> None:
         for what in ("mean level", "max level", "max inside", "label tv mean", "same top-1")
     }
     common.finish("backends", rows, {"crops": len(seen["cpu", "bilinear"]), **figures},
-                  quick=asked.quick)  # fmt: skip
+                  quick=arguments.quick)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What every benchmark shares: the machine's facts, tables, result files and the last line.
+"""Shared by all benchmarks: machine specification, tables, result files and the last line.
 
-A benchmark is `python benchmarks/<name>.py [--quick]`. It prints a table, keeps it as
-`benchmarks/results/<name>-<machine>.csv`, and prints as its last line one JSON object with its
-figures. Ratios are named `<what>_vs_<baseline>`; larger is better. A `--quick` run is a trial of
-the script: it keeps no results.
+A benchmark is `python benchmarks/<name>.py [--quick]`. It prints a table, saves it as
+`benchmarks/results/<name>-<machine>.csv`, and prints one JSON object with its figures as the last
+line. Ratios are named `<what>_vs_<baseline>`; larger is better. A `--quick` run only tests the
+script and saves no results.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Row = Mapping[str, Any]
 def arguments(
     description: str | None, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 ) -> argparse.Namespace:
-    """The command line that all benchmarks have; `add` puts a benchmark's own options to it."""
+    """Parse the command line of a benchmark; `add` adds its own options."""
     first = (description or "").strip().splitlines()[0]
     parser = argparse.ArgumentParser(description=first)
-    parser.add_argument("--quick", action="store_true", help="A small trial; keeps no results.")
+    parser.add_argument("--quick", action="store_true", help="Run a small trial, save no results.")
     add(parser)
     return parser.parse_args()
 
 
 @cache
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -47,12 +47,12 @@ def cores() -> int:
 
 @cache
 def machine() -> str:
-    """A short plain name: "2core-cpu", "16core-h200"."""
+    """A short name of the machine: "2core-cpu", "16core-h200"."""
     return f"{cores()}core-{_gpu() or 'cpu'}"
 
 
 def facts() -> dict[str, Any]:
-    """What a reader needs to place a figure: cores, memory, GPU, versions, date."""
+    """Context of the results: cores, memory, GPU, versions, date."""
     import torch
 
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -68,22 +68,22 @@ def facts() -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process so far; see `reset_peak`."""
+    """Peak resident set of this process, in bytes; see `reset_peak`."""
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Memory of this process now that no file backs: mapped files can be dropped at any time."""
+    """Current memory of this process without mapped files, which can be dropped at any time."""
     return _status("RssAnon")
 
 
 def reset_peak() -> None:
-    """Let `peak_bytes` count from now on."""
+    """Restart the measurement of `peak_bytes`."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def interleaved(rounds: int, **measures: Callable[[], float]) -> dict[str, list[float]]:
-    """Take turns, so that what else the machine does hits all alike; one value per round."""
+    """Run the measures in turns, so that other load affects all alike; one value per round."""
     found: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -92,17 +92,17 @@ def interleaved(rounds: int, **measures: Callable[[], float]) -> dict[str, list[
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Median over rounds of the ratio within each round."""
+    """Median over rounds of the ratio in each round."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def finish(name: str, rows: Sequence[Row], figures: Mapping[str, Any], *, quick: bool) -> None:
-    """Print the table, keep it with the machine's facts, and print the last line."""
+    """Print the table, save it with the machine specification, and print the last line."""
     known = facts()
     table(rows)
     print(", ".join(f"{key} {value}" for key, value in known.items() if value != ""))
@@ -112,7 +112,7 @@ def finish(name: str, rows: Sequence[Row], figures: Mapping[str, Any], *, quick:
 
 
 def table(rows: Sequence[Row]) -> None:
-    """Rows in columns, the first one as text; rows need not have all columns."""
+    """Print rows as a table, with text in the first column. Rows may lack columns."""
     columns = _columns(rows)
     cells = [columns, *([_text(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
@@ -125,7 +125,7 @@ def table(rows: Sequence[Row]) -> None:
 def keep(
     name: str, rows: Sequence[Row], known: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
-    """Write results/<name>-<machine>.csv: comment lines with facts and figures, then the rows."""
+    """Write results/<name>-<machine>.csv: comments with machine and figures, then the rows."""
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{name}-{machine()}.csv", "w", newline="") as file:
         for key, value in known.items():
@@ -149,7 +149,7 @@ def _text(value: Any) -> str:
 
 
 def _gpu() -> str:
-    """The GPU's model in short: "NVIDIA H200" is "h200"; empty without one."""
+    """Short name of the GPU ("h200" for "NVIDIA H200"), or an empty string."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,11 +1,12 @@
-"""Step time and memory of each method for Swin-S to ResNet-50, beside ScaleKD's table 15.
+"""Step time and memory of each method for Swin-S to ResNet-50, compared with ScaleKD's table 15.
 
     python benchmarks/cost.py [--quick]
 
-On a GPU at 224 px, 128 crops, bfloat16; `--quick` runs the same code on whatever is here, 8 crops
-of 64 px. Random weights and pixels: neither changes what a step takes. A step is the teacher's
-forward pass, the student's forward and backward and the update. Times are medians of interleaved
-rounds over those of FitNet (the paper's FD), memory is the peak above nothing at all (GPU only).
+On a GPU at 224 px, 128 crops, bfloat16; `--quick` runs the same code on any device with 8 crops of
+64 px. Weights and pixels are random, which does not affect the time of a step. A step consists of
+the teacher's forward pass, the student's forward and backward passes, and the update. Times are
+medians over interleaved rounds, relative to FitNet (the paper's FD). Memory is the peak of
+allocated GPU memory.
 
 The paper, on V100s: ScaleKD 6.65 GB and 2.10 days, FD 3.66 GB and 1.67 days: 1.82 and 1.26.
 """
@@ -47,7 +48,7 @@ QUICK = ("none", BASELINE)
 
 
 def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None]:
-    """A training step of a method on one batch, to be called again and again."""
+    """A function that runs a training step of a method on a fixed batch."""
     torch.manual_seed(0)
     needs = methods.needs(table)
     student, teacher = (
@@ -73,11 +74,11 @@ def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None
 
     def step() -> None:
         with autocast("bfloat16" if ON_GPU else "float32", DEVICE):
-            given = None
+            outputs = None
             if live:
                 with torch.no_grad():
-                    given = frozen(pixels)
-            _, terms = learner(pixels, Targets(truth_BC, truth_BC, given))
+                    outputs = frozen(pixels)
+            _, terms = learner(pixels, Targets(truth_BC, truth_BC, outputs))
         torch.stack([term.float().mean() for term in terms.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -86,7 +87,7 @@ def make_step(table: dict[str, Any], side: int, batch: int) -> Callable[[], None
 
 
 def seconds(step: Callable[[], None], steps: int) -> float:
-    """Of one step, the mean of a few."""
+    """Seconds per step, averaged over a few steps."""
     wait()
     begun = time.perf_counter()
     for _ in range(steps):
@@ -101,7 +102,7 @@ def wait() -> None:
 
 
 def peak_gb(table: dict[str, Any], side: int, batch: int) -> float | None:
-    """Of a method alone on the GPU; None without one."""
+    """Peak GPU memory of a method in GB; None without a GPU."""
     if not ON_GPU:
         return None
     torch.cuda.empty_cache()
@@ -113,26 +114,29 @@ def peak_gb(table: dict[str, Any], side: int, batch: int) -> float | None:
 
 
 def main() -> None:
-    given = common.arguments(__doc__)
-    if not (ON_GPU or given.quick):
-        raise SystemExit("the full run needs a GPU; --quick tries the code here")
-    side, batch = (64, 8) if given.quick else (224, 128)
-    tables = {name: METHODS[name] for name in (QUICK if given.quick else METHODS)}
+    arguments = common.arguments(__doc__)
+    if not (ON_GPU or arguments.quick):
+        raise SystemExit("the full run needs a GPU; use --quick to test the code without one")
+    side, batch = (64, 8) if arguments.quick else (224, 128)
+    tables = {name: METHODS[name] for name in (QUICK if arguments.quick else METHODS)}
     peaks = {name: peak_gb(table, side, batch) for name, table in tables.items()}
     steps = {name: make_step(table, side, batch) for name, table in tables.items()}
-    rounds, each = (2, 1) if given.quick else (7, 10)
+    rounds, each = (2, 1) if arguments.quick else (7, 10)
     measures = {name: lambda s=step: seconds(s, each) for name, step in steps.items()}
-    times = {name: found[1:] for name, found in common.interleaved(rounds + 1, **measures).items()}
+    times = {
+        name: durations[1:]
+        for name, durations in common.interleaved(rounds + 1, **measures).items()
+    }
     rows = [
         {
             "method": name,
-            "step_ms": 1000 * statistics.median(found),
-            "step_over_fitnet": common.median_ratio(found, times[BASELINE]),
+            "step_ms": 1000 * statistics.median(durations),
+            "step_over_fitnet": common.median_ratio(durations, times[BASELINE]),
             "peak_gb": peaks[name],
         }
-        for name, found in times.items()
+        for name, durations in times.items()
     ]
-    common.finish("cost", rows, {"rows": rows}, quick=given.quick)
+    common.finish("cost", rows, {"rows": rows}, quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Kill -9, SIGTERM, a full disk and power cuts, then resume: is anything committed lost or changed?
+"""Kill -9, SIGTERM, a full disk and power cuts, then resume: are committed data lost or changed?
 
 `fkdpipe generate --part 1/2` and `--part 2/2` run as two processes on one store and are stopped
-again and again until the store is complete; then a new store is begun.
+repeatedly until the store is complete; then a new store is started.
 
-    aimed       one process kills itself at a step of a write, the other is killed at that moment
+    aimed       one process kills itself at a step of a write, the other is killed at the same time
     random      both are killed at a random time
-    power cut   as aimed; then what was not flushed to disk is torn, zeroed or forgotten
-    SIGTERM     both are asked to end
+    power cut   as aimed; then data not flushed to disk are torn, zeroed or lost
+    SIGTERM     both receive SIGTERM
     full disk   a small tmpfs, enlarged after the failure
     hydration   a reader is killed while it fills the label cache; a second one waits for it
 
-After every stop, each unit whose marker had been written must be there with the same marker and the
-same bytes, and must still be so at the end (`lost_units`, `changed_units`); it must not be made
-again (`remade_units`). A finished store must equal an uninterrupted run's byte for byte and pass
-`fkdpipe verify --full` (`stores_differing`). A kill counts as inside a write when it left a partial
-file or an uncommitted shard of that process behind.
+After every stop and at the end, each committed unit must exist with the same commit record and the
+same bytes (`lost_units`, `changed_units`), and it must not be regenerated (`remade_units`). A
+finished store must be identical to that of an uninterrupted run, byte for byte, and pass `fkdpipe
+verify --full` (`stores_differing`). A kill counts as inside a write if it left a partial file or an
+uncommitted shard of that process behind.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from fkdpipe.storage import cache, commits, labels, reader
 from fkdpipe.storage.arrays import Arrays
 from fkdpipe.storage.store import Store, open_store
 
-DONE, STOPPED, WRONG = 0, 1, 3  # exit codes; WRONG is ours, for a reader that was served nonsense
+DONE, STOPPED, WRONG = 0, 1, 3  # exit codes; WRONG: a reader received wrong data
 PARTS = 2
-LONGEST_STEPS = 120  # a kill is aimed at one of the first so many steps of a process's writes
+LONGEST_STEPS = 120  # kills are aimed at the first LONGEST_STEPS steps of writing
 
 
 @dataclass
 class Trial:
-    """One store and what happened to it.
+    """One store and its history.
 
     Attributes:
-        committed: key of a marker to (its bytes, inodes of its files) when it was first seen.
+        committed: key of a commit record to (its bytes, inodes of its files) when first seen.
     """
 
     store: Path
@@ -62,7 +62,7 @@ class Trial:
     committed: dict[str, tuple[bytes, tuple[int, ...]]] = field(default_factory=dict)
 
     def note_committed(self, noted: list[faults.Event]) -> None:
-        """Remember the markers that were written, and that what was remembered still holds."""
+        """Record new commit records, and check that the known ones are unchanged."""
         for event in noted:
             if event["what"] == "written" and _is_marker(event["key"]):
                 self.committed.setdefault(event["key"], self._read(event["key"]))
@@ -93,9 +93,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a scenario plays: bench, folder, the store it must come to, and its dice.
+    """Setting of a scenario: bench, folder, expected store, and random generator.
 
-    seconds: that making the store took, so that a stop falls into its making.
+    seconds: duration of an uninterrupted run, so that stops fall within it.
     """
 
     bench: Bench
@@ -117,7 +117,7 @@ def _is_marker(key: str) -> bool:
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    """Every object of a store but the claims, which say who writes and not what was written."""
+    """Every object of a store except the claims, which name the writers."""
     return {
         path.relative_to(store).as_posix(): path.read_bytes()
         for path in store.rglob("*")
@@ -136,7 +136,7 @@ def start(stage: Stage, store: Path, watches: list[Watch]) -> list[int]:
 
 
 def stop_aimed(stage: Stage, children: list[int]) -> list[int]:
-    """Wait for the first process to end; if it was killed, kill the others in the same moment."""
+    """Wait for the first process to end; if it was killed, kill the others at once."""
     first, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
     others = [child for child in children if child != first]
@@ -150,7 +150,7 @@ def stop_aimed(stage: Stage, children: list[int]) -> list[int]:
 def stop_random(
     stage: Stage, children: list[int], number: int, within: tuple[float, float]
 ) -> list[int]:
-    """within: shares of the time that making the store takes."""
+    """within: range of the stop time, as shares of the duration of a run."""
     time.sleep(stage.chance.uniform(*within) * stage.seconds)
     for child in children:
         small.kill(child, number)
@@ -158,7 +158,7 @@ def stop_random(
 
 
 def attempt(stage: Stage, trial: Trial, how: str) -> bool:
-    """Start both parts and stop them; True when both came to their end by themselves."""
+    """Start both parts and stop them; True if both finished by themselves."""
     watches = stage.watches(trial.store)
     if how in ("aimed", "power cut"):
         aimed = stage.chance.randrange(PARTS)
@@ -169,7 +169,7 @@ def attempt(stage: Stage, trial: Trial, how: str) -> bool:
     if how == "random":
         codes = stop_random(stage, children, signal.SIGKILL, within=(0.1, 1.0))
     elif how == "SIGTERM":
-        until = time.monotonic() + 60  # before its first write, one may not know of signals yet
+        until = time.monotonic() + 60  # until then, the handler may be missing
         while not all(w.journal.exists() and w.journal.stat().st_size for w in watches):
             assert time.monotonic() < until, _logs(stage)
             time.sleep(0.01)
@@ -199,7 +199,7 @@ def _logs(stage: Stage) -> str:
 
 
 def inside_write(store: Path, before: dict[str, int], children: list[int]) -> list[bool]:
-    """For each process: did it leave a partial file or a new shard that no marker knows?"""
+    """Whether each process left a partial file, or a new shard that is in no commit record."""
     new = [name for name, inode in faults.snapshot(store).items() if before.get(name) != inode]
     known: set[str] = set()
     for path in (store / "commits").rglob("*.json"):
@@ -218,7 +218,7 @@ def inside_write(store: Path, before: dict[str, int], children: list[int]) -> li
 
 
 def run(stage: Stage, how: str, kills: int) -> Counter[str]:
-    """Stop stores in the making until so many processes were stopped (or `kills` attempts)."""
+    """Stop runs until `kills` processes were stopped, or after `kills` attempts."""
     total: Counter[str] = Counter()
     number = 0
     counted = "terminated" if how == "SIGTERM" else "kills"
@@ -233,7 +233,7 @@ def run(stage: Stage, how: str, kills: int) -> Counter[str]:
 
 
 def finish(stage: Stage, trial: Trial) -> Counter[str]:
-    """Let both parts run to the end; compare with the uninterrupted run; take the store away."""
+    """Run both parts to the end, compare with the uninterrupted run, and delete the store."""
     watches = stage.watches(trial.store)
     codes = [small.wait(child) for child in start(stage, trial.store, watches)]
     if codes != [DONE] * PARTS:
@@ -251,10 +251,10 @@ def finish(stage: Stage, trial: Trial) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[bool]:
-    """A tmpfs of 300 kB; False where this process may not mount one."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
+def small_disk(mount_point: Path) -> Iterator[bool]:
+    """A tmpfs of 300 kB; False if this process may not mount one."""
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount_point)]
     try:
         mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -263,20 +263,20 @@ def small_disk(place: Path) -> Iterator[bool]:
         yield mounted
     finally:
         if mounted:
-            subprocess.run(["umount", str(place)], check=True)
+            subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def full_disk(stage: Stage, times: int) -> Counter[str] | None:
-    """Fill a small disk while generating, make room step by step; None where it cannot be."""
+    """Fill a small disk while generating, and enlarge it step by step; None if not possible."""
     total: Counter[str] = Counter()
     for number in range(times):
-        place = stage.root / f"disk-{number}"
-        with small_disk(place) as mounted:
+        mount_point = stage.root / f"disk-{number}"
+        with small_disk(mount_point) as mounted:
             if not mounted:
                 return None
-            trial = Trial(place / "store")
+            trial = Trial(mount_point / "store")
             for size in (stage.chance.randint(300, 500), stage.chance.randint(500, 700)):
-                resize = ["mount", "-o", f"remount,size={size}k", str(place)]
+                resize = ["mount", "-o", f"remount,size={size}k", str(mount_point)]
                 subprocess.run(resize, check=True)
                 watches = stage.watches(trial.store)
                 codes = [small.wait(c) for c in start(stage, trial.store, watches)]
@@ -287,13 +287,13 @@ def full_disk(stage: Stage, times: int) -> Counter[str] | None:
                     trial.counts["full_disks"] += code == STOPPED and good
                     trial.counts["other_ends"] += not (code == DONE or (code == STOPPED and good))
                 trial.note_committed(faults.events([w.journal for w in watches]))
-            subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+            subprocess.run(["mount", "-o", "remount,size=64m", str(mount_point)], check=True)
             total += finish(stage, trial)
     return total
 
 
 def served(store: Store, cache_dir: Path) -> str:
-    """Checksum of all boxes and labels as the trainer gets them."""
+    """Checksum of all boxes and labels as read by the trainer."""
     rows, crops_m = np.arange(store.num_images), np.arange(small.CROPS)
     found = reader.finished(store, [("labels", small.SOURCE, "")])
     boxes = reader.CropReader(store, found.crops, cache_dir).take(rows, crops_m)
@@ -306,7 +306,7 @@ def served(store: Store, cache_dir: Path) -> str:
 
 
 def fill_cache(store: Path, cache_dir: Path, expected: str, die_at: int) -> None:
-    """Read everything through the cache; die at a step of filling it, or leave WRONG."""
+    """Read everything through the cache; die while filling it, or exit with WRONG."""
     count = 0
 
     def stepping(owner: object, name: str) -> None:
@@ -330,7 +330,7 @@ def fill_cache(store: Path, cache_dir: Path, expected: str, die_at: int) -> None
 
 
 def kill_hydrations(stage: Stage, store: Path, kills: int) -> Counter[str]:
-    """Kill a reader that fills the cache; another that waits for it must be served the truth."""
+    """Kill a reader that fills the cache; a second one that waits must receive correct data."""
     truth = stage.root / "truth.txt"
     truth.write_text("")
     small.wait(small.fork(lambda: print(served(open_store(store), stage.root / "sound")), truth))

@@ -1,21 +1,21 @@
-"""Damage anywhere in a store or its cache: is it found by a full verify, and is it ever served?
+"""Damage in a store or its cache: does a full verify find it, and is it ever served?
 
-A small store is generated with the public command (labels top-5 and full, four units or more), its
-cache is filled as training fills it, and then one thing at a time is damaged and put back:
+A small store is generated with the public command (top-5 and full labels, four units or more), its
+cache is filled as in training, and then one thing at a time is damaged and restored:
 
-    flip        one random bit, at a random place of all bytes of store and cache
-    truncate    a random file loses a random part of its end
-    delete      a random file is gone
-    swap        two files of the same kind change places, within the store or with a second store
-                made from other seeds
-    swap cache  a whole cache folder stands in another one's place
-    forge       a marker of another unit, of the other store, or a newly made one with right
-                checksums of wrong files, takes a marker's place
+    flip        a random bit of store or cache is flipped
+    truncate    a random file is truncated at a random position
+    delete      a random file is deleted
+    swap        two files of the same kind are swapped, within the store or with a second store
+                generated from other seeds
+    swap cache  a whole cache folder is replaced by another one
+    forge       a commit record is replaced: by that of another unit or of the other store, or by a
+                new one with correct checksums of wrong files
 
 found: `storage.verify` with the cache reports it (opening the store may already refuse it).
 served: a reader, opened as the trainer opens it, hands out a box, a flip, a label or an image name
-that differs from the whole store's. A sample is repaired with `generate --repair` and compared byte
-for byte.
+that differs from that of the intact store. A sample is repaired with `generate --repair` and
+compared byte for byte.
 """
 
 from __future__ import annotations
@@ -54,33 +54,33 @@ def settings(source: str, form: str, seed: int) -> GenerateSettings:
     )
 
 
-def make(place: Path, bench: Bench, teacher: Teacher, seed: int) -> None:
-    """Both sources of a store, through the library calls of `fkdpipe generate`."""
+def make(store_path: Path, bench: Bench, teacher: Teacher, seed: int) -> None:
+    """Generate both sources of a store, using the library calls of `fkdpipe generate`."""
     for source, form in ((SPARSE, "topk:5"), (WIDE, "full")):
-        run(place, bench, teacher, settings(source, form, seed))
+        run(store_path, bench, teacher, settings(source, form, seed))
 
 
 def run(
-    place: Path,
+    store_path: Path,
     bench: Bench,
     teacher: Teacher,
     wanted: GenerateSettings,
     restored: repair.Restored | None = None,
 ) -> None:
     cpu = torch.device("cpu")
-    made = plan.prepare(LocalLocation(place), bench.data, wanted, [teacher], device=cpu)
+    made = plan.prepare(LocalLocation(store_path), bench.data, wanted, [teacher], device=cpu)
     batch_of = repair.withdraw(made, restored).batch_of if restored is not None else {}
     resources = generate.Resources(device=cpu, batch=16, threads=1, batch_of=batch_of)
     generate.generate(made, [teacher], resources)
 
 
-def served(place: Path, cache_dir: Path) -> list[np.ndarray]:
-    """Everything a trainer could get out of a store.
+def served(store_path: Path, cache_dir: Path) -> list[np.ndarray]:
+    """All data that a trainer could read from a store.
 
     Raises:
-        FkdpipeError: the store or its cache is refused.
+        FkdpipeError: the store or its cache is rejected.
     """
-    store = open_store(place)
+    store = open_store(store_path)
     found = reader.finished(store, [("labels", SPARSE, ""), ("labels", WIDE, "")])
     rows, crops_m = np.arange(store.num_images), np.arange(small.CROPS)
     boxes = reader.CropReader(store, found.crops, cache_dir).take(rows, crops_m)
@@ -115,8 +115,8 @@ class Field:
     def flip(self) -> Undo:
         (file,) = self.chance.choices(self.files, self.lengths)
         data = file.read_bytes()
-        place, bit = self.chance.randrange(len(data)), 1 << self.chance.randrange(8)
-        file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        position, bit = self.chance.randrange(len(data)), 1 << self.chance.randrange(8)
+        file.write_bytes(data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :])
         return lambda: _write(file, data)
 
     def truncate(self) -> Undo:
@@ -132,7 +132,7 @@ class Field:
         return lambda: _write(file, data)
 
     def swap(self) -> Undo:
-        """Two files of a kind that differ change places."""
+        """Swap two different files of the same kind."""
         while True:
             first = self.chance.choice(self.files)
             second = self.chance.choice(self._alike(first))
@@ -149,7 +149,7 @@ class Field:
         return undo
 
     def _alike(self, file: Path) -> list[Path]:
-        """Files of the same kind: by name without numbers, in both stores or both caches."""
+        """Files of the same kind: same name up to numbers, in both stores or both caches."""
         if self.cache in file.parents:
             every = [*self.cache.rglob(file.name), *self.other_cache.rglob(file.name)]
         else:
@@ -161,7 +161,7 @@ class Field:
         return every
 
     def swap_cache(self) -> Undo:
-        """A cache folder in the place of another one's, of the same or of the other store."""
+        """Replace a cache folder by another one, of the same or of the other store."""
         mine = self.chance.choice(sorted(p for p in self.cache.iterdir() if p.is_dir()))
         others = [p for c in (self.cache, self.other_cache) for p in c.iterdir() if p.is_dir()]
         other = self.chance.choice(sorted(p for p in others if p != mine))
@@ -176,7 +176,7 @@ class Field:
         return undo
 
     def forge(self) -> Undo:
-        """A marker whose own checksum is right and that is not the committed one."""
+        """Replace a commit record by a different one with a correct checksum."""
         markers = [f for f in self.files if f.stem.isdigit() and "commits" in f.parts]
         file = self.chance.choice(markers)
         data = file.read_bytes()
@@ -208,19 +208,19 @@ def _write(file: Path, data: bytes) -> None:
     file.write_bytes(data)
 
 
-def is_found(place: Path, cache_dir: Path) -> bool:
+def is_found(store_path: Path, cache_dir: Path) -> bool:
     try:
-        return bool(verify.verify(open_store(place), full=True, cache_dir=cache_dir))
+        return bool(verify.verify(open_store(store_path), full=True, cache_dir=cache_dir))
     except FkdpipeError:
         return True
 
 
-def is_served(place: Path, cache_dir: Path, truth: list[np.ndarray], scratch: Path) -> bool:
-    """Does a trainer get something else than the truth? It may fill a broken cache again."""
+def is_served(store_path: Path, cache_dir: Path, truth: list[np.ndarray], scratch: Path) -> bool:
+    """Whether a trainer reads wrong data. It may rebuild a broken cache."""
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(cache_dir, scratch)
     try:
-        values = served(place, scratch)
+        values = served(store_path, scratch)
     except FkdpipeError:
         return False
     same = len(values) == len(truth) and all(
@@ -239,7 +239,7 @@ def trials(field: Field, budget: dict[str, int]) -> Iterator[tuple[str, Undo]]:
 def repair_some(
     root: Path, bench: Bench, teacher: Teacher, field: Field, count: int
 ) -> tuple[int, int]:
-    """Damage the store, repair it; (how often, how often every byte was as before)."""
+    """Damage the store and repair it; return (attempts, repairs identical to the byte)."""
     whole = contents(field.store)
     same = 0
     done = 0

@@ -1,8 +1,8 @@
-"""Faults for a forked process: it dies at a chosen step of a write, and a power cut is played back.
+"""Fault injection for a forked process: death at a chosen step of a write, and power cuts.
 
-A process under test keeps a journal of what it asks of the disk. From it, `cut_power` takes away
-what a disk may forget: data of files that were not flushed, and names in folders that were not
-flushed. Each of these is lost or kept by the toss of a coin, as on a real disk.
+A process under test keeps a journal of its disk operations. From it, `cut_power` removes what a
+power cut may lose: data of files and names in folders that were not flushed. Each of these is lost
+or kept at random, as on a real disk.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Watch:
-    """What a process under test does beside its work.
+    """Instrumentation of a process under test.
 
     Attributes:
-        root: only what lies below is watched.
-        journal: file that events are appended to; also the place of backups (journal.old/).
-        die_at: kill itself with SIGKILL at this step of writing, counted from 1; 0 never. Steps
-            are: data half written, written but not flushed, flushed but not renamed, renamed but
-            its folder not flushed.
-        seed: of where data are torn.
+        root: folder to watch.
+        journal: file that events are appended to; backups are in journal.old/.
+        die_at: step of writing at which the process sends itself SIGKILL, counted from 1; 0 for
+            never. Steps are: data half written, written but not flushed, flushed but not renamed,
+            renamed but its folder not flushed.
+        seed: seed for the positions at which data are torn.
     """
 
     root: Path
@@ -102,7 +102,7 @@ class Watch:
 
 
 class _Steps:
-    """Counts the steps of writing and dies at one of them."""
+    """Count the steps of writing, and die at one of them."""
 
     def __init__(self, die_at: int, chance: random.Random) -> None:
         self.count, self._die_at, self._chance = 0, die_at, chance
@@ -113,14 +113,14 @@ class _Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def torn(self, descriptor: int) -> None:
-        """As `next`, but only a part of the data has been written."""
+        """As `next`, for data that are only partly written."""
         if self.count + 1 == self._die_at:
             os.ftruncate(descriptor, self._chance.randrange(os.fstat(descriptor).st_size + 1))
         self.next()
 
 
 def events(journals: Sequence[Path]) -> list[Event]:
-    """What several processes did, in order of time."""
+    """Events of several processes in chronological order."""
     found = []
     for journal in journals:
         lines = journal.read_text().splitlines() if journal.exists() else []
@@ -131,10 +131,10 @@ def events(journals: Sequence[Path]) -> list[Event]:
 def cut_power(
     root: Path, before: dict[str, int], noted: Sequence[Event], chance: random.Random
 ) -> int:
-    """Take away what was not flushed; returns how many names or files were hit.
+    """Remove what was not flushed; return the number of affected names and files.
 
     Args:
-        before: path to inode of every file when the processes were started; those are durable.
+        before: path to inode of every file at the start of the processes; these are durable.
     """
     hit = 0
     for event, later in _unflushed(noted):
@@ -153,7 +153,7 @@ def cut_power(
         if before.get(name) != inode and name not in flushed:
             size = os.path.getsize(name)
             kept = chance.randrange(size + 1)
-            with open(name, "r+b") as file:  # lost, or zeros where data should be
+            with open(name, "r+b") as file:  # truncated, or zeroed
                 file.truncate(kept)
                 if chance.random() < 0.5:
                     file.truncate(size)
@@ -171,7 +171,7 @@ def snapshot(root: Path) -> dict[str, int]:
 
 
 def _unflushed(noted: Sequence[Event]) -> list[tuple[Event, Sequence[Event]]]:
-    """New names whose folder was not flushed afterwards, newest first, with what came later."""
+    """New names whose folder was not flushed afterwards, newest first, with all later events."""
     found = []
     for index, event in enumerate(noted):
         later = noted[index + 1 :]

@@ -1,17 +1,17 @@
-"""Stored features instead of a teacher: bytes per crop, reading, and the training step.
+"""Stored features against a live teacher: bytes per crop, reading, and the training step.
 
     python benchmarks/features.py [--quick] [--rounds 5]
 
-A ResNet-50 with random weights is the teacher, a ResNet-18 the student, on pieces of photographs at
-64 pixels. Kept are its whole vectors (2,048) and 512 components of a basis, in float16 and int8.
+The teacher is a ResNet-50 with random weights, the student a ResNet-18, on pieces of photographs at
+64 pixels. Stored are whole vectors (2,048) and 512 components of a basis, in float16 and int8.
 
 bytes     stored bytes per crop of the features, from `fkdpipe report`
-read      milliseconds to open a window of features and take its batches, per batch of 64 crops, and
-          the size of that against decoding and resizing the same batch's pixels
-loss      largest relative difference of a batch's loss from that with the teacher online, at the
-          same weights
-step      seconds of a KDEP step (student and teacher's side) with the teacher online over that with
-          stored features: interleaved rounds in one process, medians of the ratios within rounds
+read      milliseconds to open a window of features and read its batches, per batch of 64 crops, and
+          relative to decoding and resizing the pixels of the same batch
+loss      largest relative difference of a batch's loss from that with the live teacher, at the same
+          weights
+step      time of a KDEP step with the live teacher relative to that with stored features:
+          interleaved rounds in one process, medians of the ratios within rounds
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def kinds(components: int) -> dict[str, tuple[str, str]]:
     }
 
 
-def make_teacher(place: Path) -> tuple[str, Teacher]:
+def make_teacher(root: Path) -> tuple[str, Teacher]:
     torch.manual_seed(0)
     module = timm.create_model("resnet50", num_classes=10, zero_init_last=False)
-    file = place / "teacher.safetensors"
+    file = root / "teacher.safetensors"
     weight_files.write_export(file, module, {"size": [SIDE, SIDE], "interpolation": "bilinear"})
     text = f"resnet50={file}"
     (loaded,) = teachers.load_teachers(
@@ -69,38 +69,38 @@ def make_teacher(place: Path) -> tuple[str, Teacher]:
     return text, loaded
 
 
-def make_stores(place: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
-    """One for each kind, and `basis` beside them."""
+def make_stores(root: Path, data: Path, teacher: Teacher, components: int) -> dict[str, Store]:
+    """Generate one store for each kind of features, and the basis."""
     resources = Resources(device=CPU, threads=common.cores())
-    wanted = FitSettings(teacher="t", fraction=1.0, crops=CROPS)
-    sample = fit_basis.from_folder(data, wanted)
-    basis = place / "basis.safetensors"
-    features.save_basis(basis, fit_basis.fit(sample, teacher, wanted, resources).basis)
+    fit_settings = FitSettings(teacher="t", fraction=1.0, crops=CROPS)
+    sample = fit_basis.from_folder(data, fit_settings)
+    basis = root / "basis.safetensors"
+    features.save_basis(basis, fit_basis.fit(sample, teacher, fit_settings, resources).basis)
     stores = {}
     for name, (text, code) in kinds(components).items():
         generation = GenerateSettings(
             teacher=("t",), source="t", form="none", features=(text,), features_code=code,
             basis=basis, crops=CROPS,
         )  # fmt: skip
-        location = LocalLocation(place / name)
+        location = LocalLocation(root / name)
         planned = plan.prepare(location, data, generation, [teacher], device=CPU)
         generate.generate(planned, [teacher], resources)
-        stores[name] = open_store(place / name)
-        common.say(f"{name}: made")
+        stores[name] = open_store(root / name)
+        common.say(f"{name}: generated")
     return stores
 
 
-def prepare(place: Path, data: Path, store: Store, teacher: str | None) -> Run:
+def prepare(root: Path, data: Path, store: Store, teacher: str | None) -> Run:
     settings = TrainSettings(
         student="resnet18", size=SIDE, epochs=CROPS, batch_size=BATCH, teacher=teacher,
-        method={"name": "kdep", "feature_weight": 1.0, "basis": str(place / "basis.safetensors")},
+        method={"name": "kdep", "feature_weight": 1.0, "basis": str(root / "basis.safetensors")},
     )  # fmt: skip
-    out = place / f"run-{Path(store.url).name}-{'online' if teacher else 'stored'}"
-    return run.prepare(settings, data, out, store=store, cache_dir=place / "cache", device=CPU)
+    out = root / f"run-{Path(store.url).name}-{'online' if teacher else 'stored'}"
+    return run.prepare(settings, data, out, store=store, cache_dir=root / "cache", device=CPU)
 
 
 def read_seconds(prepared: Run, batches: list[Batch]) -> float:
-    """Seconds per batch of the features alone, windows opened anew."""
+    """Seconds per batch for reading features only, including opening of windows."""
     data, order = prepared.feed.data, prepared.feed.order
     assert data.features is not None
     begun = time.perf_counter()
@@ -128,22 +128,22 @@ def pixel_seconds(prepared: Run, count: int) -> float:
 def loss(prepared: Run, batch: Batch) -> float:
     prepared.learner.train()
     with torch.no_grad():
-        pixels, wanted = step.prepare(prepared, batch)
-        _, terms = prepared.learner(pixels, wanted)
+        pixels, targets = step.prepare(prepared, batch)
+        _, terms = prepared.learner(pixels, targets)
     return float(torch.stack([term.mean() for term in terms.values()]).sum())
 
 
 def loss_difference(stored: Run, online: Run, batches: list[tuple[Batch, Batch]]) -> float:
-    """Largest |stored / online - 1| of the losses of the same crops and weights."""
+    """Largest |stored / online - 1| of the losses, for the same crops and weights."""
     stored.learner.load_state_dict(online.learner.state_dict())
     return max(abs(loss(stored, ours) / loss(online, theirs) - 1) for ours, theirs in batches)
 
 
 def compare(
-    place: Path, data: Path, stores: dict[str, Store], teacher: str, rounds: int
+    root: Path, data: Path, stores: dict[str, Store], teacher: str, rounds: int
 ) -> list[dict[str, Any]]:
-    stored = {name: prepare(place, data, store, None) for name, store in stores.items()}
-    online = prepare(place, data, stores["whole_float16"], teacher)
+    stored = {name: prepare(root, data, store, None) for name, store in stores.items()}
+    online = prepare(root, data, stores["whole_float16"], teacher)
     runs = {**stored, "online": online}
     batches = {
         name: [b for _, b in zip(range(3), r.crops.stream(), strict=False)]
@@ -161,7 +161,7 @@ def compare(
         if prepared is not online:
             measures[f"read {name}"] = lambda r=prepared, b=batches[name]: read_seconds(r, b)
             measures[f"feed {name}"] = lambda r=prepared: pixel_seconds(r, 3)
-    found = common.interleaved(rounds, **measures)
+    times = common.interleaved(rounds, **measures)
     rows = []
     for name, store in stores.items():
         size = sum(
@@ -169,15 +169,15 @@ def compare(
             for field_name, field in measure(store).fields.items()
             if field_name in ("value", "code", "scale")
         )
-        read_s = statistics.median(found[f"read {name}"])
+        read_s = statistics.median(times[f"read {name}"])
         rows.append(
             {
                 "features": name,
                 "bytes_per_crop": round(size, 1),
                 "read_ms_per_batch": 1000 * read_s,
-                "read_share_of_feed": read_s / statistics.median(found[f"feed {name}"]),
+                "read_share_of_feed": read_s / statistics.median(times[f"feed {name}"]),
                 "loss_difference": differences[name],
-                "step_vs_online": common.median_ratio(found["step online"], found[f"step {name}"]),
+                "step_vs_online": common.median_ratio(times["step online"], times[f"step {name}"]),
             }
         )
     return rows
@@ -185,23 +185,24 @@ def compare(
 
 def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--rounds", type=int, default=5, help="Interleaved rounds.")
+        parser.add_argument("--rounds", type=int, default=5, help="Number of interleaved rounds.")
 
-    given = common.arguments(__doc__, add)
-    count, components = (96 if given.quick else 512), 512  # components as wide as the student
+    arguments = common.arguments(__doc__, add)
+    count = 96 if arguments.quick else 512
+    components = 512  # as many as the student has channels
     with tempfile.TemporaryDirectory(prefix="fkdpipe-features-") as folder:
-        place = Path(folder)
-        photographs.write_folder(place / "images", count)
-        text, teacher = make_teacher(place)
-        stores = make_stores(place, place / "images", teacher, components)
-        rounds = 2 if given.quick else given.rounds
-        rows = compare(place, place / "images", stores, text, rounds)
+        root = Path(folder)
+        photographs.write_folder(root / "images", count)
+        text, teacher = make_teacher(root)
+        stores = make_stores(root, root / "images", teacher, components)
+        rounds = 2 if arguments.quick else arguments.rounds
+        rows = compare(root, root / "images", stores, text, rounds)
     names = (
         "bytes_per_crop", "read_ms_per_batch", "read_share_of_feed", "loss_difference",
         "step_vs_online",
     )  # fmt: skip
     figures = {name: {row["features"]: row[name] for row in rows} for name in names}
-    common.finish("features", rows, figures, quick=given.quick)
+    common.finish("features", rows, figures, quick=arguments.quick)
 
 
 if __name__ == "__main__":

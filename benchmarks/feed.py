@@ -1,17 +1,17 @@
-"""The feed against what a user would use instead, on two CPU cores.
+"""The feed against the alternatives of a user, on two CPU cores.
 
     python benchmarks/feed.py [--quick] [--rounds 7]
 
 512 JPEGs of about 500 x 375 pixels cut from real photographs, 224 px, top-5 labels of 1,000
-classes, batches of 128 crops. Interleaved rounds in one process; ratios are of the same round,
-medians over the rounds. All sides use two threads or workers.
+classes, batches of 128 crops. Interleaved rounds in one process; ratios are taken
+within a round, with medians over the rounds. All sides use two threads or workers.
 
-ours        `Feed`: labels and boxes from a store, uint8 batches in torch, as they go to a device
+ours        `Feed`: labels and boxes from a store, uint8 batches in torch, as sent to a device
 ours float  the same, then normalised to float32 on the CPU
-fkd loader  written for this benchmark in the form of FKD's: a torch DataLoader with two workers,
+fkd loader  written for this benchmark in the style of FKD's: a torch DataLoader with two workers,
             Pillow + torchvision, `torch.load` of one label file per image, float batches. Its files
-            hold as many crops as our store (16); FKD's hold 500 and take longer to read.
-decode      torchvision's JPEG decoder on the same files in two threads, nothing else
+            hold as many crops as the store (16); FKD's hold 500 and take longer to read.
+decode      torchvision's JPEG decoder on the same files in two threads, without any other work
 """
 
 from __future__ import annotations
@@ -55,29 +55,32 @@ CPU = torch.device("cpu")
 Batches = Iterator[tuple[torch.Tensor, Any]]
 SIZE, BATCH, THREADS, CROPS, K = 224, 128, 2, 16, 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WARM = 6  # batches at either end that are not timed: more than any side reads ahead
+WARM = 6  # untimed batches at both ends: more than any side reads ahead
 WIDTHS = (1, 2, 4, 8)
 
 
-def make_store(place: Path, data: Path) -> Store:
-    """A real store: a tiny network of 1,000 classes labels 16 crops of every image."""
+def make_store(workdir: Path, data: Path) -> Store:
+    """Generate a real store: a tiny network of 1,000 classes labels 16 crops of every image."""
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=1000).eval()
-    file = place / "teacher.safetensors"
+    file = workdir / "teacher.safetensors"
     shape = {"student": "test_resnet", "size": [64, 64], "interpolation": "bilinear"}
     weight_files.write_export(file, module, shape)
     loaded = teachers.load_teachers(
         [ModelSpec("test_resnet", "timm", file)], class_names=(), device=CPU
     )
     settings = GenerateSettings(teacher=("t",), crops=CROPS, source="t", form=f"topk:{K}")
-    planned = plan.prepare(LocalLocation(place / "store"), data, settings, loaded, device=CPU)
+    planned = plan.prepare(LocalLocation(workdir / "store"), data, settings, loaded, device=CPU)
     generate.generate(planned, loaded, generate.Resources(device=CPU, batch=256))
     return planned.store
 
 
-def write_label_files(store: Store, place: Path) -> list[tuple[str, Path]]:
-    """One file per image in FKD's form: crops as fractions of the image, flips, and the kept
-    classes and probabilities as float32 (crops, 2, K). Returns (key, file)."""
+def write_label_files(store: Store, workdir: Path) -> list[tuple[str, Path]]:
+    """Write one file per image in FKD's format; return a list of (key, file).
+
+    A file has crops as fractions of the image, flips, and the kept classes and probabilities as
+    float32 (crops, 2, K).
+    """
     import zarr
 
     def read(name: str) -> np.ndarray:
@@ -88,7 +91,7 @@ def write_label_files(store: Store, place: Path) -> list[tuple[str, Path]]:
     form = labels.parse_form(f"topk:{K}")
     ids = read("ids").astype(np.float32)
     prob = labels.decode_probabilities(form, read("prob").reshape(-1, K)).reshape(ids.shape)
-    place.mkdir()
+    workdir.mkdir()
     listed = []
     for unit in range(store.num_units):
         drawn = rounds.crops_of(store, part, unit)
@@ -101,14 +104,14 @@ def write_label_files(store: Store, place: Path) -> list[tuple[str, Path]]:
                 torch.from_numpy(drawn.flip_NM[local].copy()),
                 torch.from_numpy(np.stack([ids[row], prob[row]], axis=1)),
             ]
-            file = place / f"{row}.tar"
+            file = workdir / f"{row}.tar"
             torch.save(state, file)
             listed.append((str(store.images.keys[row]), file))
     return listed
 
 
 class FkdImages(Dataset):
-    """m random crops of an image with their labels, made with Pillow."""
+    """m random crops of an image with their labels, using Pillow."""
 
     def __init__(self, root: Path, listed: list[tuple[str, Path]], m: int) -> None:
         self.root, self.listed, self.m = root, listed, m
@@ -171,8 +174,8 @@ def our_feed(data: training_data.TrainingSet, m: int, batches: int, *, as_float:
 def run_through(stream: Iterator[Any], batches: int) -> tuple[float, float]:
     """(crops per second, CPU milliseconds of all processes per crop).
 
-    The rate is taken between two moments in the middle of the stream, so that reading ahead gains
-    nothing. CPU time does not depend on what else the machine does.
+    The rate is measured in the middle of the stream, so that read-ahead has no effect. CPU time
+    does not depend on other load of the machine.
     """
     begun = ended = 0.0
     spent = cpu_seconds()
@@ -186,7 +189,7 @@ def run_through(stream: Iterator[Any], batches: int) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the workers that it had and that have ended."""
+    """CPU seconds of this process and of its finished workers."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
@@ -203,7 +206,7 @@ def decode_per_s(files: list[bytes], size_N2: np.ndarray, count: int) -> float:
 def parts_of_an_image(
     data: training_data.TrainingSet, files: list[bytes], m: int
 ) -> dict[str, float]:
-    """Milliseconds of one thread for one image, part by part, the least of several tries."""
+    """Milliseconds of one thread per image for each part, as the minimum of several runs."""
     target = View((SIZE, SIZE))
     crops_m = np.arange(m)
     box = data.crops(data.rows, crops_m).box_NM4
@@ -235,7 +238,7 @@ def parts_of_an_image(
 
 
 def least(work: Callable[[], None]) -> float:
-    """Milliseconds of CPU time of the quickest of five calls."""
+    """Minimum CPU time of five calls, in milliseconds."""
     taken = []
     for _ in range(5):
         begun = time.process_time()
@@ -244,14 +247,14 @@ def least(work: Callable[[], None]) -> float:
     return min(taken)
 
 
-def measure(place: Path, *, images: int, rounds_: int, batches: int) -> tuple[list[dict], dict]:
-    pixels = photographs.write_folder(place / "data", images)
-    store = make_store(place, place / "data")
-    listed = write_label_files(store, place / "labels")
+def measure(workdir: Path, *, images: int, rounds_: int, batches: int) -> tuple[list[dict], dict]:
+    pixels = photographs.write_folder(workdir / "data", images)
+    store = make_store(workdir, workdir / "data")
+    listed = write_label_files(store, workdir / "labels")
     target = Target("marginal-smoothing", K)
     data = training_data.from_store(
-        store, place / "data", target=target, source=None, temperature=None,
-        cache_dir=place / "cache",
+        store, workdir / "data", target=target, source=None, temperature=None,
+        cache_dir=workdir / "cache",
     )  # fmt: skip
     files = [str(data.root / key).encode() for key in data.keys]
     seen: dict[tuple[str, int], list[float]] = {}  # images per second
@@ -294,7 +297,7 @@ def tabulate(
     data: training_data.TrainingSet,
     files: list[bytes],
 ) -> list[dict]:
-    """One row per side and m: images/s, crops/s, the ratio, and where our time goes."""
+    """One row per side and m: images/s, crops/s, the ratio, and the parts of the feed's time."""
     rows = []
     for m in WIDTHS:
         parts = parts_of_an_image(data, files, m)
@@ -304,7 +307,7 @@ def tabulate(
                    "of fkd loader": common.median_ratio(seen[name, m], seen["fkd loader", m]),
                    "of decode": common.median_ratio(seen[name, m], seen["decode", m])}  # fmt: skip
             row["cpu ms"] = statistics.median(cpu_ms[name, m])
-            if name == "ours":  # where they go; rest: Python, hand-over between threads
+            if name == "ours":  # the rest is Python and hand-over between threads
                 row |= {**parts, "rest ms": row["cpu ms"] - sum(parts.values())}
             rows.append(row)
     return rows
@@ -316,9 +319,9 @@ def main() -> None:
 
     asked = common.arguments(__doc__, add)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as workdir:
         rows, figures = measure(
-            Path(place),
+            Path(workdir),
             images=128 if asked.quick else 512,
             rounds_=2 if asked.quick else asked.rounds,
             batches=2 * WARM + (6 if asked.quick else 16),

@@ -1,18 +1,18 @@
-"""Bytes per crop of every form at M = 200, every byte under the store counted.
+"""Bytes per crop of every form at M = 200, counting every byte of the store.
 
-Beside each: the FKD paper's Table 2, FKD's own files (`torch.save` of an image's crops, float32 and
-`--use_fp16`), and an entropy bound. And what the code costs in truth: total variation and
-Kullback-Leibler divergence between the stored label and the exact one of the same K.
+For comparison: the FKD paper's Table 2, FKD's own files (`torch.save` of an image's crops, float32
+and `--use_fp16`), and an entropy bound. The error of the code is given as total variation and
+Kullback-Leibler divergence between the stored label and the exact one with the same K.
 
-Two label sets. `simulated`: 1,000 classes, `benchmarks/simulated.py`; its statistics are asserted
-before anything is measured. `demo`: a small network trained here on the demo's pictures (10
-classes), its labels written by `fkdpipe generate` and thinned to each form.
+Two label sets. `simulated`: 1,000 classes, `benchmarks/simulated.py`; its statistics are checked
+before the measurement. `demo`: a small network trained on the images of the demo (10 classes), with
+labels written by `fkdpipe generate` and thinned to each form.
 
-The bound is the length of an ideal code: of a box, the logarithm of the number of boxes its law
-allows in that image (sizes are uniform on their region); of a flip, one bit; of kept classes, an
-adaptive model that has seen the image's earlier crops (the order of all but the first is free); of
-probabilities, the entropy of the stored numbers at each of the K places. For `full` and `logits`
-nothing is claimed.
+The bound is the length of an ideal code: for a box, the logarithm of the number of boxes that
+its distribution allows in that image (sizes are uniform on their region); for a flip, one bit; for
+kept classes, an adaptive model that has seen the image's earlier crops (the order of all but the
+first is free); for probabilities, the entropy of the stored numbers at each of the K positions.
+There is no bound for `full` and `logits`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ PAPER = {
     "topk:10": "marginal-smoothing:10",
     "topk:10:compact": "marginal-smoothing:10",
 }
-BETAS = (0.003, 0.01, 0.03)  # weight of a class not seen yet; the best one is taken
+BETAS = (0.003, 0.01, 0.03)  # weight of a class not seen so far; the best value is used
 
 
 def row_of(name: str, store: Store, form: Form, derived: bool) -> dict[str, Any]:
-    """One line of the table from a measured store."""
+    """One row of the table for a measured store."""
     measured = report.measure(store)
     parts = {name: size.bytes_per_crop for name, size in measured.fields.items()}
     values = sum(parts.get(k, 0.0) for k in ("prob", "stick", "log_prob", "logit", "logit_max"))
@@ -81,7 +81,7 @@ def row_of(name: str, store: Store, form: Form, derived: bool) -> dict[str, Any]
 
 
 def fkd_bytes_per_crop(made: Labels, form: Form, *, half: bool) -> float:
-    """FKD's file of an image, mean over images, per crop."""
+    """Mean size of FKD's file of an image, per crop."""
     total = 0
     for index in range(min(64, made.images)):
         box, flip, kept = simulated.fkd_state(made, index, form.k)
@@ -101,7 +101,7 @@ def fkd_bytes_per_crop(made: Labels, form: Form, *, half: bool) -> float:
 def label_error(form: Form, prob_BK: np.ndarray, classes: int) -> dict[str, float]:
     """Total variation and KL (nats) of stored from exact labels of the same K, B crops.
 
-    The C - K other classes share the rest evenly in both, so they count as one.
+    The other C - K classes share the rest evenly in both, so they count as one class.
     """
     if form.kind == "hard":
         return {"tv_mean": 0.0, "tv_max": 0.0, "kl_mean": 0.0, "kl_max": 0.0}
@@ -135,7 +135,7 @@ def _short(value: float) -> float:
 
 
 def box_bytes(size_N2: np.ndarray, keys: list[str]) -> float:
-    """Entropy of a box in bytes: its size is uniform on a region, its place on what is left."""
+    """Entropy of a box in bytes: size and position are uniform on their regions."""
     distribution = CropDistribution()
     drawn = crops.sample(
         distribution,
@@ -156,7 +156,7 @@ def box_bytes(size_N2: np.ndarray, keys: list[str]) -> float:
 
 
 def ids_bytes(ids_NMK: np.ndarray, classes: int) -> float:
-    """Ideal code length of the kept classes, given the image's earlier crops; see the module."""
+    """Ideal code length of the kept classes, given the image's earlier crops; see above."""
     return min(_adaptive_bits(ids_NMK, classes, beta) for beta in BETAS) / 8
 
 
@@ -182,7 +182,7 @@ def _adaptive_bits(ids_NMK: np.ndarray, classes: int, beta: float) -> float:
 
 
 def value_bytes(stored_BK: np.ndarray) -> float:
-    """Entropy of the stored numbers at each place, with Miller and Madow's correction."""
+    """Entropy of the stored numbers at each position, with the Miller-Madow correction."""
     bits = 0.0
     for column in stored_BK.view(f"u{stored_BK.dtype.itemsize}").T:
         counts = np.unique(column, return_counts=True)[1]
@@ -193,7 +193,7 @@ def value_bytes(stored_BK: np.ndarray) -> float:
 
 def bound(form: Form, derived: bool, box: float, ids_NMK: np.ndarray, prob_NMK: np.ndarray,
           classes: int) -> float:  # fmt: skip
-    """Bytes per crop; ids and probabilities from most to least probable."""
+    """Bytes per crop of the bound; ids and probabilities in descending order of probability."""
     some = ids_NMK[:256, :, : form.k]
     total = ids_bytes(some, classes) + (0.0 if derived else box + 1 / 8)
     if form.kind == "topk":
@@ -229,7 +229,7 @@ def simulated_rows(root: Path, images: int) -> Iterator[dict[str, Any]]:
 
 
 def wide_store(place: Path, made: Labels, form: Form) -> Store:
-    """One small unit of all scores: nothing of them is compressed, so the size says enough."""
+    """A store with one small unit of all scores, which suffices as they are not compressed."""
     store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=128)
     boxes = writer.add_crops(store, CropDistribution(), seed=0, count=made.crops)
     teachers = ({"name": "simulated"},)

@@ -1,9 +1,9 @@
-"""Importing and exporting label files: rates, memory against the number of files, round trips.
+"""Import and export of label files: speed, memory by number of files, round trips.
 
-Writes label files for synthetic images (their list and sizes only; no pixels are needed), imports
-them into a store and exports them again. Baselines: `torch.load` of the same files, which is what
-the other systems' own loaders do, and `torch.save`. Memory is the growth of this process's peak
-over the import, for a small and a six times larger set of files.
+The script writes label files for synthetic images (only names and sizes; no pixels are needed),
+imports them into a store and exports them again. Baselines: `torch.load` of the same files, as in
+the loaders of the other systems, and `torch.save`. Memory is the increase of this process's peak
+during the import, for a small set of files and one six times as large.
 
 Usage: python benchmarks/interchange.py [--quick]
 """
@@ -33,7 +33,7 @@ SIZE = (375, 500)
 
 
 def folder_of(count: int) -> ImageFolder:
-    """A list of images as a scan gives it, without files behind it."""
+    """A list of images as returned by a scan, without any files."""
     keys = [f"n{i // PER_CLASS:04}/i{i:07}.JPEG" for i in range(count)]
     return ImageFolder(
         root=Path("images"),
@@ -47,7 +47,7 @@ def folder_of(count: int) -> ImageFolder:
 
 
 def label(random: np.random.Generator, crops: int, k: int) -> list[torch.Tensor]:
-    """One image's crops and labels, as FKD keeps them."""
+    """Crops and labels of one image in FKD's format."""
     H, W = SIZE
     h, w = random.integers(30, H + 1, crops), random.integers(30, W + 1, crops)
     top, left = ((random.random(crops) * (n - m + 1)).astype(int) for n, m in ((H, h), (W, w)))
@@ -62,32 +62,32 @@ def label(random: np.random.Generator, crops: int, k: int) -> list[torch.Tensor]
     ]
 
 
-def write_fkd(place: Path, folder: ImageFolder, crops: int, *, tensors: bool) -> None:
+def write_fkd(workdir: Path, folder: ImageFolder, crops: int, *, tensors: bool) -> None:
     random = np.random.default_rng(0)
     state = [label(random, crops, 5) for _ in range(64)]
     for i, key in enumerate(folder.keys):
-        path = place / "train" / key.replace(".JPEG", ".tar")
+        path = workdir / "train" / key.replace(".JPEG", ".tar")
         path.parent.mkdir(parents=True, exist_ok=True)
         values = state[i % 64]
         torch.save(values if tensors else [v.numpy() for v in values], path)
 
 
-def write_maps(place: Path, folder: ImageFolder) -> None:
+def write_maps(workdir: Path, folder: ImageFolder) -> None:
     random = np.random.default_rng(0)
     ids = random.random((CLASSES, 15, 15)).argsort(0)[:5]
     scores = -np.sort(-random.normal(8, 3, (5, 15, 15)), axis=0)
     values = torch.from_numpy(np.stack([scores, ids])).float()
     for key in folder.keys:
-        path = place / key.replace(".JPEG", ".pt")
+        path = workdir / key.replace(".JPEG", ".pt")
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(values, path)
 
 
-def write_tinyvit(place: Path, folder: ImageFolder, crops: int, k: int = 10) -> None:
+def write_tinyvit(workdir: Path, folder: ImageFolder, crops: int, k: int = 10) -> None:
     random = np.random.default_rng(0)
     kind = np.dtype([("seed", "<i4"), ("index", "<i2", (k,)), ("prob", "<f2", (k,))])
     for epoch in range(crops):
-        inside = place / f"logits_top{k}_epoch{epoch}"
+        inside = workdir / f"logits_top{k}_epoch{epoch}"
         inside.mkdir(parents=True)
         records = np.zeros(len(folder), dtype=kind)
         records["seed"] = random.integers(0, 2**31, len(folder))
@@ -97,14 +97,14 @@ def write_tinyvit(place: Path, folder: ImageFolder, crops: int, k: int = 10) -> 
         (inside / "rank0-values.bin").write_bytes(records.tobytes())
 
 
-def bring(name: str, place: Path, folder: ImageFolder, store: Path, **settings) -> float:
+def bring(name: str, workdir: Path, folder: ImageFolder, store: Path, **settings) -> float:
     """Seconds of an import."""
     shutil.rmtree(store, ignore_errors=True)
     wanted = ImportSettings(classes=CLASSES, **settings)
     begun = time.perf_counter()
-    opened = IMPORTS[name](place, folder, wanted)
-    made = importing.import_labels(opened, folder, open_location(store), wanted)
-    assert not made.failed
+    opened = IMPORTS[name](workdir, folder, wanted)
+    result = importing.import_labels(opened, folder, open_location(store), wanted)
+    assert not result.failed
     return time.perf_counter() - begun
 
 
@@ -117,7 +117,7 @@ def send(name: str, store: Store, out: Path) -> float:
 
 
 def load_all(files: list[Path]) -> float:
-    """Seconds to torch.load every file, once."""
+    """Seconds to torch.load every file once."""
     begun = time.perf_counter()
     for file in files:
         torch.load(file, weights_only=False)
@@ -125,7 +125,7 @@ def load_all(files: list[Path]) -> float:
 
 
 def save_all(values: list[torch.Tensor], count: int, out: Path) -> float:
-    """Seconds to torch.save as many files as an export writes."""
+    """Seconds to torch.save the number of files that an export writes."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     begun = time.perf_counter()
@@ -135,7 +135,7 @@ def save_all(values: list[torch.Tensor], count: int, out: Path) -> float:
 
 
 def growth_mb(work: Callable[[], object]) -> float:
-    """Growth of the peak resident set over what was there before, in MB."""
+    """Increase of the peak resident set, in MB."""
     before = common.resident_bytes()
     common.reset_peak()
     peak = common.peak_bytes()
@@ -162,33 +162,33 @@ def main() -> None:
     folder = folder_of(count)
     rows, figures = [], {}
     with tempfile.TemporaryDirectory() as text:
-        place = Path(text)
+        workdir = Path(text)
         common.say(f"writing label files for {count} images x {crops} crops")
-        write_fkd(place / "numpy", folder, crops, tensors=False)
-        write_fkd(place / "tensors", folder, crops, tensors=True)
-        write_maps(place / "maps", folder)
-        write_tinyvit(place / "tinyvit", folder, crops)
-        store = place / "store"
-        bring("fkd", place / "tensors", folder, place / "kept")
-        send("ml-dr", open_store(place / "kept"), place / "mldr")
-        files = {n: sorted((place / n).rglob("*.tar")) for n in ("numpy", "tensors", "mldr")}
+        write_fkd(workdir / "numpy", folder, crops, tensors=False)
+        write_fkd(workdir / "tensors", folder, crops, tensors=True)
+        write_maps(workdir / "maps", folder)
+        write_tinyvit(workdir / "tinyvit", folder, crops)
+        store = workdir / "store"
+        bring("fkd", workdir / "tensors", folder, workdir / "kept")
+        send("ml-dr", open_store(workdir / "kept"), workdir / "mldr")
+        files = {n: sorted((workdir / n).rglob("*.tar")) for n in ("numpy", "tensors", "mldr")}
         values = label(np.random.default_rng(0), crops, 5)
-        kept = open_store(place / "kept")
+        kept = open_store(workdir / "kept")
         common.say("measuring")
         times = common.interleaved(
             rounds,
-            fkd_numpy=lambda: bring("fkd", place / "numpy", folder, store),
+            fkd_numpy=lambda: bring("fkd", workdir / "numpy", folder, store),
             fkd_numpy_torch_load=lambda: load_all(files["numpy"]),
-            fkd_tensors=lambda: bring("fkd", place / "tensors", folder, store),
+            fkd_tensors=lambda: bring("fkd", workdir / "tensors", folder, store),
             fkd_tensors_torch_load=lambda: load_all(files["tensors"]),
-            mldr=lambda: bring("ml-dr", place / "mldr", folder, store),
+            mldr=lambda: bring("ml-dr", workdir / "mldr", folder, store),
             mldr_torch_load=lambda: load_all(files["mldr"]),
-            tinyvit=lambda: bring("tinyvit", place / "tinyvit", folder, store, assume_plain=True),
-            relabel=lambda: bring("relabel", place / "maps", folder, store, crops=MAP_CROPS),
-            export_fkd=lambda: send("fkd", kept, place / "out"),
-            export_torch_save=lambda: save_all(values, count, place / "out"),
-            export_mldr=lambda: send("ml-dr", kept, place / "out"),
-            export_parquet=lambda: send("parquet", kept, place / "out"),
+            tinyvit=lambda: bring("tinyvit", workdir / "tinyvit", folder, store, assume_plain=True),
+            relabel=lambda: bring("relabel", workdir / "maps", folder, store, crops=MAP_CROPS),
+            export_fkd=lambda: send("fkd", kept, workdir / "out"),
+            export_torch_save=lambda: save_all(values, count, workdir / "out"),
+            export_mldr=lambda: send("ml-dr", kept, workdir / "out"),
+            export_parquet=lambda: send("parquet", kept, workdir / "out"),
         )
         drawn = {"relabel": MAP_CROPS}
         rows += [rate_row(name, count, drawn.get(name, crops), t) for name, t in times.items()]
@@ -202,17 +202,17 @@ def main() -> None:
             )
         }
         for name in ("numpy", "tensors", "mldr", "maps", "tinyvit", "out"):
-            shutil.rmtree(place / name)
-        figures |= memory(place, count, rows)
+            shutil.rmtree(workdir / name)
+        figures |= memory(workdir, count, rows)
     common.finish("interchange", rows, figures, quick=quick)
 
 
-def memory(place: Path, count: int, rows: list[dict]) -> dict[str, float]:
-    """Peak memory of an import of few and of six times as many small files."""
+def memory(workdir: Path, count: int, rows: list[dict]) -> dict[str, float]:
+    """Peak memory of importing a few small files, and six times as many."""
     found = {}
     small, large = folder_of(4 * count), folder_of(24 * count)
     for name, folder in (("small", small), ("large", large)):
-        labels, keep = place / f"labels-{name}", place / name
+        labels, keep = workdir / f"labels-{name}", workdir / name
         write_fkd(labels, folder, 2, tensors=True)
         found[name] = growth_mb(lambda p=labels, f=folder, k=keep: bring("fkd", p, f, k))
         rows.append({"what": f"peak memory, {name}", "images": len(folder), "crops": 2,

@@ -1,18 +1,19 @@
-"""KDEP's tables 1, 2, 4 and 5 in small: pre-train without labels, transfer to other classes.
+"""KDEP's tables 1, 2, 4 and 5 at small scale: pre-train without labels, transfer to other classes.
 
     python benchmarks/kdep.py [--quick]
 
-Handwritten digits on photographs, as `fkdpipe demo` makes them. A teacher learns the digits 0 to 5.
-Students four times as narrow are pre-trained on the same pictures without labels, from its stored
-features, with each alignment and transformation; beside them supervised pre-training on the labels
-of 0 to 5, at equal crops and at equal time (the time of fitting the basis and of generation counted
-against KDEP), and no pre-training. Each is then fine-tuned and linearly probed on the digits 6 to
-9, which nobody has seen, from a few pictures of each class. Three seeds; a table of means follows.
+Handwritten digits on photographs, as in `fkdpipe demo`. A teacher learns the digits 0 to 5.
+Students a quarter as wide are pre-trained on the same images without labels, on the teacher's
+stored features, with each alignment and transformation. Baselines are supervised pre-training on
+the labels of 0 to 5, with equal crops and with equal time (the time for fitting the basis and for
+generation counts as KDEP's), and no pre-training. Each student is then fine-tuned and linearly
+probed on the unseen digits 6 to 9, with a few images of each class. Three seeds; the table shows
+means.
 
-Trends that the paper claims, and that the last line answers: KDEP transfers better than random
-initialisation and than supervised pre-training at equal budget, also on a fraction of the pictures;
-SVD is the best alignment and the non-parametric ones beat the 1x1 convolutions; after SVD, PTS (and
-SM) beat no transformation. T and n of PTS are varied beside the paper's 0.1 and 3 (table 5).
+The last line reports whether the paper's claims hold: KDEP transfers better than random
+initialisation and than supervised pre-training with equal budget, also on a fraction of the images;
+SVD is the best alignment, and the non-parametric ones beat the 1x1 convolutions; after SVD, PTS and
+SM beat no transformation. T and n of PTS are varied around the paper's 0.1 and 3 (table 5).
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from fkdpipe.train.settings import OptimizerSettings, TrainSettings
 from fkdpipe.train.state import export
 
 CPU = torch.device("cpu")
-LAW = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is another shape
+CROP = CropDistribution(scale=(0.25, 1.0), flip=0.0)  # a mirrored digit is a different shape
 TEACHER = {"channels": [32, 64, 128, 256]}
 STUDENT = {"channels": [8, 16, 32, 64]}
 SUPERVISED, EQUAL_TIME, RANDOM = "supervised", "supervised, equal time", "random initialisation"
-FEW = ", a quarter of the pictures"  # as often as all of them: four times the epochs
+FEW = ", a quarter of the pictures"  # with four times the epochs, for equal numbers of steps
 KDEP = {
     "kdep svd + pts": {"alignment": "svd", "transformation": "pts"},
     "kdep svd": {"alignment": "svd", "transformation": "none"},
@@ -68,8 +69,12 @@ KDEP = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. scans: pictures in all, None for the 1,797 there are.
-    fraction: of the new classes' pictures that transfer may use."""
+    """Scale of the experiment.
+
+    Attributes:
+        scans: number of images, None for all 1,797.
+        fraction: share of the new classes' images used for transfer.
+    """
 
     scans: int | None
     teacher_epochs: int
@@ -83,41 +88,41 @@ FULL = Size(None, 30, 20, 30, 0.1, (0, 1, 2))
 QUICK = Size(200, 4, 4, 3, 0.5, (0,))
 
 
-def make_folders(place: Path, size: Size) -> tuple[Path, Path]:
-    """(pictures of 0 to 5, pictures of 6 to 9), each with train/ and val/."""
-    demo_data.make_images(place / "all", count=size.scans)
+def make_folders(root: Path, size: Size) -> tuple[Path, Path]:
+    """(folder of 0 to 5, folder of 6 to 9), each with train/ and val/."""
+    demo_data.make_images(root / "all", count=size.scans)
     for name, digits in (("old", range(6)), ("new", range(6, 10))):
         for split in ("train", "val"):
-            (place / name / split).mkdir(parents=True)
+            (root / name / split).mkdir(parents=True)
             for digit in digits:
-                target = place / "all" / split / str(digit)
-                (place / name / split / str(digit)).symlink_to(target)
-    return place / "old", place / "new"
+                target = root / "all" / split / str(digit)
+                (root / name / split / str(digit)).symlink_to(target)
+    return root / "old", root / "new"
 
 
 def settings(options: dict[str, Any], epochs: int, seed: int, **changes: Any) -> TrainSettings:
     return TrainSettings(
         student="resnet10t", target="ground-truth", student_options=options, size=32,
         epochs=epochs, seed=seed,
-        batch_size=64, crops_per_image=4, crop=LAW, threads=1, eval_every=epochs,
+        batch_size=64, crops_per_image=4, crop=CROP, threads=1, eval_every=epochs,
         optimizer=OptimizerSettings(name="adamw", lr=0.003), **changes,
     )  # fmt: skip
 
 
-def train(place: Path, data: Path, store: Store | None, wanted: TrainSettings) -> float:
-    """Seconds of a run whose student lies in `place` then."""
+def train(root: Path, data: Path, store: Store | None, wanted: TrainSettings) -> float:
+    """Train a student in the run folder `root`; return the seconds."""
     prepared = run.prepare(
-        wanted, data, place, store=store, cache_dir=place.parent / "cache", device=CPU
+        wanted, data, root, store=store, cache_dir=root.parent / "cache", device=CPU
     )
     begun = time.perf_counter()
     loop.train(prepared)
     return time.perf_counter() - begun
 
 
-def make_store(place: Path, data: Path, teacher: str, size: Size) -> tuple[Store, Path, float]:
-    """(features of recorded crops, basis, seconds that both took)."""
+def make_store(root: Path, data: Path, teacher: str, size: Size) -> tuple[Store, Path, float]:
+    """(store of features, basis, seconds to produce both)."""
     begun = time.perf_counter()
-    wanted = FitSettings(teacher=teacher, fraction=1.0, crops=2, crop=LAW)
+    wanted = FitSettings(teacher=teacher, fraction=1.0, crops=2, crop=CROP)
     (loaded,) = teachers.load_teachers(
         [parse_spec(teacher)],
         class_names=(),
@@ -127,32 +132,36 @@ def make_store(place: Path, data: Path, teacher: str, size: Size) -> tuple[Store
     resources = Resources(device=CPU, threads=1)
     sample = fit_basis.from_folder(data, wanted)
     fitted = fit_basis.fit(sample, loaded, wanted, resources)
-    features.save_basis(place / "basis.safetensors", fitted.basis)
+    features.save_basis(root / "basis.safetensors", fitted.basis)
     ratios = features.std_ratios(fitted.basis, STUDENT["channels"][-1])
     common.say(f"Std Ratio: {', '.join(f'{k} {v:.1f}' for k, v in ratios.items())}")
     generation = GenerateSettings(
-        teacher=(teacher,), form="none", features=("pre", "post"), crops=size.epochs, crop=LAW
+        teacher=(teacher,),
+        form="none",
+        features=("pre", "post"),
+        crops=size.epochs,
+        crop=CROP,
     )
-    location = LocalLocation(place / "store")
+    location = LocalLocation(root / "store")
     planned = plan.prepare(location, data, generation, [loaded], device=CPU)
     generate.generate(planned, [loaded], resources)
-    return open_store(place / "store"), place / "basis.safetensors", time.perf_counter() - begun
+    return open_store(root / "store"), root / "basis.safetensors", time.perf_counter() - begun
 
 
-def experiment(place: Path, size: Size) -> list[dict[str, Any]]:
-    old, new = make_folders(place, size)
-    seconds = train(place / "teacher", old, None, settings(TEACHER, size.teacher_epochs, 0))
+def experiment(root: Path, size: Size) -> list[dict[str, Any]]:
+    old, new = make_folders(root, size)
+    seconds = train(root / "teacher", old, None, settings(TEACHER, size.teacher_epochs, 0))
     common.say(f"teacher: {seconds:.0f} s")
-    store, basis, making = make_store(place, old, str(place / "teacher"), size)
+    store, basis, making = make_store(root, old, str(root / "teacher"), size)
     common.say(f"basis and features: {making:.0f} s")
     rows = []
     for seed in size.seeds:
-        rows += one_seed(place / f"seed{seed}", old, new, store, basis, making, size, seed)
+        rows += one_seed(root / f"seed{seed}", old, new, store, basis, making, size, seed)
     return rows
 
 
 def one_seed(
-    place: Path,
+    root: Path,
     old: Path,
     new: Path,
     store: Store,
@@ -161,11 +170,11 @@ def one_seed(
     size: Size,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Every pre-training of one seed, transferred: a row for each mode and learning rate."""
+    """Run and transfer every pre-training with one seed; a row for each mode and learning rate."""
     rows: list[dict[str, Any]] = []
 
     def row(name: str, model: str, pretrain_s: float) -> None:
-        trials = transferred(place / name / "transfer", model, new, size, seed)
+        trials = transferred(root / name / "transfer", model, new, size, seed)
         for trial in trials:
             facts = {"pretraining": name, "seed": seed, "pretrain_s": pretrain_s}
             rows.append({**facts, "mode": trial.mode, "lr": trial.lr, "top1": trial.top1})
@@ -174,42 +183,42 @@ def one_seed(
     few = {"fraction": 0.25}
     for name, options in KDEP.items():
         method = {"name": "kdep", "basis": str(basis), "seed": seed, **options}
-        spent = train(place / name, old, store, settings(STUDENT, size.epochs, seed, method=method))
-        row(name, str(place / name), making + spent)
+        spent = train(root / name, old, store, settings(STUDENT, size.epochs, seed, method=method))
+        row(name, str(root / name), making + spent)
     method = {"name": "kdep", "basis": str(basis), "seed": seed}
     for name, changes in (("kdep svd + pts" + FEW, {"method": method}), (SUPERVISED + FEW, {})):
         wanted = settings(STUDENT, 4 * size.epochs, seed, **few, **changes)
-        row(name, str(place / name), train(place / name, old, store, wanted))
+        row(name, str(root / name), train(root / name, old, store, wanted))
     wanted = settings(STUDENT, size.epochs, seed)
-    alone = train(place / SUPERVISED, old, store, wanted)
-    row(SUPERVISED, str(place / SUPERVISED), alone)
+    alone = train(root / SUPERVISED, old, store, wanted)
+    row(SUPERVISED, str(root / SUPERVISED), alone)
     longer = round(size.epochs * rows[0]["pretrain_s"] / alone)
-    spent = train(place / EQUAL_TIME, old, None, settings(STUDENT, longer, seed))
-    row(EQUAL_TIME, str(place / EQUAL_TIME), spent)
-    row(RANDOM, untrained(place / RANDOM, old, seed), 0.0)
+    spent = train(root / EQUAL_TIME, old, None, settings(STUDENT, longer, seed))
+    row(EQUAL_TIME, str(root / EQUAL_TIME), spent)
+    row(RANDOM, untrained(root / RANDOM, old, seed), 0.0)
     return rows
 
 
-def untrained(place: Path, data: Path, seed: int) -> str:
-    """An exported student at its random weights."""
+def untrained(root: Path, data: Path, seed: int) -> str:
+    """Export a student with random weights."""
     prepared = run.prepare(
-        settings(STUDENT, 4, seed), data, place, cache_dir=place.parent / "cache", device=CPU
+        settings(STUDENT, 4, seed), data, root, cache_dir=root.parent / "cache", device=CPU
     )
     export(prepared, EXPORT_NAME)
-    return str(place)
+    return str(root)
 
 
-def transferred(place: Path, model: str, data: Path, size: Size, seed: int) -> list[Trial]:
-    """Runs on the new classes, of both modes at two learning rates."""
+def transferred(root: Path, model: str, data: Path, size: Size, seed: int) -> list[Trial]:
+    """Trials on the new classes, for both modes and two learning rates."""
     wanted = TransferSettings(
         lr=(0.03, 0.01), seeds=(seed,), epochs=size.transfer_epochs, batch_size=32, size=32,
-        crop=LAW, threads=1, fraction=size.fraction,
+        crop=CROP, threads=1, fraction=size.fraction,
     )  # fmt: skip
-    return transfer.transfer(model, [data], place, wanted, device=CPU)
+    return transfer.transfer(model, [data], root, wanted, device=CPU)
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each pre-training: means over seeds at the better learning rate, deviations."""
+    """A row for each pre-training: mean and standard deviation at the better learning rate."""
     table = []
     for name in dict.fromkeys(row["pretraining"] for row in rows):
         same = [row for row in rows if row["pretraining"] == name]
@@ -227,7 +236,7 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def trends(table: list[dict[str, Any]], mode: str) -> dict[str, bool]:
-    """What the paper claims, and whether it came out so in the means."""
+    """Whether each claim of the paper holds for the means."""
     top1 = {line["pretraining"]: line[mode] for line in table}
     best, plain = top1["kdep svd + pts"], top1["kdep svd"]
     selections = [top1[f"kdep {name}"] for name in ("variance", "random", "interpolation")]
@@ -246,11 +255,11 @@ def trends(table: list[dict[str, Any]], mode: str) -> dict[str, bool]:
 
 
 def main() -> None:
-    given = common.arguments(__doc__)
+    arguments = common.arguments(__doc__)
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fkdpipe-kdep-") as place:
-        rows = experiment(Path(place), QUICK if given.quick else FULL)
+    with tempfile.TemporaryDirectory(prefix="fkdpipe-kdep-") as root:
+        rows = experiment(Path(root), QUICK if arguments.quick else FULL)
     table = means(rows)
     common.table(table)
     figures = {
@@ -258,7 +267,7 @@ def main() -> None:
         "trends": {mode: trends(table, mode) for mode in ("fine_tune", "probe")},
         "seconds": round(time.perf_counter() - begun),
     }
-    common.finish("kdep", rows, figures, quick=given.quick)
+    common.finish("kdep", rows, figures, quick=arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""All methods on one pair of networks: accuracy, time of a step, memory, helpers.
+"""All methods on one pair of networks: accuracy, step time, memory, auxiliary modules.
 
     python benchmarks/methods.py [--quick] [--seeds 3]
 
-Scans of handwritten digits (scikit-learn) on plain grounds, at 32 px. The teacher, a small Swin,
-learns from 1,000 scans on eight grounds each; before the photographs of `accuracy.py` it learns far
-too slowly (under 50 % in 1,800 steps). The student, a narrow ResNet-10, has one picture of each of
-128 scans and the same number of epochs with every method. Methods have the settings of their
-papers; nothing is tuned here. Accuracy is on the 797 other scans.
+Scans of handwritten digits (scikit-learn) on plain backgrounds, at 32 px. The teacher, a small
+Swin, is trained on 1,000 scans with eight backgrounds each; with the photographs of `accuracy.py`
+it learns far too slowly (under 50 % in 1,800 steps). The student, a narrow ResNet-10, has one image
+of each of 128 scans and the same number of epochs with every method. Methods use the settings of
+their papers without further tuning. Accuracy is measured on the other 797 scans.
 
-main      no distillation, KD, FitNet, SRD, DPK and ScaleKD beside the live teacher, and FKD from
-          its stored labels
+main      no distillation; KD, FitNet, SRD, DPK and ScaleKD with the live teacher; FKD with its
+          stored labels
 dpk       DPK with a teacher half as wide ("better teacher, better student")
 scalekd   a linear projector instead of CAP, CAP with and without DFM and TPP, and the whole method
-          with the map from the store, where of the teacher only the tail runs
+          with the map from the store, where only the tail of the teacher runs
 
-step_over_none: seconds of a step (teacher, student, update; not the feed) over those without
-distillation, median over rounds in turns. peak_mb: how far the largest resident set of a fresh
-process is above what the imports take. top1_over_none and the differences in the last line are of
+step_over_none: time of a step (teacher, student, update; without the feed) relative to that without
+distillation, median over interleaved rounds. peak_mb: increase of the peak resident set of a new
+process after the imports. top1_over_none and the differences in the last line are between runs with
 the same seeds, in percentage points.
 """
 
@@ -47,7 +47,7 @@ from fkdpipe.train.settings import OptimizerSettings, ScheduleSettings, TrainSet
 from fkdpipe.train.state import Run
 from fkdpipe.train.step import step
 
-LAW = CropDistribution(scale=(0.5, 1.0), flip=0.0)
+CROP = CropDistribution(scale=(0.5, 1.0), flip=0.0)
 SIDES, LEARNED = (60, 90), 128
 SWIN = "swin_small_patch4_window7_224"
 WIDTHS = {"large": 64, "small": 32}  # of the teachers' first stage
@@ -57,7 +57,7 @@ NONE = "no distillation"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. copies: backgrounds of each scan that the teachers see."""
+    """Scale of the experiment. copies: number of backgrounds per scan for the teachers."""
 
     copies: int
     teacher_epochs: int
@@ -72,7 +72,7 @@ QUICK = Size(copies=1, teacher_epochs=4, epochs=4, rounds=1, memory_steps=2)
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train the student. teacher: beside it, of WIDTHS; quick: in a trial too."""
+    """A way to train the student. teacher: key of WIDTHS; quick: included in a trial."""
 
     table: str
     name: str
@@ -107,7 +107,7 @@ CASES = (
     STORED,
 )
 
-# The papers' claims that a pair of cases answers: (the better one, the other).
+# Claims of the papers as pairs of cases: (the better one, the other one).
 CLAIMS = {
     "dpk_large_teacher_over_small": ("dpk", "dpk, small teacher"),
     "dpk_over_fitnet": ("dpk", "fitnet"),
@@ -124,16 +124,20 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--seeds", type=int, default=3)
 
-    given = common.arguments(__doc__, add)
-    size, seeds = (QUICK, 1) if given.quick else (FULL, given.seeds)
-    cases = [case for case in CASES if case.quick or not given.quick]
+    arguments = common.arguments(__doc__, add)
+    size, seeds = (QUICK, 1) if arguments.quick else (FULL, arguments.seeds)
+    cases = [case for case in CASES if case.quick or not arguments.quick]
     torch.set_num_threads(1)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fkdpipe-methods-") as folder:
         root = Path(folder)
         teachers = make_teachers(root, size)
         store = accuracy.make_store(
-            root, teacher(root, "large"), crop=LAW, crops=size.epochs, features=("map",)
+            root,
+            teacher(root, "large"),
+            crop=CROP,
+            crops=size.epochs,
+            features=("map",),
         )
         fields = measure_store(store).fields
         costs = measure(root, cases, size)
@@ -149,11 +153,11 @@ def main() -> None:
         "rows": results,
         "seconds": round(time.perf_counter() - begun),
     }
-    common.finish("methods", rows, figures, quick=given.quick)
+    common.finish("methods", rows, figures, quick=arguments.quick)
 
 
 def pool(*, fresh: bool = False) -> ProcessPoolExecutor:
-    """One process a core; `fresh` runs one thing at a time, each in a new process."""
+    """A pool with one process per core; `fresh` runs one task at a time, each in a new process."""
     spawn = multiprocessing.get_context("spawn")
     if fresh:
         return ProcessPoolExecutor(1, spawn, torch.set_num_threads, (1,), max_tasks_per_child=1)
@@ -161,7 +165,7 @@ def pool(*, fresh: bool = False) -> ProcessPoolExecutor:
 
 
 def make_teachers(root: Path, size: Size) -> dict[str, float]:
-    """Pictures, and networks trained on them; held-out top-1 percent by name."""
+    """Write the images and train the teachers; return held-out top-1 percent by name."""
     looks = {"sides": SIDES, "plain": True}
     accuracy.make_images(root / "images", learned=LEARNED, **looks)
     accuracy.make_images(root / "teacher-images", copies=size.copies, **looks)
@@ -181,7 +185,7 @@ def train_teacher(root: Path, name: str, epochs: int) -> float:
         "window_size": 4, "drop_path_rate": 0.0,
     }  # fmt: skip
     made = accuracy.settings(
-        student=SWIN, student_options=options, size=32, epochs=epochs, crop=LAW, crops_per_image=1,
+        student=SWIN, student_options=options, size=32, epochs=epochs, crop=CROP, crops_per_image=1,
         optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.02),
         schedule=ScheduleSettings(warmup_epochs=1, warmup_lr=2e-4),
     )  # fmt: skip
@@ -196,7 +200,7 @@ def teacher(root: Path, name: str) -> str:
 
 def settings(root: Path, case: Case, *, epochs: int, seed: int) -> TrainSettings:
     return accuracy.settings(
-        student_options=STUDENT, size=32, crop=LAW, batch_size=32, epochs=epochs, seed=seed,
+        student_options=STUDENT, size=32, crop=CROP, batch_size=32, epochs=epochs, seed=seed,
         method=case.method, target=case.target,
         teacher=teacher(root, case.teacher) if case.teacher else None,
     )  # fmt: skip
@@ -207,7 +211,7 @@ def store_of(root: Path, case: Case) -> Store | None:
 
 
 def train_all(root: Path, cases: list[Case], epochs: int, seeds: int) -> list[dict[str, Any]]:
-    """A row for each case and seed, with its top-1 percent."""
+    """Train every case; a row for each case and seed, with its top-1 percent."""
     rows = []
     with pool() as workers:
         jobs = {
@@ -229,18 +233,18 @@ def train(root: Path, case: Case, epochs: int, seed: int) -> float:
 
 
 def measure(root: Path, cases: list[Case], size: Size) -> dict[str, dict[str, Any]]:
-    """Helpers, time of a step and memory of each case."""
+    """Auxiliary modules, step time and memory of each case."""
     runs = {case.name: prepare(root, case, "timed") for case in cases}
     measures = {name: stepper(made) for name, made in runs.items()}
     common.interleaved(1, **measures)  # the first step of each is slower
-    found = common.interleaved(size.rounds, **measures)
+    times = common.interleaved(size.rounds, **measures)
     costs: dict[str, dict[str, Any]] = {}
     with pool(fresh=True) as worker:
         for case in cases:
             peak = worker.submit(peak_mb, root, case, size.memory_steps).result()
             costs[case.name] = {
-                "step_over_none": common.median_ratio(found[case.name], found[NONE]),
-                "step_ms": 1000 * statistics.median(found[case.name]),
+                "step_over_none": common.median_ratio(times[case.name], times[NONE]),
+                "step_ms": 1000 * statistics.median(times[case.name]),
                 "peak_mb": round(peak, 1),
                 "helper_params": parameters(runs[case.name].learner)["auxiliary"],
             }
@@ -256,7 +260,7 @@ def prepare(root: Path, case: Case, name: str) -> Run:
 
 
 def stepper(prepared: Run) -> Callable[[], float]:
-    """Seconds of one step on a batch that is there already."""
+    """A function that measures the seconds of one step on a prefetched batch."""
     batch = next(iter(prepared.crops.stream()))
 
     def seconds() -> float:
@@ -268,7 +272,7 @@ def stepper(prepared: Run) -> Callable[[], float]:
 
 
 def peak_mb(root: Path, case: Case, steps: int) -> float:
-    """Megabytes that a run's start and first steps take beyond the imports."""
+    """Megabytes used by the start and first steps of a run, without the imports."""
     common.reset_peak()
     before = common.peak_bytes()
     prepared = prepare(root, case, "memory")
@@ -296,15 +300,17 @@ def table(
 def difference(results: list[dict[str, Any]], better: str, other: str) -> dict[str, float | None]:
     """Percentage points between two cases, mean and standard deviation over seeds."""
     top1 = {(row["method"], row["seed"]): row["top1"] for row in results}
-    found = [value - top1[other, seed] for (name, seed), value in top1.items() if name == better]
+    differences = [
+        value - top1[other, seed] for (name, seed), value in top1.items() if name == better
+    ]
     return {
-        "mean": round(statistics.fmean(found), 2),
-        "std": round(statistics.stdev(found), 2) if len(found) > 1 else None,
+        "mean": round(statistics.fmean(differences), 2),
+        "std": round(statistics.stdev(differences), 2) if len(differences) > 1 else None,
     }
 
 
 def claims(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By how much each claim holds, where both of its cases have been run."""
+    """Margin of each claim whose two cases have both been run."""
     names = {row["method"] for row in results}
     return {
         claim: difference(results, *pair) for claim, pair in CLAIMS.items() if set(pair) <= names

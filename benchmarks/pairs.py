@@ -2,10 +2,10 @@
 
     python benchmarks/pairs.py [--quick]
 
-Networks at full size and random weights, 8 pieces of real photographs of 64 pixels. A step is
-forward, backward and update; what is checked is that the loss is finite, that every trained
-parameter has a gradient and moves (unless that gradient is zero), and that the teacher has none and
-stays in eval mode. `--quick` takes the pairs of small networks.
+Full-size networks with random weights, 8 pieces of real photographs at 64 pixels. A step consists
+of forward, backward and update. Checked are: the loss is finite; every trained parameter has a
+gradient and changes (unless the gradient is zero); the teacher has no gradients and stays in eval
+mode. `--quick` only runs the pairs of small networks.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ CPU = torch.device("cpu")
 
 TWO_STAGES = {"stages": [{"stage": 1}, {"stage": 2}]}
 DEIT = {"form": "corr", "student": "tokens"}  # the authors' settings for this pair
-SOFT = {"softmax_scale": 1.0}  # of ScaleKD's settings for plain transformers
+SOFT = {"softmax_scale": 1.0}  # ScaleKD's setting for plain transformers
 SWIN = "swin_small_patch4_window7_224"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """quick: small enough for a trial."""
+    """A student-teacher pair. quick: small enough for a trial."""
 
     teacher: str
     student: str
@@ -77,10 +77,10 @@ def main() -> None:
 
 
 def step(pair: Pair) -> dict[str, Any]:
-    """One step of a pair.
+    """Run one step of a pair.
 
     Raises:
-        AssertionError: something that every step must leave is not so.
+        AssertionError: a check failed.
     """
     torch.manual_seed(0)
     table = {"name": pair.method, **pair.settings}
@@ -102,9 +102,11 @@ def step(pair: Pair) -> dict[str, Any]:
     before = {name: p.detach().clone() for name, p in learner.named_parameters()}
     begun = time.perf_counter()
     with torch.no_grad():
-        given = frozen(pixels(teacher))
+        outputs = frozen(pixels(teacher))
     truth_BC = torch.nn.functional.one_hot(torch.arange(BATCH), CLASSES).float()
-    _, terms = learner(pixels(student), Targets(prob_BC=truth_BC, truth_BC=truth_BC, teacher=given))
+    _, terms = learner(
+        pixels(student), Targets(prob_BC=truth_BC, truth_BC=truth_BC, teacher=outputs)
+    )
     loss = torch.stack([term.mean() for term in terms.values()]).sum()
     loss.backward()
     optimizer.step()
@@ -126,7 +128,7 @@ def build(name: str) -> Loaded:
 
 
 def pixels(network: Loaded) -> torch.Tensor:
-    """float32 (8, 3, 64, 64), as the network wants them."""
+    """float32 (8, 3, 64, 64), preprocessed for the network."""
     random = np.random.default_rng(0)
     pieces = []
     for k in range(BATCH):
@@ -141,7 +143,7 @@ def check(
     learner: Learner, teacher: FeatureNetwork, before: dict[str, torch.Tensor], loss: torch.Tensor
 ) -> None:
     assert torch.isfinite(loss), "the loss is not finite"
-    assert not any(part.training for part in teacher.modules()), "the teacher trains"
+    assert not any(part.training for part in teacher.modules()), "the teacher is in train mode"
     assert all(p.grad is None for p in teacher.parameters()), "the teacher has gradients"
     for name, parameter in learner.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"

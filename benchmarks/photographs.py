@@ -1,4 +1,4 @@
-"""An image folder cut from the real photographs that scikit-learn and scikit-image ship."""
+"""An image folder of crops from the photographs shipped with scikit-learn and scikit-image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import skimage
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-# Those of scikit-image's wheel that are photographs of at least 600 x 400 pixels.
+# Photographs in scikit-image's wheel with at least 600 x 400 pixels.
 _SKIMAGE = ("coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png",
             "hubble_deep_field.jpg", "retina.jpg")  # fmt: skip
 
@@ -18,7 +18,7 @@ def write_folder(root: Path, count: int, *, seed: int = 0) -> float:
     """Write `count` JPEGs (quality 90, 4:2:0) of about 500 x 375 pixels into `root`/train.
 
     Returns:
-        Mean pixels of an image (about 222 thousand).
+        Mean number of pixels per image (about 222,000).
     """
     random = np.random.default_rng(seed)
     photographs = [*load_sample_images().images]

@@ -1,14 +1,14 @@
-"""How fast a store is read, and with how much memory.
+"""Speed and memory of reading a store.
 
-    narrow     the trainer's path at m = 4, K = 5: boxes and labels of a batch out of the local
-               cache, in the trainer's own order; against `torch.load` of FKD's per-image files,
-               four random crops of each, as its loader reads them. Both from a warm page cache
-    hydration  filling that cache from the store, M = 200; a later start compares checksums only
-    wide       1,000 log-probabilities a crop, streamed with m = g: a pass reads one crop group of
+    narrow     the trainer's path at m = 4, K = 5: boxes and labels of a batch from the local cache,
+               in the trainer's order; against `torch.load` of FKD's per-image files with four
+               random crops each, as in its loader. Both with a warm page cache
+    hydration  filling that cache from the store, M = 200; a later start only compares checksums
+    wide       1,000 log-probabilities per crop, streamed with m = g: a pass reads one crop group of
                every image; against a plain sequential read of the same files, both cold
 
-The ratios compare turns of the same run. Memory is the increase of the resident set over the
-phase; `private` is the part that no file backs, which is what a machine must really have.
+The ratios compare interleaved rounds of one run. Memory is the increase of the resident set during
+the phase; `private` is the part not backed by files, which is the memory that is really needed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TARGET = labels.Target("marginal-smoothing", K)
 
 
 def repeated(made: Labels, times: int) -> Labels:
-    """More images with the same labels: neither reader notices, and simulating takes longer."""
+    """More images with the same labels: faster than simulating, and equal for the readers."""
     return Labels(
         np.tile(made.ids_NMK, (times, 1, 1)),
         np.tile(made.prob_NMK, (times, 1, 1)),
@@ -57,7 +57,7 @@ def repeated(made: Labels, times: int) -> Labels:
 
 
 def memory_of(work: Callable[..., None], *paths: Path) -> dict[str, float]:
-    """Growth of the resident set, and of its private part, while `work` runs in a new process."""
+    """Increase of the resident set and its private part while `work` runs in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_watched, work, *paths).result()
 
@@ -84,19 +84,19 @@ def _watched(work: Callable[..., None], *paths: Path) -> dict[str, float]:
     }
 
 
-def fill_cache(place: Path, cache_dir: Path) -> None:
-    open_readers(open_store(place), cache_dir)
+def fill_cache(store_path: Path, cache_dir: Path) -> None:
+    open_readers(open_store(store_path), cache_dir)
 
 
-def train_epoch(place: Path, cache_dir: Path) -> None:
-    """As many images as the store has, through the trainer's path."""
-    store = open_store(place)
+def train_epoch(store_path: Path, cache_dir: Path) -> None:
+    """Read all images of the store through the trainer's path."""
+    store = open_store(store_path)
     trainer_reads(store, *open_readers(store, cache_dir), store.num_images)()
 
 
-def stream(place: Path) -> None:
-    """One pass over a wide store."""
-    store = open_store(place)
+def stream(store_path: Path) -> None:
+    """Read one pass of a wide store."""
+    store = open_store(store_path)
     found = reader.finished(store, [("labels", "w", "")])
     streamed = reader.WideReader(store, found.labels[0], "log_prob")
     for first in range(0, store.num_units, WINDOW):
@@ -115,7 +115,7 @@ def open_readers(store: Store, cache_dir: Path) -> tuple[reader.CropReader, read
 def trainer_reads(
     store: Store, boxes: reader.CropReader, sparse: reader.SparseReader, images: int
 ) -> Callable[[], float]:
-    """Images per second of the trainer's path, `images` of them a turn, pass after pass."""
+    """Images per second of the trainer's path, with `images` images per call, pass after pass."""
     order = Order(
         np.arange(store.num_images),
         unit_size=store.unit_size,
@@ -145,14 +145,14 @@ def write_fkd(folder: Path, made: Labels, images: int) -> None:
 
 
 def fkd_reads(folder: Path, files: int, images: int) -> Callable[[], float]:
-    """Images per second of FKD's way: load an image's file, take m random crops of it."""
+    """Images per second of FKD's loader: load the file of an image, select m random crops."""
     random = np.random.default_rng(0)
 
     def turn() -> float:
         chosen = random.integers(0, files, images)
         begun = time.perf_counter()
         for index in chosen:
-            # Its files hold numpy arrays in a pickle; ours, written a moment ago.
+            # The files contain pickled numpy arrays, just written by this script.
             coords, flips, kept = torch.load(folder / f"{index}.tar", weights_only=False)
             some = torch.randperm(len(coords))[:M].numpy()
             _ = coords[some], flips[some], kept[some]
@@ -178,11 +178,11 @@ def narrow(root: Path, made: Labels, times: int, rounds: int) -> tuple[list[dict
         fkd=fkd_reads(root / "fkd", made.images, 512),
     )
     ratio = common.median_ratio(turns["ours"], turns["fkd"])
-    place = Path(store.url)
+    store_path = Path(store.url)
     memory = [
         memory_of(fill_cache, Path(few.url), root / "memory-few"),
-        memory_of(fill_cache, place, root / "memory-all"),
-        memory_of(train_epoch, place, root / "memory-all"),
+        memory_of(fill_cache, store_path, root / "memory-all"),
+        memory_of(train_epoch, store_path, root / "memory-all"),
     ]
     fill, again, ours, fkd = (
         statistics.median(r) for r in (*rates.values(), turns["ours"], turns["fkd"])
@@ -203,8 +203,8 @@ def narrow(root: Path, made: Labels, times: int, rounds: int) -> tuple[list[dict
     return rows, figures
 
 
-def make_wide(place: Path, units: int) -> Store:
-    """A store of random log-probabilities; they are not compressed, so any will do."""
+def make_wide(store_path: Path, units: int) -> Store:
+    """A store of random log-probabilities; they are not compressed, so the values do not matter."""
     made = Labels(
         np.zeros((1024 * units, WIDE_CROPS, 1), dtype=np.int64),
         np.zeros((1024 * units, WIDE_CROPS, 1), dtype=np.float32),
@@ -212,7 +212,9 @@ def make_wide(place: Path, units: int) -> Store:
         np.full((1024 * units, 2), 400, dtype=np.uint16),
         {},
     )
-    store = writer.create_store(LocalLocation(place), simulated.columns(made), seed=0, unit=1024)
+    store = writer.create_store(
+        LocalLocation(store_path), simulated.columns(made), seed=0, unit=1024
+    )
     boxes = writer.add_crops(store, CropDistribution(), seed=0, count=WIDE_CROPS)
     form, teachers = labels.Form("full"), ({"name": "random"},)
     settings = LabelSettings(form, simulated.CLASSES, WIDE_CROPS, teachers=teachers)
@@ -228,7 +230,7 @@ def make_wide(place: Path, units: int) -> Store:
 
 
 def forget(files: list[Path]) -> None:
-    """Drop files from the page cache (they are flushed: the writer did that)."""
+    """Drop files from the page cache. The writer has already flushed them."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -283,13 +285,13 @@ def wide(root: Path, units: int, rounds: int) -> tuple[list[dict], dict]:
     rows = [row, {"what": "sequential read", "mb_per_s": statistics.median(rates["plain"]) / 1e6}]
     figures = {
         "wide_vs_sequential_read": round(ratio, 2),
-        "wide_bytes_read_vs_one_group": 1.0,  # asserted in every turn
+        "wide_bytes_read_vs_one_group": 1.0,  # asserted in every round
     }
     return rows, figures
 
 
 def count_reads(store: Store, lengths: list[int]) -> None:
-    """Note the length of every object the store reads."""
+    """Record the length of every object that the store reads."""
     plain = store.location.read
 
     def read(key: str) -> bytes:

@@ -1,17 +1,17 @@
 """Simulated labels of a 1,000-class teacher, with the statistics of a real one.
 
-Class directions lie in superclasses. An image is its class direction plus noise, a crop its image
-plus noise of its own; the scores are a crop's products with all class directions, sharpened by a
-factor per crop, and a part of the probability follows the same scores flattened, as a teacher
-trained with label smoothing gives it:
+Class directions are grouped in superclasses. An image is its class direction plus noise, and a crop
+is its image plus further noise. The scores are the products of the crop with all class directions,
+sharpened by a factor per crop. Part of the probability follows a flattened version of the scores,
+as for a teacher trained with label smoothing:
 
     z = beta v W^T,  p = (1 - eps) softmax(z exp(q n)) + eps softmax(r z),  n ~ N(0, 1)
 
-The parameters were found by a search for the statistics in `WANTED` before any store was made of
-them, and are not to be changed for the size of one. Boxes are drawn by the recorded law itself on
-image sizes like ImageNet's.
+The parameters were fitted to the statistics in `WANTED` before any store was generated, and must
+not be tuned for store size. Boxes are drawn from the recorded distribution on image sizes similar
+to ImageNet's.
 
-Letters: N images, M crops each, C classes, K kept classes.
+Symbols: N images, M crops each, C classes, K kept classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IMAGE_NOISE, CROP_NOISE = 1.7216, 0.8106
 BETA, CONFIDENCE, SMOOTHED, FLATTENED = 29.045, 0.5698, 0.11106, 0.17853
 SEED = 2021
 
-# name: (wanted, tolerance)
+# name: (target value, tolerance)
 WANTED = {
     "median_top1": (0.715, 0.01),
     "p10_top1": (0.34, 0.015),
@@ -47,7 +47,7 @@ WANTED = {
     "distinct_top5": (43.0, 4.0),
 }
 
-# Height, width and how often: a mix like ImageNet's, whose mean is about 400 x 350 to 500 x 375.
+# Height, width and frequency: a mix like ImageNet's, with a mean of 400 x 350 to 500 x 375.
 SIZES = ((375, 500, 0.55), (500, 375, 0.2), (333, 500, 0.15), (500, 333, 0.04), (480, 640, 0.06))
 
 
@@ -79,7 +79,7 @@ class Labels:
 
 
 def simulate(images: int, crops_M: int, *, seed: int = SEED, sample: int = 4096) -> Labels:
-    """Draw labels; `check` says whether they are like a real teacher's."""
+    """Draw labels; `check` tests whether they resemble those of a real teacher."""
     random = np.random.default_rng(seed)
     centres = random.normal(size=(SUPERCLASSES, DIMS))
     ways = centres[np.arange(CLASSES) % SUPERCLASSES]
@@ -115,7 +115,7 @@ def simulate(images: int, crops_M: int, *, seed: int = SEED, sample: int = 4096)
 
 
 def check(made: Labels) -> None:
-    """Raises ValueError when a statistic is not a real teacher's within its tolerance."""
+    """Raises ValueError if a statistic differs from a real teacher's by more than its tolerance."""
     for name, (wanted, tolerance) in WANTED.items():
         found = made.statistics[name]
         if abs(found - wanted) > tolerance:
@@ -151,9 +151,9 @@ def _statistics(ids: np.ndarray, prob: np.ndarray, entropy: float) -> dict[str, 
     }
 
 
-def make_store(place: Path, made: Labels, form: Form, *, derived: bool = False) -> Store:
-    """A store of these labels, through the public writer; sparse forms only."""
-    store = writer.create_store(LocalLocation(place), columns(made), seed=0, unit=1024)
+def make_store(folder: Path, made: Labels, form: Form, *, derived: bool = False) -> Store:
+    """Write a store of these labels with the public writer; sparse forms only."""
+    store = writer.create_store(LocalLocation(folder), columns(made), seed=0, unit=1024)
     distribution = CropDistribution()
     boxes = writer.add_crops(store, distribution, seed=0, count=made.crops, derived=derived)
     settings = LabelSettings(
@@ -197,7 +197,7 @@ def encode(form: Form, ids_NMK: np.ndarray, prob_NMK: np.ndarray) -> dict[str, n
 
 
 def columns(made: Labels) -> writer.ImageColumns:
-    """A list of images with ImageNet's kind of names."""
+    """A list of images with names like ImageNet's."""
     keys = _keys(made.images)
     return writer.ImageColumns(
         keys=keys,
@@ -215,7 +215,7 @@ def _keys(images: int) -> list[str]:
 
 
 def fkd_state(made: Labels, row: int, k: int) -> list[np.ndarray]:
-    """What FKD's generator saves of an image: [coordinates, flips, (class, probability)].
+    """Content of FKD's file of an image: [coordinates, flips, (class, probability)].
 
     float32 (M, 4) fractions, bool (M,), float32 (M, 2, K); `torch.save` of this list is its file.
     """

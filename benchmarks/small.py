@@ -1,8 +1,8 @@
-"""A small but whole generation, for benchmarks that break it: real pictures, a tiny teacher.
+"""A small but complete generation for fault-injection benchmarks: real images, a tiny teacher.
 
-Units of a few images, so that there are many. Starting Python and torch takes seconds, so a
-process that is to be killed is forked from one that has imported everything (and has started no
-thread); what it runs is the public command.
+Units have only a few images, so that there are many units. Starting Python and torch takes seconds,
+so processes to be killed are forked from one that has imported everything and started no threads.
+They run the public command.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = "1"  # a parallel region before the fork would hang the child
+os.environ["OMP_NUM_THREADS"] = "1"  # a parallel region before the fork would block the child
 
 import timm
 import torch
@@ -35,7 +35,7 @@ SOURCE = "t"
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things lie. images: of the train split."""
+    """Paths of the benchmark. images: number of images in the train split."""
 
     data: Path
     teacher: Path
@@ -43,7 +43,7 @@ class Bench:
 
 
 def prepare(root: Path, *, images: int) -> Bench:
-    """Write pictures of ten classes and a teacher with random weights below `root`."""
+    """Write images of ten classes and a teacher with random weights to `root`."""
     demo_data.make_images(root / "data", count=images * 5 // 4)
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=10).eval()
@@ -59,7 +59,7 @@ def prepare(root: Path, *, images: int) -> Bench:
 
 
 def generate_words(bench: Bench, store: Path | str, *more: str) -> list[str]:
-    """Arguments of `fkdpipe` that make the store."""
+    """Arguments of `fkdpipe` that generate the store."""
     return [
         "generate", str(bench.data), str(store), "--teacher", f"test_resnet={bench.teacher}",
         "--source", SOURCE, "--form", "topk:5", "--crops", str(CROPS), "--batch-size", "16",
@@ -68,9 +68,9 @@ def generate_words(bench: Bench, store: Path | str, *more: str) -> list[str]:
 
 
 def fork(run: Callable[[], None], log: Path) -> int:
-    """Run something in a forked process of its own, its output in `log`; returns its id.
+    """Run a function in a forked process with its output in `log`; return the process id.
 
-    The exit code is that of the command line: 0, 1 or 2.
+    Exit codes are those of the command line: 0, 1 or 2.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -99,7 +99,7 @@ def fork(run: Callable[[], None], log: Path) -> int:
 
 
 def command(words: Sequence[str], first: Callable[[], None] = lambda: None) -> Callable[[], None]:
-    """`fkdpipe` with these words, as `fork` runs it; `first` is called before."""
+    """A function for `fork` that calls `first` and then runs `fkdpipe` with these arguments."""
 
     def run() -> None:
         first()
@@ -110,7 +110,7 @@ def command(words: Sequence[str], first: Callable[[], None] = lambda: None) -> C
 
 
 def wait(child: int) -> int:
-    """Exit code of a process; negative the signal that ended it."""
+    """Exit code of a process, or the negative number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

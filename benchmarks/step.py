@@ -1,15 +1,15 @@
-"""What a training step costs: with stored labels, without distillation, with a live teacher.
+"""Cost of a training step: with stored labels, without distillation, with a live teacher.
 
     python benchmarks/step.py [--quick]
 
-One student, one feed, one store; the same crops in the same order for every side, taking turns.
+One student, feed and store. All sides use the same crops in the same order, in interleaved rounds.
 
 plain   the folder's classes, no labels read
 fkd     stored top-5 labels
 kd      a live teacher in every step, its forward pass r times the student's (measured here)
 
-A step of the student is taken as three of its forward passes, so a teacher's forward of r makes the
-ideal speed-up of stored labels (3 + r) / 3. Weights are random: speed does not depend on them.
+A step of the student is counted as three forward passes, so with a teacher of relative cost r the
+ideal speed-up of stored labels is (3 + r) / 3. Weights are random, as they do not affect speed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STUDENT = "resnet50" if ON_GPU else "resnet10t"
 SIZE = 224 if ON_GPU else 160
 BATCH = 256 if ON_GPU else 64
 M = 4
-# Teachers whose forward pass is near 5, 10 and 20 times the student's; r is measured.
+# Teachers with about 5, 10 and 20 times the student's forward cost; r is measured.
 TEACHERS = (
     {5: "resnetv2_101x1_bit", 10: "vit_large_patch16_224", 20: "regnety_320"}
     if ON_GPU
@@ -122,7 +122,7 @@ def make_store(root: Path) -> Store:
 
 
 def weights(root: Path, name: str) -> Path:
-    """A checkpoint of a network at random, of ten classes."""
+    """Write a checkpoint of a random network with ten classes."""
     file = root / f"{name}.safetensors"
     if not file.exists():
         torch.manual_seed(0)
@@ -151,15 +151,15 @@ def prepare(root: Path, store: Store, name: str, **changes) -> Run:
 
 
 class Side:
-    """A run, some steps at a time."""
+    """A run that proceeds a few steps at a time."""
 
     def __init__(self, made: Run, steps: int) -> None:
         self.run, self.steps = made, steps
         self._batches: Iterator[Batch] = made.crops.stream()
 
     def seconds(self) -> float:
-        """Of one step, the mean of a few in a row."""
-        loop.step(self.run, next(self._batches))  # what was read ahead while others ran
+        """Seconds per step, averaged over consecutive steps."""
+        loop.step(self.run, next(self._batches))  # discard what was read ahead while others ran
         wait()
         begun = time.perf_counter()
         for _ in range(self.steps):

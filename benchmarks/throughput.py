@@ -1,23 +1,23 @@
-"""Both phases on a GPU against the bare networks, and which part limits training.
+"""Both phases on a GPU against the networks alone, and the bottleneck of training.
 
     python benchmarks/throughput.py [--quick] [--device cpu]
 
-Photographs of about 500 x 375 pixels, 224 px, 16 recorded crops an image of which 4 share a batch,
-bfloat16 autocast, networks with random weights (speed does not depend on them). Interleaved rounds.
+Photographs of about 500 x 375 pixels, 224 px, 16 recorded crops per image of which 4 share a batch,
+bfloat16 autocast, networks with random weights (which do not affect speed), interleaved rounds.
 
 generation  all of phase 1 into a fresh store: `dali` replay with nvJPEG, teacher, top-5 labels,
             commit, seal; against
-forward     the same teacher on one synthetic batch again and again, at the same precision
+forward     the same teacher on one synthetic batch repeatedly, with the same precision
 training    steps from the feed with stored labels; against
 synthetic   the same student, optimiser and precision on one synthetic batch of pixels and targets
 
-Then parts of a training step alone, in milliseconds a batch: what takes longest limits a run whose
-parts overlap. `decode` makes crops of 8 x 8 pixels, so that resizing is nearly nothing; `replay`
-makes those of the student. `host to device` is what a batch of the `cpu` replay costs, from pinned
-memory; pixels of the `dali` replay are on the device from the start.
+It also measures the parts of a training step alone, in milliseconds per batch; since they overlap,
+the slowest is the bottleneck. `decode` produces crops of 8 x 8 pixels, so that resizing costs
+almost nothing; `replay` produces those of the student. `host to device` is the copy of a batch of
+the `cpu` replay from pinned memory; pixels of the `dali` replay are already on the device.
 
-Without a GPU it ends with exit code 2, but for `--quick --device cpu`: small networks and the `cpu`
-replay, which tries the script and measures nothing.
+Without a GPU, the exit code is 2, except with `--quick --device cpu`, which tests the script with
+small networks and the `cpu` replay.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ M, K = 4, 5
 
 @dataclass(frozen=True)
 class Scale:
-    """How large it is. batch: crops of a teacher's batch and of a training step."""
+    """Scale of the benchmark. batch: batch size in crops, for teacher and training."""
 
     student: str
     teacher: str
@@ -82,18 +82,18 @@ def main() -> None:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
 
-    asked = common.arguments(__doc__, add)
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        common.say("there is no CUDA device; --quick --device cpu tries the script without one.")
+    arguments = common.arguments(__doc__, add)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        common.say("no CUDA device found; use --quick --device cpu to test the script without one.")
         sys.exit(2)
-    if asked.device == "cpu" and not asked.quick:
-        common.say("on the CPU it only tries the script: give --quick too.")
+    if arguments.device == "cpu" and not arguments.quick:
+        common.say("--device cpu only tests the script and requires --quick.")
         sys.exit(2)
-    scale = FULL if asked.device == "cuda" else TRIAL
-    if asked.quick and asked.device == "cuda":
+    scale = FULL if arguments.device == "cuda" else TRIAL
+    if arguments.quick and arguments.device == "cuda":
         scale = replace(FULL, images=1000, crops=M, steps=10, rounds=2)
-    with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Path(place), scale, torch.device(asked.device))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), scale, torch.device(arguments.device))
         rates = common.interleaved(
             scale.rounds + 1,
             generation=bench.generation,
@@ -111,11 +111,11 @@ def main() -> None:
         "wait_share": statistics.median(bench.wait_shares[1:]),
         "training_limit": max(parts_ms, key=lambda name: parts_ms[name]),
     }
-    common.finish("throughput", rows, figures, quick=asked.quick)
+    common.finish("throughput", rows, figures, quick=arguments.quick)
 
 
 class Bench:
-    """Everything built once; each measure gives crops per second."""
+    """Objects shared by the measurements, which return crops per second."""
 
     def __init__(self, root: Path, scale: Scale, device: torch.device) -> None:
         self.root, self.scale, self.device = root, scale, device
@@ -132,7 +132,7 @@ class Bench:
         self.prob_BC = torch.rand(scale.batch, scale.classes, device=device).softmax(dim=1)
 
     def label(self, name: str) -> tuple[Store, float]:
-        """(a store, crops per second of making it)."""
+        """Generate a store; return (store, crops per second)."""
         scale = self.scale
         settings = GenerateSettings(
             teacher=("bench",), crops=scale.crops, source="t", form=f"topk:{K}",
@@ -197,7 +197,7 @@ class Bench:
             loop.step(self.fed, batch)
             self.fed.step += 1
 
-        one()  # what was read ahead while others ran
+        one()  # discard what was read ahead while others ran
         self.wait()
         waited = 0.0
         seconds = self.seconds(one)
@@ -217,7 +217,7 @@ class Bench:
         return self.rate(one)
 
     def parts_ms(self) -> dict[str, float]:
-        """Milliseconds a batch of each part alone, the median of the rounds."""
+        """Milliseconds per batch of each part alone, as the median over the rounds."""
         feed = self.fed.feed
         batch = next(feed.stream())
         host = torch.empty_like(batch.views[0])
@@ -240,14 +240,14 @@ class Bench:
         return {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()}
 
     def replayed(self, views: list[View]) -> float:
-        """Seconds of a batch of the feed's crops."""
+        """Seconds to replay a batch of the feed's crops."""
         feed = self.fed.feed
         requests = itertools.islice(feed._requests(0), self.scale.steps + 3)
         with replay.open_replay(
             feed.backend, views, threads=feed.threads, prefetch=feed.prefetch, device=self.device
         ) as replayer:
             pixels = replayer.run(requests)
-            for _ in range(3):  # read ahead: made before the clock runs
+            for _ in range(3):  # read ahead before the measurement starts
                 next(pixels)
             return self.seconds(lambda: next(pixels))
 
@@ -256,7 +256,7 @@ class Bench:
         return self.scale.batch / self.seconds(one)
 
     def seconds(self, one: Callable[[], object]) -> float:
-        """Of one call, the mean of some in a row."""
+        """Seconds per call, averaged over consecutive calls."""
         self.wait()
         begun = time.perf_counter()
         for _ in range(self.scale.steps):
@@ -270,7 +270,7 @@ class Bench:
 
 
 def write_images(root: Path, scale: Scale) -> None:
-    """Photographs in folders of classes, by turns."""
+    """Write photographs to class folders, in turns."""
     photographs.write_folder(root, scale.images)
     for number, file in enumerate(sorted((root / "train").glob("*.jpg"))):
         inside = root / "train" / f"{number % scale.classes:04d}"
@@ -279,7 +279,7 @@ def write_images(root: Path, scale: Scale) -> None:
 
 
 def load_teacher(root: Path, scale: Scale, device: torch.device) -> Teacher:
-    """A network at random, through a checkpoint as any teacher."""
+    """A random network, loaded from a checkpoint like any teacher."""
     torch.manual_seed(0)
     file = root / "teacher.safetensors"
     options = {"img_size": scale.size} if "vit" in scale.teacher else {}

@@ -1,7 +1,7 @@
-"""The command line: parse, one library call, render.
+"""The command line: parse the arguments, call the library once, print the result.
 
-stdout carries results, stderr progress and logs. Exit codes: 0 ok, 1 failed, 2 wrong usage.
-Heavy packages are imported inside the commands, so that `--help` answers at once.
+Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 failure, 2 wrong usage.
+Heavy packages are imported inside the commands to keep `--help` fast.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Misused(click.ClickException):
 
 
 class _Commands(click.Group):
-    """Turns every error meant for users into one message and its exit code, in one place."""
+    """Turn every error meant for users into a message and an exit code."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -50,37 +50,35 @@ class _Commands(click.Group):
             kind = _Misused if error.exit_code == 2 else _Failed
             raise kind(str(error)) from error
         except OSError as error:
-            if error.errno is None or error.errno == errno.EPIPE:  # no words; the reader has left
+            if error.errno is None or error.errno == errno.EPIPE:  # no message, or a closed pipe
                 raise
             raise _Failed(_disk_message(error)) from error
         except KeyboardInterrupt:
-            message = "interrupted. What is committed is kept; start the same command to go on."
+            message = "interrupted. Committed work is kept; run the same command again to resume."
             raise _Failed(message) from None
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of a user's work, not of the alphabet
+        return list(self.commands)  # in workflow order, not alphabetical
 
 
 def _disk_message(error: OSError) -> str:
     path = "a file" if error.filename is None else os.fsdecode(error.filename)
     return (
-        f"{path}: {disk.words(error, 'it')} and start the same command again; what was complete "
-        "before is kept."
+        f"{path}: {disk.words(error, 'it')} and run the same command again; finished work is kept."
     )
 
 
-def _naming_out(command: click.Command) -> None:
-    """An error of the disk that names no file (a write's never does) names what the command
-    writes."""
+def _name_output(command: click.Command) -> None:
+    """Make a disk error without a file name (as of any failed write) name the command's output."""
     run = command.callback
     assert run is not None
 
     @wraps(run)
-    def named(**given: Any) -> Any:
+    def named(**arguments: Any) -> Any:
         try:
-            return run(**given)
+            return run(**arguments)
         except OSError as error:
-            out = given.get("out") or given.get("basis")
+            out = arguments.get("out") or arguments.get("basis")
             if error.errno is None or error.filename is not None or out is None:
                 raise
             raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
@@ -89,20 +87,20 @@ def _naming_out(command: click.Command) -> None:
 
 
 def _example_last(command: click.Command) -> None:
-    """The example that ends a docstring ends the help too, below the options."""
-    words, mark, example = cleandoc(command.help or "").partition("\b\nExample:")
-    command.help, command.epilog = words.rstrip(), mark + example
+    """Move the example at the end of a docstring below the options."""
+    text, mark, example = cleandoc(command.help or "").partition("\b\nExample:")
+    command.help, command.epilog = text.rstrip(), mark + example
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fkdpipe")
 def cli() -> None:
-    """Distil image models without a teacher in the loop.
+    """Distil image models without a teacher in the training loop.
 
     \b
-    1. generate   teachers label recorded crops once, into a store
-    2. train      a student replays exactly those crops
-    3. report     what the store takes, and what it serves
+    1. generate   teachers label recorded crops once and write a store
+    2. train      a student trains on exactly those crops
+    3. report     shows the size of the store and the targets it serves
 
     \b
     Example:
@@ -127,13 +125,13 @@ for command in (
     store.thin,
 ):
     _example_last(command)
-    _naming_out(command)
+    _name_output(command)
     cli.add_command(command)
 _example_last(cli)
 
 
 def main() -> None:
-    """The entry point: SIGTERM ends a command as Ctrl-C does."""
+    """Entry point. SIGTERM ends a command just as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _interrupt)
     cli()
 

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file a group; `fkdpipe.cli` puts them together."""
+"""The commands, one file per group; `fkdpipe.cli` assembles them."""

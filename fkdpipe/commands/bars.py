@@ -1,4 +1,4 @@
-"""Progress on stderr: bars at a terminal, now and then a line elsewhere. rich keeps the figures."""
+"""Progress on stderr: bars in a terminal, otherwise a line every few seconds; rich counts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Lines:
         task = _add(progress, name, total, unit, done)
         last = time.monotonic()
 
-        def counted() -> str:
+        def status() -> str:
             of = f"/{total:,}" if total else ""
             return (
                 f"{name}: {int(task.completed):,}{of} {_noun(total or int(task.completed), unit)}"
@@ -78,21 +78,21 @@ class Lines:
                 last = now
                 left = task.time_remaining
                 ending = "" if left is None else f", {timedelta(seconds=round(left))} left"
-                click.echo(f"{counted()}, {_rate(task)}{ending}", err=True)
+                click.echo(f"{status()}, {_rate(task)}{ending}", err=True)
 
         yield advance
-        click.echo(f"{counted()} in {timedelta(seconds=round(task.elapsed or 0))}", err=True)
+        click.echo(f"{status()} in {timedelta(seconds=round(task.elapsed or 0))}", err=True)
 
 
 def _progress(*columns: ProgressColumn, **options: Any) -> Progress:
-    # By default rich forgets what is older than 30 seconds, and a unit may take longer.
+    # By default rich only averages over the last 30 seconds, and a unit may take longer.
     period = float("inf")
     return Progress(*columns, speed_estimate_period=period, get_time=time.monotonic, **options)
 
 
 def _add(progress: Progress, name: str, total: int, unit: str, done: int) -> Task:
     number = progress.add_task(name, total=total or None, completed=done, unit=unit)
-    progress.advance(number, 0)  # rich counts the speed from the first advance
+    progress.advance(number, 0)  # rich measures the speed from the first advance
     return progress.tasks[-1]
 
 
@@ -102,7 +102,7 @@ class _RateColumn(ProgressColumn):
 
 
 def _rate(task: Task) -> str:
-    """Units per second, or seconds per unit where that is more."""
+    """Units per second, or seconds per unit for slow tasks."""
     speed = task.finished_speed or task.speed or 0.0
     unit = task.fields["unit"]
     if 0 < speed < 0.95:

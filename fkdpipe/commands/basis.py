@@ -16,15 +16,30 @@ if TYPE_CHECKING:
 @click.command("fit-basis", cls=options.WithSettings)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("basis", type=click.Path(path_type=Path))
-@click.option("--teacher", metavar="NAME[=FILE]", help="As for generate.")
-@click.option("--fraction", type=float, help="Share of every class.  [default: 0.1]")
-@click.option("--layer", metavar="pre|post", help="Before or after the last ReLU.  [default: pre]")
-@click.option("--crops", type=int, metavar="M", help="Crops per image.  [default: 1]")
-@click.option("--seed", type=int, help="Of the images and the crops.  [default: 0]")
-@click.option("--store", help="Take this store's images and crops.")
-@click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
-@click.option("--components", type=int, metavar="D", help="Width to tell the Std Ratios for.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture of the deviations.")
+@click.option("--teacher", metavar="NAME[=FILE]", help="Teacher, named as for generate.")
+@click.option("--fraction", type=float, help="Share of the images of each class.  [default: 0.1]")
+@click.option(
+    "--layer",
+    metavar="pre|post",
+    help="Feature layer: before (pre) or after (post) the last activation.  [default: pre]",
+)
+@click.option("--crops", type=int, metavar="M", help="Number of crops per image.  [default: 1]")
+@click.option("--seed", type=int, help="Seed for sampling images and crops.  [default: 0]")
+@click.option("--store", help="Store that provides the images and crops.")
+@click.option(
+    "--precision", help="Teacher precision: float32, bfloat16 or float16.  [default: float32]"
+)
+@click.option(
+    "--components",
+    type=int,
+    metavar="D",
+    help="Number of components to report statistics for.  [default: all]",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="File for a plot of the standard deviations (.png, .pdf or .svg).",
+)
 @options.device_option
 @options.json_option
 @options.recipe_options
@@ -40,10 +55,11 @@ def fit_basis(
     assignments: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Fit the SVD basis of a teacher's features on crops of DATA, into the file BASIS.
+    """Fit an SVD basis of a teacher's features on crops of DATA.
 
-    Give the crop settings and the seed of the later `generate`: it fits on the very crops that
-    `generate` draws. Class folders are not needed. Under torchrun, processes share the images.
+    The basis is written to the file BASIS. Use the same crop settings and seed as for `generate`,
+    so that it is fitted on the same crops. Class folders are not required. Under torchrun, the
+    processes share the images.
 
     \b
     Example:
@@ -54,11 +70,11 @@ def fit_basis(
 
     settings = options.resolve(FitSettings, recipe, assignments, flags)
     if basis.is_dir() or not basis.parent.is_dir():
-        raise UsageError(f"{basis}: name a file in a folder that exists.")
+        raise UsageError(f"{basis}: BASIS must be a file in an existing folder.")
     if basis.exists():
         raise UsageError(
-            f"{basis} exists, and stores whose features were made with it need it. Choose another "
-            "name, or delete the file first."
+            f"{basis} already exists, and stores that use it still need it. Choose another name, "
+            "or delete the file first."
         )
     from fkdpipe.common import distributed
     from fkdpipe.labelgen import basis_plot
@@ -118,14 +134,14 @@ def _print_fitted(file: Path, fitted: Fitted, width: int, *, as_json: bool) -> N
         )
         return
     click.echo(
-        f"{file}: {b.rank} components of {len(b.mean_D)} channels, fitted on {b.count:,} crops of "
-        f"{fitted.images:,} images; {len(fitted.failed)} left out."
+        f"{file}: {b.rank} components from {len(b.mean_D)} channels, fitted on {b.count:,} crops "
+        f"of {fitted.images:,} images; {len(fitted.failed)} left out."
     )
-    click.echo(f"The leading {width} explain {explained:.2f} % of the variance.")
+    click.echo(f"The leading {width} components explain {explained:.2f} % of the variance.")
     names = {
         "raw": "all channels, before SVD",
         "svd": f"{width} components",
-        "pts": "after PTS, n = 3, by its law for normal values",
+        "pts": "after PTS, n = 3, for normally distributed values",
         "sn": "after scale normalisation",
         "sm": "after Std Matching",
     }

@@ -15,10 +15,12 @@ from fkdpipe.commands import terminal
     type=click.Path(path_type=Path),
     default=Path("demo"),
     show_default=True,
-    help="Folder for pictures, store and runs.",
+    help="Folder for the images, store and runs.",
 )
 def demo(out: Path) -> None:
-    """The whole pipeline on real pictures, in a few minutes without a GPU.
+    """Run the whole pipeline on real images.
+
+    It takes a few minutes and needs no GPU.
 
     \b
     Example:
@@ -29,7 +31,7 @@ def demo(out: Path) -> None:
     outcome = demo_.run(out, say=click.echo, reporter=terminal.reporter())
     click.echo()
     terminal.print_table(
-        "Held-out pictures",
+        "Held-out images",
         ["", "top-1 %"],
         [
             [f"teacher ({demo_.TEACHER})", f"{outcome.teacher:.1f}"],

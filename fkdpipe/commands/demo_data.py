@@ -1,8 +1,8 @@
 """The demo: real handwritten digits on real photographs, through the public commands.
 
 scikit-learn bundles 1,797 scans of handwritten digits (8 x 8 pixels, UCI) and two photographs.
-Each scan is enlarged and put at a random spot and size on a piece of a photograph, so that crops
-of one picture really differ in what they show: a digit, a part of one, or background alone.
+Each scan is pasted at a random position and size onto a piece of a photograph, so that crops of
+one image show different things: a digit, part of one, or only background.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from PIL import Image
 from fkdpipe.common.errors import FkdpipeError, UsageError
 from fkdpipe.common.progress import Reporter, silent
 
-SIDE = 96  # of a picture, in pixels
-DIGIT_SIDES = (48, 80)  # of a digit on it
+SIDE = 96  # of an image, in pixels
+DIGIT_SIDES = (48, 80)  # range of the digit's side, in pixels
 HELD_OUT = 5  # every fifth scan of a class is held out
 SEED = 0
 
@@ -33,7 +33,7 @@ NARROW = "student_options.channels=[16,32,64,128]"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo found. Accuracies are top-1 percent on the held-out pictures."""
+    """Results of the demo. Accuracies are top-1 percent on the held-out images."""
 
     teacher: float
     distilled: float
@@ -43,24 +43,24 @@ class Outcome:
 
 
 def make_images(root: Path, *, count: int | None = None, reporter: Reporter = silent) -> None:
-    """Write `train/<digit>/` and `val/<digit>/` with one JPEG per scan.
+    """Write one JPEG per scan to `train/<digit>/` and `val/<digit>/`.
 
     Args:
-        count: only the first so many scans.
+        count: number of scans to use; by default all.
 
     Raises:
-        UsageError: scikit-learn is missing.
+        UsageError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
-        raise UsageError("the demo needs scikit-learn: install fkdpipe[demo].") from error
+        raise UsageError("the demo requires scikit-learn: pip install 'fkdpipe[demo]'.") from error
     digits = load_digits()
     photographs = load_sample_images().images
     random = np.random.default_rng(SEED)
     seen: dict[int, int] = {}
     scans = list(zip(digits.images, digits.target.tolist(), strict=True))[:count]
-    with reporter.task("pictures", len(scans), "pictures") as advance:
+    with reporter.task("images", len(scans), "images") as advance:
         for index, (scan, digit) in enumerate(scans):
             seen[digit] = seen.get(digit, 0) + 1
             split = "val" if seen[digit] % HELD_OUT == 0 else "train"
@@ -72,7 +72,7 @@ def make_images(root: Path, *, count: int | None = None, reporter: Reporter = si
 
 
 def _picture(scan: np.ndarray, photograph: np.ndarray, random: np.random.Generator) -> Image.Image:
-    """One digit, light on dark or dark on light, on a piece of a photograph."""
+    """Paste a digit, light on dark or dark on light, onto a piece of a photograph."""
     height, width = photograph.shape[:2]
     top, left = random.integers(height - SIDE), random.integers(width - SIDE)
     ground = photograph[top : top + SIDE, left : left + SIDE].astype(np.float32)
@@ -85,15 +85,15 @@ def _picture(scan: np.ndarray, photograph: np.ndarray, random: np.random.Generat
     opacity[y : y + side, x : x + side, 0] = np.asarray(ink, dtype=np.float32) / 255
     under = ground[y : y + side, x : x + side].mean()
     bright = random.integers(170, 256, size=3)
-    colour = (bright if under < 128 else 255 - bright).astype(np.float32)  # to be seen at all
+    colour = (bright if under < 128 else 255 - bright).astype(np.float32)  # so that it is visible
     mixed = ground * (1 - opacity) + colour * opacity
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 
 
 def commands(out: Path) -> dict[str, list[str]]:
-    """The demo's public commands, in order, by what they are for."""
+    """The demo's public commands in order, keyed by their purpose."""
     images, store = str(out / "images"), str(out / "store")
-    # Upright, since a mirrored digit is another shape; and not too small a piece of a picture.
+    # No flips, since a mirrored digit is a different shape; and no very small crops.
     crop = ["--set", "crop.flip=0.0", "--set", "crop.scale=[0.25,1.0]"]
     budget = ["--size", "32", "--batch-size", "64", "--crops-per-image", "4", "--epochs", "60"]
     budget += ["--lr", "0.003", "--set", "optimizer.name=adamw", "--set", "eval_every=20"]
@@ -103,7 +103,7 @@ def commands(out: Path) -> dict[str, list[str]]:
             "train", images, "--student", TEACHER, "--target", "ground-truth", *budget, *crop,
             "--out", str(out / "teacher"),
         ],
-        "how good is it?": ["evaluate", images, str(out / "teacher"), "--json"],
+        "evaluate the teacher": ["evaluate", images, str(out / "teacher"), "--json"],
         "label recorded crops, once": [
             "generate", images, store, "--teacher", str(out / "teacher"), "--form", "topk:5",
             "--crops", "60", *crop,
@@ -113,29 +113,30 @@ def commands(out: Path) -> dict[str, list[str]]:
             "train", images, store, "--target", "marginal-smoothing:5", *student,
             "--out", str(out / "student"),
         ],
-        "the same student, crops and budget, with the folder's classes only": [
+        "train the same student on the folder's classes only, with the same crops and budget": [
             "train", images, store, "--target", "ground-truth", *student,
             "--out", str(out / "baseline"),
         ],
         "evaluate the student": ["evaluate", images, str(out / "student"), "--json"],
         "evaluate the baseline": ["evaluate", images, str(out / "baseline"), "--json"],
-        "what the labels take": ["report", store],
+        "measure the store": ["report", store],
     }  # fmt: skip
 
 
 def run(out: Path, *, say: Callable[[str], None], reporter: Reporter = silent) -> Outcome:
-    """Make the pictures, then run the commands one by one, each in a process of its own.
+    """Write the images, then run each command in its own process.
 
     Args:
         say: prints one line.
 
     Raises:
-        UsageError: `out` holds something else. FkdpipeError: a command failed.
+        UsageError: `out` is a file or holds other files.
+        FkdpipeError: a command failed.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out names a folder.")
+        raise UsageError(f"{out} is a file; --out must be a folder.")
     if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
-        raise UsageError(f"{out} is not empty; name a new folder with --out.")
+        raise UsageError(f"{out} is not empty; choose a new folder with --out.")
     if not (out / "images").is_dir():
         partial = out / "images.partial"
         make_images(partial, reporter=reporter)
@@ -143,13 +144,13 @@ def run(out: Path, *, say: Callable[[str], None], reporter: Reporter = silent) -
     top1 = []
     for purpose, words in commands(out).items():
         say(f"\n# {purpose}\n$ {shlex.join(['fkdpipe', *words])}")
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "fkdpipe", *words], stdout=subprocess.PIPE, text=True
         )
-        say(done.stdout.rstrip())
-        if done.returncode:
-            raise FkdpipeError(f"the demo's command failed: fkdpipe {shlex.join(words)}")
+        say(process.stdout.rstrip())
+        if process.returncode:
+            raise FkdpipeError(f"a command of the demo failed: fkdpipe {shlex.join(words)}")
         if words[0] == "evaluate":
-            top1.append(float(json.loads(done.stdout)["top1"]))
+            top1.append(float(json.loads(process.stdout)["top1"]))
     teacher, distilled, ground_truth = top1
     return Outcome(teacher, distilled, ground_truth, store=out / "store", out=out)

@@ -23,28 +23,48 @@ if TYPE_CHECKING:
     "--teacher",
     multiple=True,
     metavar="NAME[=FILE]",
-    help="timm model, torchvision:NAME, python:MODULE:FUNCTION, or a run folder; several are "
-    "averaged.",
+    help="Teacher: timm model, torchvision:NAME, python:MODULE:FUNCTION or a run folder; repeat to "
+    "average several.",
 )
-@click.option("--teacher-weight", multiple=True, type=float, help="Share, one per teacher.")
-@click.option("--form", help="full, logits, topk:K, topk:K:compact or hard.  [default: topk:10]")
-@click.option("--features", multiple=True, metavar="pre|post[:D]|map", help="Features too.")
-@click.option("--basis", type=click.Path(path_type=Path), help="Of fit-basis, for pre:D.")
-@click.option("--crops", type=int, metavar="M", help="Crops per image.")
-@click.option("--seed", type=int, help="Of crops and order.  [default: 0, or the store's]")
+@click.option(
+    "--teacher-weight",
+    multiple=True,
+    type=float,
+    help="Relative weight of a teacher in the average; one per teacher.",
+)
+@click.option(
+    "--form",
+    help="Label form: full, logits, topk:K, topk:K:compact, hard, or none for features only.  "
+    "[default: topk:10]",
+)
+@click.option(
+    "--features",
+    multiple=True,
+    metavar="pre|post[:D]|map",
+    help="Features to store: before or after the last activation, or the last feature map.",
+)
+@click.option(
+    "--basis", type=click.Path(path_type=Path), help="Basis file from fit-basis, for pre:D."
+)
+@click.option("--crops", type=int, metavar="M", help="Total number of crops per image.")
+@click.option(
+    "--seed", type=int, help="Seed for crops and image order.  [default: the store's, or 0]"
+)
 @click.option("--source", help="Name of the labels in the store.  [default: the teachers' names]")
 @click.option(
     "--class-map",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="File: whose output is which class.",
+    help="File that maps a teacher's outputs to classes; one for all teachers or one each.",
 )
-@click.option("--temperature", type=float, help="Of the teachers' softmax.  [default: 1]")
-@click.option("--precision", help="float32, bfloat16 or float16.  [default: float32]")
-@click.option("--batch-size", type=int, help="Crops per teacher batch.  [default: 64]")
-@click.option("--part", metavar="I/N", help="Make the I-th of N parts, counted from 1.")
-@click.option("--dry-run", is_flag=True, help="Say what it would take, from a small sample.")
-@click.option("--repair", is_flag=True, help="Make broken units again, and nothing else.")
+@click.option("--temperature", type=float, help="Temperature of the softmax.  [default: 1]")
+@click.option(
+    "--precision", help="Teacher precision: float32, bfloat16 or float16.  [default: float32]"
+)
+@click.option("--batch-size", type=int, help="Teacher batch size in crops.  [default: 64]")
+@click.option("--part", metavar="I/N", help="Part of the store to generate, counted from 1.")
+@click.option("--dry-run", is_flag=True, help="Estimate size, time and memory, and keep nothing.")
+@click.option("--repair", is_flag=True, help="Repair damaged units, and do nothing else.")
 @options.device_option
 @options.json_option
 @options.recipe_options
@@ -62,18 +82,19 @@ def generate(
 ) -> None:
     """Label recorded crops of the images in DATA, into STORE.
 
-    Started again, it makes what is missing. Several processes share a store under torchrun, or
-    with --part on several machines. More --crops, another teacher or --features add to a store,
-    and its crop distribution, seed and form need not be said again.
+    Run the same command again to resume: only missing units are generated. Several processes can
+    share a store, under torchrun or with --part on several machines. More --crops, another teacher
+    or --features extend an existing store, which provides the crop distribution, seed and form.
 
-    A --class-map file has either one class name per line, in the order of the teacher's outputs,
-    or a class folder and the number of its output, from 0, on every line ("n01440764 0"). Lines
-    that begin with # are skipped.
+    A --class-map file has one class name per line, in the order of the teacher's outputs, or a
+    class folder and its output index, counted from 0, on each line ("n01440764 0"). Lines that
+    begin with # are ignored.
 
-    A network of your own is a function without arguments that returns the module: --teacher
-    python:PACKAGE.MODULE:FUNCTION[=FILE]. Modules of the current folder are found, as by python -m.
-    A dict pretrained_cfg on the module says what its input is: input_size (3, height, width), mean
-    and std. As this runs code, only the command line may say it: no recipe, store or run folder.
+    To use your own network, pass --teacher python:PACKAGE.MODULE:FUNCTION[=FILE], where FUNCTION
+    takes no arguments and returns the module. Modules in the current folder are found, as with
+    python -m. A pretrained_cfg dict on the module describes its input: input_size (3, height,
+    width), mean and std. This runs code, so it is accepted on the command line only, never from a
+    recipe, store or run folder.
 
     \b
     Example:
@@ -81,12 +102,12 @@ def generate(
     """
     from fkdpipe.labelgen.settings import GenerateSettings
 
-    if repair and store:  # none of --show-settings
+    if repair and store:  # --show-settings needs no store
         from fkdpipe.labelgen import existing
         from fkdpipe.storage.location import open_location
 
-        given = options.given_table(recipe, assignments, flags)
-        flags |= existing.repair_options(open_location(store), given)
+        table = options.given_table(recipe, assignments, flags)
+        flags |= existing.repair_options(open_location(store), table)
     settings = options.resolve(GenerateSettings, recipe, assignments, flags)
     from fkdpipe.common import distributed
     from fkdpipe.labelgen import api
@@ -128,7 +149,7 @@ def _to_json(result: Generated) -> dict[str, Any]:
 def _print_result(store: str, result: Generated) -> None:
     from fkdpipe.common import words
 
-    state = "complete" if result.complete else "other parts are still to be made"
+    state = "complete" if result.complete else "other parts are not finished"
     click.echo(
         f"{store}: {words.count(result.new_units, 'unit')} made, {result.kept_units} kept, "
         f"{words.count(len(result.failed), 'image')} left out; {state}."
@@ -142,11 +163,11 @@ def _print_repair(repaired: Repaired) -> None:
 
     click.echo(
         f"{words.count(len(repaired.records), 'record')} restored, "
-        f"{words.count(len(repaired.units), 'unit')} made again"
+        f"{words.count(len(repaired.units), 'unit')} regenerated"
     )
     for path, number in Counter(path for path, _ in repaired.left).items():
         left = words.count(number, "unit")
-        click.echo(f"{path}: {left} still broken; --repair with what made them")
+        click.echo(f"{path}: {left} still damaged; run --repair with the options that made them")
 
 
 def _print_forecast(f: Forecast, *, as_json: bool) -> None:
@@ -165,4 +186,4 @@ def _print_forecast(f: Forecast, *, as_json: bool) -> None:
         f"crops/s, measured on {f.sampled_crops:,} crops"
     )
     gpu = f", GPU {words.size(f.gpu_bytes)}" if f.gpu_bytes else ""
-    click.echo(f"memory  {words.size(f.buffer_bytes)} for a unit in the making{gpu}")
+    click.echo(f"memory  {words.size(f.buffer_bytes)} for the buffers of a unit{gpu}")

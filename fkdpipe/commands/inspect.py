@@ -18,10 +18,10 @@ KINDS = (".png", ".html")
 ORDERS = ("stored", "sure", "unsure", "entropy", "worst", "disagreement")
 
 source_option = click.option(
-    "--source", multiple=True, help="Which labels, when the store has several; repeat to compare."
+    "--source", multiple=True, help="Labels to use, if the store has several; repeat to compare."
 )
 partial_option = click.option(
-    "--partial", is_flag=True, help="Look at the finished units of an unfinished store."
+    "--partial", is_flag=True, help="Use the finished units of an unfinished store."
 )
 limit_option = click.option(
     "--limit",
@@ -29,27 +29,32 @@ limit_option = click.option(
     default=2000,
     show_default=True,
     metavar="IMAGES",
-    help="Look through so many; a store's order is random, so they are a fair sample. 0: all.",
+    help="Number of images to examine, a random sample; 0 for all.",
 )
 
 
 @click.command()
 @click.argument("store")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.png or FILE.html")
-@click.option("--crop", metavar="KEY:INDEX", help="One crop.")
-@click.option("--image", metavar="KEY", help="One image.")
-@click.option("--class", "class_name", metavar="NAME", help="Images of one class.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Output file: FILE.png or FILE.html.",
+)
+@click.option("--crop", metavar="KEY:INDEX", help="Show one crop.")
+@click.option("--image", metavar="KEY", help="Show one image.")
+@click.option("--class", "class_name", metavar="NAME", help="Show images of one class.")
 @click.option(
     "--by",
     type=click.Choice(ORDERS),
     default="stored",
     show_default=True,
-    help="Which crops first: as stored (at random), by confidence, entropy, how little the "
-    "image's class gets, or disagreement between two sources.",
+    help="Order of the crops: as stored (random), by confidence, by entropy, lowest probability of "
+    "the image's class first, or by disagreement between two sources.",
 )
-@click.option("--count", type=int, default=12, show_default=True, help="Images.")
-@click.option("--crops", type=int, default=4, show_default=True, help="Crops of each image.")
+@click.option("--count", type=int, default=12, show_default=True, help="Number of images.")
+@click.option("--crops", type=int, default=4, show_default=True, help="Number of crops per image.")
 @source_option
 @limit_option
 @partial_option
@@ -69,7 +74,7 @@ def inspect(
     partial: bool,
     cache: Path | None,
 ) -> None:
-    """A contact sheet: images of DATA with the crops of STORE drawn, and what their labels say.
+    """Draw images of DATA with the crops and labels of STORE.
 
     \b
     Example:
@@ -79,7 +84,7 @@ def inspect(
     from fkdpipe.inspect import choose, pages, sheet, sources, views
 
     if sum(each is not None for each in (crop, image, class_name)) > 1:
-        raise UsageError("choose by one of --crop, --image and --class.")
+        raise UsageError("use only one of --crop, --image and --class.")
     choice = choose.Choice(image, class_name, by, count, crops)
     terminal.check_file(out, KINDS)
     reporter = terminal.reporter()
@@ -89,28 +94,28 @@ def inspect(
     else:
         rows = sources.sample_rows(opened, limit)
         chosen = choose.choose(opened, choice, rows, reporter=reporter)
-    found = views.look(opened, data, chosen)
+    contents = views.look(opened, data, chosen)
     what = crop or image or (f"class {class_name}" if class_name else "images")
     title = f"{store}: {what}, {ORDER_WORDS[by]}"
     if out.suffix == ".html":
         lead = (
-            f"{opened.store.num_images:,} images, {opened.finished.crops_per_image} crops of each."
+            f"{opened.store.num_images:,} images, {opened.found.crops_per_image} crops per image."
         )
-        terminal.write_file(out, pages.sheet_page(found, title=title, lead=lead).encode())
+        terminal.write_file(out, pages.sheet_page(contents, title=title, lead=lead).encode())
     else:
-        terminal.write_file(out, sheet.to_png(sheet.draw(found, title=title)))
-    for why in found.left_out:
+        terminal.write_file(out, sheet.to_png(sheet.draw(contents, title=title)))
+    for why in contents.left_out:
         click.echo(f"left out: {why}", err=True)
-    shown = sum(len(view.crops) for view in found.images)
-    click.echo(f"{out}: {len(found.images)} images, {shown} crops.")
+    shown = sum(len(view.crops) for view in contents.images)
+    click.echo(f"{out}: {len(contents.images)} images, {shown} crops.")
 
 
 ORDER_WORDS = {
     "stored": "as stored",
-    "sure": "surest first",
-    "unsure": "least sure first",
-    "entropy": "largest entropy first",
-    "worst": "least probability of the image's class first",
+    "sure": "most confident first",
+    "unsure": "least confident first",
+    "entropy": "highest entropy first",
+    "worst": "lowest probability of the image's class first",
     "disagreement": "largest disagreement first",
 }
 
@@ -118,20 +123,27 @@ ORDER_WORDS = {
 @click.command()
 @click.argument("store")
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Plots: FILE.png or FILE.html")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File for plots: FILE.png or FILE.html."
+)
 @click.option(
     "--model",
     multiple=True,
     metavar="NAME[=FILE]",
-    help="Also its predictions on the same crops (needs DATA).",
+    help="Model to compare on the same crops (requires DATA).",
 )
-@click.option("--class-map", multiple=True, type=click.Path(path_type=Path), help="Of the models.")
+@click.option(
+    "--class-map",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File that maps a model's outputs to classes; one for all models or one each.",
+)
 @click.option(
     "--crops",
     type=click.IntRange(min=0),
     default=8,
     show_default=True,
-    help="Crops of each image; they are independent draws. 0: all.",
+    help="Number of crops per image; 0 for all.",
 )
 @source_option
 @limit_option
@@ -153,7 +165,7 @@ def analyse(
     device: str,
     as_json: bool,
 ) -> None:
-    """What the labels of STORE say: entropy, agreement, reliability, distances.
+    """Analyse labels: entropy, agreement, reliability, distances.
 
     \b
     Example:
@@ -165,9 +177,9 @@ def analyse(
     from fkdpipe.inspect import analysis, sources
 
     if model and data is None:
-        raise UsageError("--model needs DATA: the images its crops are cut from.")
+        raise UsageError("--model requires DATA, the images of the store.")
     if not model and (data is not None or class_map):
-        raise UsageError("DATA and --class-map are for the networks of --model; name one.")
+        raise UsageError("DATA and --class-map can only be used with --model.")
     if out is not None:
         terminal.check_file(out, KINDS)
     reporter = terminal.reporter()
@@ -176,13 +188,13 @@ def analyse(
     count = min(crops or opened.finished.crops_per_image, opened.finished.crops_per_image)
     with contextlib.ExitStack() as stack:
         models = _models(stack, opened, data, model, class_map, device) if data and model else []
-        found = analysis.analyse(opened, rows, np.arange(count), models=models, reporter=reporter)
+        result = analysis.analyse(opened, rows, np.arange(count), models=models, reporter=reporter)
     if out is not None:
-        _write_analysis(out, found)
+        _write_analysis(out, result)
     if as_json:
-        terminal.print_json(found.to_json())
+        terminal.print_json(result.to_json())
     else:
-        _print_analysis(found)
+        _print_analysis(result)
 
 
 def _models(
@@ -193,7 +205,7 @@ def _models(
     class_map: tuple[Path, ...],
     device: str,
 ) -> list[Any]:
-    """(name, predictions) of each model, its replay open as long as the stack is."""
+    """(name, predictor) of each model; the stack keeps their replays open."""
     from fkdpipe.inspect import models
     from fkdpipe.networks import teachers
     from fkdpipe.pixels import images
@@ -206,12 +218,12 @@ def _models(
         class_maps=[teachers.read_class_map(file) for file in class_map],
         device=options.choose_device(device),
     )
-    made = []
+    predictors = []
     for text, each in zip(names, loaded, strict=True):
         replayer = stack.enter_context(open_replay("cpu", [View.of(each.preprocessing)]))
         name = text.partition("=")[0] if "=" in text else Path(text).name
-        made.append((f"model {name}", models.predictor(opened, root, each, replayer)))
-    return made
+        predictors.append((f"model {name}", models.predictor(opened, root, each, replayer)))
+    return predictors
 
 
 def _open(
@@ -229,29 +241,29 @@ def _open(
     )
 
 
-def _write_analysis(out: Path, found: Analysis) -> None:
+def _write_analysis(out: Path, result: Analysis) -> None:
     from fkdpipe.inspect import pages, plots
 
     if out.suffix == ".html":
-        terminal.write_file(out, pages.analysis_page(found).encode())
+        terminal.write_file(out, pages.analysis_page(result).encode())
     else:
-        title = f"Labels of {found.url}: {found.images:,} images, {found.crops:,} crops"
-        terminal.write_file(out, plots.to_png(plots.together(plots.analysis_panels(found), title)))
+        title = f"Labels of {result.url}: {result.images:,} images, {result.crops:,} crops"
+        terminal.write_file(out, plots.to_png(plots.together(plots.analysis_panels(result), title)))
 
 
-def _print_analysis(found: Analysis) -> None:
+def _print_analysis(result: Analysis) -> None:
     from fkdpipe.inspect import pages
 
-    click.echo(f"{found.url}: {found.images:,} images, {found.crops:,} crops looked at\n")
-    terminal.print_table("", *pages.summary(found))
+    click.echo(f"{result.url}: {result.images:,} images, {result.crops:,} crops analysed\n")
+    terminal.print_table("", *pages.summary(result))
     title = "Cross-entropy of row a -> column b: mean of -sum b log a, in nats"
-    terminal.print_table(title, *pages.distance_table(found))
-    for source in found.sources:
+    terminal.print_table(title, *pages.distance_table(result))
+    for source in result.sources:
         if source.changes:
-            title = f"What each target does to {source.name}"
+            title = f"Difference of each target from the labels of {source.name}"
             columns = ["target", "total variation", "KL (nats)"]
             terminal.print_table(title, columns, pages.change_rows(source))
-    if found.classes:
-        rows = pages.class_rows(found, 10)
-        title = f"Least agreement, {len(rows)} of {len(found.classes):,} classes"
+    if result.classes:
+        rows = pages.class_rows(result, 10)
+        title = f"Least agreement, {len(rows)} of {len(result.classes):,} classes"
         terminal.print_table(title, pages.CLASS_COLUMNS, rows)

@@ -15,18 +15,45 @@ from fkdpipe.commands import options, terminal
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("store")
-@click.option("--classes", type=int, metavar="C", help="Of the teacher.  [default: class folders]")
-@click.option("--temperature", type=float, help="Of the teacher's softmax, for the record.")
-@click.option("--teacher-name", "teacher", help="For the record, and to name the labels.")
-@click.option("--crops", type=int, metavar="M", help="The first M of each image.  [default: all]")
+@click.option(
+    "--classes",
+    type=int,
+    metavar="C",
+    help="Number of classes of the teacher.  [default: number of class folders]",
+)
+@click.option(
+    "--temperature", type=float, help="Temperature of the teacher's softmax, to be recorded."
+)
+@click.option(
+    "--teacher-name",
+    "teacher",
+    help="Name of the teacher, to be recorded; also the default name of the labels.",
+)
+@click.option(
+    "--crops", type=int, metavar="M", help="Number of crops per image.  [default: all of the files]"
+)
 @click.option("--source-name", help="Name of the labels in the store.")
-@click.option("--seed", type=int, help="Of the order of images; of crops drawn for label maps.")
-@click.option("--keep", type=int, metavar="K", help="Classes kept of a label map.  [default: 5]")
-@click.option("--compat-transposed", is_flag=True, help="Label maps: pool as published, x for y.")
-@click.option("--skip-transformed", is_flag=True, help="ml-dr: leave out crops with more changes.")
-@click.option("--assume-plain", is_flag=True, help="tinyvit: made with crop and flip alone.")
-@click.option("--sampler-seed", type=int, help="sre2l: its --fkd-seed.  [default: 42]")
-@click.option("--threads", type=int, help="Readers of label files.  [default: 4]")
+@click.option(
+    "--seed", type=int, help="Seed for the image order, and for crops drawn for label maps."
+)
+@click.option(
+    "--keep", type=int, metavar="K", help="Label maps: number of classes to keep.  [default: 5]"
+)
+@click.option(
+    "--compat-transposed",
+    is_flag=True,
+    help="Label maps: swap x and y when pooling, as the published code does.",
+)
+@click.option(
+    "--skip-transformed",
+    is_flag=True,
+    help="ml-dr: skip crops with transforms other than crop and flip.",
+)
+@click.option(
+    "--assume-plain", is_flag=True, help="tinyvit: assume that only crop and flip were used."
+)
+@click.option("--sampler-seed", type=int, help="sre2l: value of --fkd-seed.  [default: 42]")
+@click.option("--threads", type=int, help="Number of threads reading files.  [default: 4]")
 @options.json_option
 def import_(
     format: str,
@@ -37,10 +64,11 @@ def import_(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Make STORE from the label files SOURCE of another system, for the images in DATA.
+    """Convert label files of another system into STORE.
 
-    FORMAT is fkd, ml-dr, tinyvit, relabel, tokenlabeling or sre2l. Nothing in a file is ever run.
-    Images without usable labels are listed and left out. Started again, it makes what is missing.
+    SOURCE holds the label files, DATA the images. FORMAT is fkd, ml-dr, tinyvit, relabel,
+    tokenlabeling or sre2l. Code in the files is never executed. Images without usable labels are
+    listed and left out. Run the same command again to resume.
 
     \b
     Example:
@@ -53,57 +81,60 @@ def import_(
     from fkdpipe.storage.location import open_location
 
     interchange.choose(interchange.IMPORTS, format)  # before anything is scanned
-    given = {key: v for key, v in flags.items() if v is not None and v is not False}
-    interchange.check_settings(format, given)
-    settings = ImportSettings(source=source_name or "", **given)
+    values = {key: v for key, v in flags.items() if v is not None and v is not False}
+    interchange.check_settings(format, values)
+    settings = ImportSettings(source=source_name or "", **values)
     reporter = terminal.reporter()
     folder = importing.scan(data, reporter)
     labels = interchange.open_labels(format, source, folder, settings)
-    made = importing.import_labels(
+    result = importing.import_labels(
         labels, folder, open_location(store), settings, reporter=reporter
     )
     if as_json:
         terminal.print_json(
             {
-                "images": made.store.num_images,
-                "crops_per_image": made.crops,
-                "form": made.form,
-                "units_made": made.made,
-                "units_kept": made.kept,
-                "failed": dict(made.failed),
-                "failed_examples": made.examples,
+                "images": result.store.num_images,
+                "crops_per_image": result.crops,
+                "form": result.form,
+                "units_made": result.made,
+                "units_kept": result.kept,
+                "failed": dict(result.failed),
+                "failed_examples": result.examples,
                 "extra": labels.extra,
                 "extra_examples": list(labels.extra_examples),
-                "moved_boxes": made.moved,
-                "notes": list(made.notes),
+                "moved_boxes": result.moved,
+                "notes": list(result.notes),
             }
         )
         return
-    why = ", ".join(f"{count} {code}" for code, count in sorted(made.failed.items()))
-    left_out = words.count(made.failed.total(), "image")
+    reasons = ", ".join(f"{count} {code}" for code, count in sorted(result.failed.items()))
+    left_out = words.count(result.failed.total(), "image")
     click.echo(
-        f"{store}: {made.store.num_images:,} images x {made.crops} crops, form {made.form}; "
-        f"{words.count(made.made, 'unit')} made, {made.kept} kept, {left_out} left out"
-        f"{f' ({why})' if why else ''}."
+        f"{store}: {result.store.num_images:,} images x {result.crops} crops, form {result.form}; "
+        f"{words.count(result.made, 'unit')} made, {result.kept} kept, {left_out} left out"
+        f"{f' ({reasons})' if reasons else ''}."
     )
-    others = [name for name in made.store.sources() if name != made.source]
-    beside = f", beside {', '.join(others)}" if others else ""
-    click.echo(f"The labels are source {made.source}{beside}.")
+    others = [name for name in result.store.sources() if name != result.source]
+    more = f"; the store also has {', '.join(others)}" if others else ""
+    click.echo(f"The labels are stored as source {result.source}{more}.")
 
 
 @click.command()
 @click.argument("format")
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--source", help="Which labels, when the store has several.")
-@click.option("--keep", type=int, metavar="K", help="Classes written.  [default: all stored]")
+@click.option("--source", help="Labels to export, if the store has several.")
+@click.option(
+    "--keep", type=int, metavar="K", help="Number of classes to write.  [default: all stored]"
+)
 @options.json_option
 def export(
     format: str, store: str, out: Path, source: str | None, keep: int | None, as_json: bool
 ) -> None:
-    """Write the labels of STORE into the new folder OUT, as another system's files.
+    """Export the labels of STORE in the format of another system.
 
-    FORMAT is fkd, ml-dr, tinyvit or parquet (needs fkdpipe[parquet]).
+    OUT is the folder to create. FORMAT is fkd, ml-dr, tinyvit or parquet (requires
+    fkdpipe[parquet]).
 
     \b
     Example:
@@ -116,13 +147,14 @@ def export(
 
     write = interchange.choose(interchange.EXPORTS, format)
     reporter = terminal.reporter()
-    wanted = ExportSettings(source=source, keep=keep)
-    made = write(open_store(store), out, wanted, reporter=reporter)
+    settings = ExportSettings(source=source, keep=keep)
+    result = write(open_store(store), out, settings, reporter=reporter)
     if as_json:
-        found = {"images": made.images, "files": made.files, "notes": list(made.notes)}
-        terminal.print_json(found)
+        terminal.print_json(
+            {"images": result.images, "files": result.files, "notes": list(result.notes)}
+        )
         return
-    files = words.count(made.files, "file")
-    click.echo(f"{out}: labels of {words.count(made.images, 'image')} in {files}.")
-    for note in made.notes:
+    files = words.count(result.files, "file")
+    click.echo(f"{out}: labels of {words.count(result.images, 'image')} in {files}.")
+    for note in result.notes:
         click.echo(f"note: {note}")

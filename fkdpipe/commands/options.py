@@ -1,4 +1,4 @@
-"""Options that several commands share, and how flags become settings."""
+"""Options shared by several commands, and the conversion of flags to settings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from fkdpipe.common.config import Setting
     from fkdpipe.networks.models import ModelSpec
 
-SHOW = "fkdpipe.show_settings"  # key of the context's notes
+SHOW = "fkdpipe.show_settings"  # key in the context's meta
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object to stdout."
+)
+device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda or cuda:N.")
 cache_option = click.option(
     "--cache",
     type=click.Path(path_type=Path),
@@ -30,7 +32,7 @@ cache_option = click.option(
 
 
 class WithSettings(click.Command):
-    """A command with `recipe_options`; --show-settings needs none of its arguments."""
+    """A command with `recipe_options`. With --show-settings, its arguments are optional."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         if "--show-settings" not in args:
@@ -42,20 +44,20 @@ class WithSettings(click.Command):
 
 
 def recipe_options(command: Callable) -> Callable:
-    """--recipe FILE, --set KEY=VALUE and --show-settings, of a command of class WithSettings."""
+    """Add --recipe FILE, --set KEY=VALUE and --show-settings to a command of class WithSettings."""
     command = click.option(
         "--show-settings",
         is_flag=True,
         expose_value=False,
         callback=lambda context, _, value: context.meta.update({SHOW: value}),
-        help="Print every setting, its values, default and meaning, and end.",
+        help="Print each setting with its allowed values, default and meaning, and exit.",
     )(command)
     command = click.option(
         "--set",
         "assignments",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any setting of a recipe, for example optimizer.weight_decay=1e-4.",
+        help="Setting by name, for example optimizer.weight_decay=1e-4; repeat for several.",
     )(command)
     return click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of settings.")(
         command
@@ -70,14 +72,14 @@ def resolve(
     *,
     describe: Callable[[dict[str, Any]], list[Setting]] | None = None,
 ) -> Any:
-    """Settings from flag or --set, then recipe, then default; with --show-settings, print them.
+    """Settings from flags and --set, then the recipe, then defaults. --show-settings prints them.
 
     Args:
-        describe: given the settings as a table, all that can be set. By default those of `cls`.
+        describe: maps the table of settings to the list of all settings; by default those of `cls`.
 
     Raises:
-        UsageError: listing every problem; or a setting has a flag and a --set.
-        Exit: --show-settings has printed them.
+        UsageError: lists every problem; or a setting is given by a flag and by --set.
+        Exit: after --show-settings has printed them.
     """
     from fkdpipe.common import config
 
@@ -93,7 +95,7 @@ def resolve(
 
 
 def _show(described: list[Setting], table: dict[str, Any], *, as_json: bool) -> None:
-    """Every setting with its value: of the user, or the default."""
+    """Print every setting with the user's value or the default."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -107,22 +109,22 @@ def _show(described: list[Setting], table: dict[str, Any], *, as_json: bool) -> 
         ]
         terminal.print_json({"settings": rows})
         return
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("setting", overflow="fold", max_width=26)
-    shown.add_column("value", overflow="fold", max_width=18)
-    shown.add_column("meaning")
+    listing = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    listing.add_column("setting", overflow="fold", max_width=26)
+    listing.add_column("value", overflow="fold", max_width=18)
+    listing.add_column("meaning")
     for each, value in zip(described, values, strict=True):
         default = "required" if each.required else _as_text(each.default)
-        own = default if value == each.default else f"{_as_text(value)}\n({default})"
+        current = default if value == each.default else f"{_as_text(value)}\n({default})"
         allowed = f"{each.allowed[0].upper()}{each.allowed[1:]}."
-        shown.add_row(each.name, own, f"{each.meaning} {allowed}")
+        listing.add_row(each.name, current, f"{each.meaning} {allowed}")
     width = None if sys.stdout.isatty() else 80
-    Console(highlight=False, markup=False, emoji=False, width=width).print(shown)
-    click.echo("In brackets: the default, where another value is given.")
+    Console(highlight=False, markup=False, emoji=False, width=width).print(listing)
+    click.echo("In parentheses: the default, if the value differs from it.")
 
 
 def _value(table: dict[str, Any], setting: Setting) -> Any:
-    """What the user gave, else the default."""
+    """The user's value, or the default."""
     value: Any = table
     for key in setting.name.split("."):
         if not isinstance(value, dict) or key not in value:
@@ -144,19 +146,19 @@ def _as_text(value: Any) -> str:
 def given_table(
     recipe: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the user gave, as one table.
+    """Recipe, --set and flags merged into one table.
 
     Raises:
-        UsageError: a setting has a flag and a --set.
+        UsageError: a setting is given by a flag and by --set.
     """
     from fkdpipe.common import config
 
     assigned = [config.parse_assignment(text) for text in assignments]
-    given = {key: value for key, value in flags.items() if value not in (None, (), "")}
-    for key in sorted(given.keys() & {key for table in assigned for key in _keys(table)}):
-        raise UsageError(f"{key} is given twice, by a flag and by --set; leave one of them out.")
+    values = {key: value for key, value in flags.items() if value not in (None, (), "")}
+    for key in sorted(values.keys() & {key for table in assigned for key in _keys(table)}):
+        raise UsageError(f"{key} is given twice, by a flag and by --set; remove one of them.")
     recipes = [config.load_toml(recipe)] if recipe else []
-    return config.merge(*recipes, *assigned, _nested(given))
+    return config.merge(*recipes, *assigned, _nested(values))
 
 
 def _keys(table: dict[str, Any], prefix: str = "") -> set[str]:
@@ -169,7 +171,7 @@ def _keys(table: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:
-    """`optimizer.lr` as a key becomes a table."""
+    """Turn dotted keys such as `optimizer.lr` into nested tables."""
     table: dict[str, Any] = {}
     for name, value in flags.items():
         *path, last = name.split(".")
@@ -181,10 +183,11 @@ def _nested(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def networks(typed: Sequence[str], settings: Sequence[str]) -> list[ModelSpec]:
-    """The networks of a setting; only what the user typed as the flag itself may name Python code.
+    """Parse the networks of a setting. Only values of the flag itself may name Python code.
 
     Args:
-        typed: the flag's values, empty when it was left out. settings: from wherever they came.
+        typed: values of the flag; empty if it was not given.
+        settings: values after flags, recipe and defaults are merged.
     """
     from fkdpipe.networks.models import parse_spec
 
@@ -198,13 +201,13 @@ def choose_device(text: str, local_rank: int = 0) -> Any:
 
 
 def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Refuse nan and infinity, which Python takes for numbers."""
+    """Reject nan and infinity, which Python parses as floats."""
     if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no finite number.")
+        raise click.BadParameter(f"{value} is not a finite number.")
     return value
 
 
-def cache_dir(given: Path | None) -> Path:
+def cache_dir(folder: Path | None) -> Path:
     from fkdpipe.storage import cache
 
-    return given or cache.default_cache_dir()
+    return folder or cache.default_cache_dir()

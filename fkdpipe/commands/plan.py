@@ -14,31 +14,36 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--images", type=int, default=1_281_167, show_default=True, help="Of the set.")
-@click.option("--crops", type=int, default=200, show_default=True, help="Of each image.")
-@click.option("--classes", type=int, default=1000, show_default=True, help="Of the labels.")
+@click.option("--images", type=int, default=1_281_167, show_default=True, help="Number of images.")
 @click.option(
-    "--form", "forms", multiple=True, help="Of the labels; repeat to compare.  [default: topk:10]"
+    "--crops", type=int, default=200, show_default=True, help="Number of crops per image."
+)
+@click.option("--classes", type=int, default=1000, show_default=True, help="Number of classes.")
+@click.option(
+    "--form", "forms", multiple=True, help="Label form; repeat to compare.  [default: topk:10]"
 )
 @click.option(
-    "--features", multiple=True, metavar="D[:int8]", help="Vectors kept beside the labels; repeat."
+    "--features",
+    multiple=True,
+    metavar="D[:int8]",
+    help="Dimension of feature vectors to store; repeat for several.",
 )
-@click.option("--derive-boxes", is_flag=True, help="Without boxes: the seed gives them.")
+@click.option("--derive-boxes", is_flag=True, help="Derive boxes from the seed, not stored.")
 @click.option(
     "--teacher-throughput",
     type=float,
     callback=options.finite,
     metavar="CROPS/S",
-    help="Labelled by all teachers together.",
+    help="Labelling speed of all teachers together.",
 )
 @click.option(
     "--train-throughput",
     type=float,
     callback=options.finite,
     metavar="CROPS/S",
-    help="Consumed by one node's training.",
+    help="Training speed of one node.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Also a page with plots.")
+@click.option("--html", type=click.Path(path_type=Path), help="File for an HTML page with plots.")
 @options.json_option
 def plan(
     images: int,
@@ -52,7 +57,7 @@ def plan(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Size, time and memory of a store that is not made yet.
+    """Estimate the size, time and memory of a future store.
 
     \b
     Example:
@@ -64,7 +69,7 @@ def plan(
     if html is not None:
         terminal.check_file(html, (".html",))
     texts = forms or (() if features else ("topk:10",))
-    made = planning.plan(
+    result = planning.plan(
         planning.Wanted(
             images=images,
             crops=crops,
@@ -79,20 +84,20 @@ def plan(
     if html is not None:
         from fkdpipe.inspect import footprint
 
-        terminal.write_file(html, footprint.plan_page(made).encode())
+        terminal.write_file(html, footprint.plan_page(result).encode())
     if as_json:
-        terminal.print_json({"plan": made.to_json()})
+        terminal.print_json({"plan": result.to_json()})
     else:
-        _print_plan(made)
+        _print_plan(result)
 
 
-def _print_plan(made: Plan) -> None:
+def _print_plan(result: Plan) -> None:
     from fkdpipe.inspect import footprint
 
-    w = made.wanted
+    w = result.wanted
     click.echo(f"{w.images:,} images x {w.crops} crops, {w.classes:,} classes")
-    terminal.print_table("", *footprint.plan_table(made))
-    terminal.print_table("", *footprint.plan_fields(made))
-    click.echo("stored: on disk. cache: local space on each training node, kept in memory.")
-    click.echo("read MB/s: from the store while training, of arrays too wide for the cache.")
+    terminal.print_table("", *footprint.plan_table(result))
+    terminal.print_table("", *footprint.plan_fields(result))
+    click.echo("stored: on disk. cache: local disk of each training node, mapped into memory.")
+    click.echo("read MB/s: from the store during training, for arrays too wide to cache.")
     click.echo(footprint.PLAN_WORDS)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("stores", nargs=-1, required=True, metavar="STORE...")
-@click.option("--html", type=click.Path(path_type=Path), help="Also a page with plots.")
+@click.option("--html", type=click.Path(path_type=Path), help="File for an HTML page with plots.")
 @options.json_option
 def report(stores: tuple[str, ...], html: Path | None, as_json: bool) -> None:
-    """Bytes of STOREs by field, what they serve, and their size at ImageNet scale.
+    """Show the size of each STORE and the targets it serves.
+
+    Sizes are listed by field and scaled to ImageNet-1K.
 
     \b
     Example:
@@ -39,7 +41,7 @@ def report(stores: tuple[str, ...], html: Path | None, as_json: bool) -> None:
         terminal.print_json(measured[0].to_json())
     elif as_json:
         rows = [
-            {"store": place, **each.to_json()} for place, each in zip(stores, measured, strict=True)
+            {"store": url, **each.to_json()} for url, each in zip(stores, measured, strict=True)
         ]
         terminal.print_json({"stores": rows})
     elif len(measured) == 1:
@@ -59,20 +61,20 @@ def _print_report(r: StorageReport) -> None:
     if r.targets:
         serves = f"serves {', '.join(r.targets)}".replace(" (", "\0(").replace("any K", "any\0K")
         lines = textwrap.fill(serves, 80, subsequent_indent="  ", break_on_hyphens=False)
-        click.echo(lines.replace("\0", " "))  # which kept each target in one piece
+        click.echo(lines.replace("\0", " "))  # the null kept each target on one line
     left_out = f"{r.rejected} files rejected, {r.failed} images without labels"
     for source in r.sources:
         units = words.count(source.units, "unit")
         click.echo(f"source {source.name}: {source.units_done} of {units}; {left_out}")
     click.echo()
     terminal.print_table("", *footprint.field_table(r))
-    click.echo("raw: uncompressed, entropy: an ideal code; both bytes per crop.\n")
+    click.echo("raw: uncompressed. entropy: an ideal code. Both in bytes per crop.\n")
     if not r.finished:
         click.echo(footprint.unfinished_words([r]))
         return
     click.echo(f"At this size per crop, ImageNet-1K x 200 crops: {words.gigabytes(r.imagenet)}")
     terminal.print_table("", *footprint.paper_rows(r))
-    click.echo("planned: a store of nothing more than that label (fkdpipe plan).")
+    click.echo("planned: a store with that label only (see fkdpipe plan).")
     _echo_classes([r])
 
 
@@ -81,16 +83,16 @@ def _print_reports(measured: list[StorageReport]) -> None:
 
     terminal.print_table("", *footprint.store_table(measured))
     terminal.print_table("", *footprint.side_by_side(measured))
-    click.echo("In brackets: bytes per crop of an ideal code.\n")
+    click.echo("In parentheses: bytes per crop of an ideal code.\n")
     click.echo("At these sizes per crop, ImageNet-1K x 200 crops:")
     terminal.print_table("", *footprint.paper_side_by_side(measured))
-    if words := footprint.unfinished_words(measured):
-        click.echo(words)
+    if text := footprint.unfinished_words(measured):
+        click.echo(text)
     _echo_classes(measured)
 
 
 def _echo_classes(measured: list[StorageReport]) -> None:
     from fkdpipe.inspect import footprint
 
-    if words := footprint.other_classes(measured):
-        click.echo(words)
+    if text := footprint.other_classes(measured):
+        click.echo(text)

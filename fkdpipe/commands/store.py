@@ -16,26 +16,35 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("store")
-@click.option("--full", is_flag=True, help="Read everything: checksums, values, local cache.")
-@click.option("--data", type=click.Path(path_type=Path), help="Also compare this image folder.")
+@click.option("--full", is_flag=True, help="Read all data: checksums, values and the local cache.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Image folder to compare with the store."
+)
 @click.option(
     "--teacher",
     multiple=True,
     metavar="NAME[=FILE]",
-    help="Run it again on a sample of crops (needs --data).",
+    help="Teacher to rerun on a sample of crops (requires --data).",
 )
-@click.option("--teacher-weight", multiple=True, type=float, help="As for generate.")
 @click.option(
-    "--class-map", multiple=True, type=click.Path(path_type=Path), help="As for generate."
+    "--teacher-weight", multiple=True, type=float, help="Weight of a teacher, as for generate."
 )
-@click.option("--basis", type=click.Path(path_type=Path), help="Of stored components.")
-@click.option("--source", help="Which labels, when the store has several.")
+@click.option(
+    "--class-map",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Class map of a teacher, as for generate.",
+)
+@click.option(
+    "--basis", type=click.Path(path_type=Path), help="Basis file of the stored components."
+)
+@click.option("--source", help="Labels to compare, if the store has several.")
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Crops run again.",
+    help="Number of crops to rerun the teacher on.",
 )
 @options.cache_option
 @options.device_option
@@ -49,7 +58,9 @@ def verify(
     as_json: bool,
     **how: Any,
 ) -> None:
-    """Compare STORE with its own records; exit code 1 when something is wrong.
+    """Check STORE against its own records.
+
+    The exit code is 1 if there are problems.
 
     \b
     Example:
@@ -60,13 +71,13 @@ def verify(
     from fkdpipe.storage.store import open_store
 
     if teacher and data is None:
-        raise UsageError("--teacher needs --data: the images its crops are cut from.")
+        raise UsageError("--teacher requires --data, the images of the store.")
     opened = open_store(store)
     reporter = terminal.reporter()
     try:
         units = sum(opened.units_of(part) for part in opened.parts.values())
     except StoreError:
-        units = 0  # verify says what is wrong with its records
+        units = 0  # verify reports the damaged records
     with reporter.task("verify", units, "units") as advance:
         problems = verifying.verify(
             opened, full=full, cache_dir=options.cache_dir(cache), on_unit=advance
@@ -83,8 +94,8 @@ def verify(
             checked = _run_again(opened, data, teacher, **how) if teacher else []
     problems += [problem for each in checked for problem in each.problems]
     if as_json:
-        found = [problem.to_json() for problem in problems]
-        terminal.print_json({"ok": not problems, "problems": found})
+        records = [problem.to_json() for problem in problems]
+        terminal.print_json({"ok": not problems, "problems": records})
     else:
         for problem in problems:
             unit = f" unit {problem.unit}" if problem.unit >= 0 else ""
@@ -109,7 +120,7 @@ def _run_again(
     sample: int,
     device: str,
 ) -> list[Checked]:
-    """The teachers, run again on a sample of every part that they made."""
+    """Rerun the teachers on a sample of each part that they generated."""
     from fkdpipe.labelgen import check
     from fkdpipe.networks import features, teachers
     from fkdpipe.networks.feature_layers import needs_of
@@ -122,7 +133,7 @@ def _run_again(
         class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
         class_maps=[teachers.read_class_map(file) for file in class_map],
-        precision=parts[0].settings.precision or "float32",  # unknown of imports
+        precision=parts[0].settings.precision or "float32",  # not recorded by imports
         device=where,
         needs=needs_of({part.layer for part in parts}),
     )
@@ -142,10 +153,12 @@ def _comparison(checked: Checked) -> str:
 @click.command()
 @click.argument("store")
 @click.argument("out")
-@click.option("--crops", type=int, metavar="M", help="Keep the first M crops of each image.")
-@click.option("--form", help="Poorer form of the labels, for example topk:5:compact.")
-@click.option("--source", help="Which labels, when the store has several.")
-@click.option("--derive-boxes", is_flag=True, help="Keep the seed and a checksum, not the boxes.")
+@click.option("--crops", type=int, metavar="M", help="Number of crops per image to keep.")
+@click.option("--form", help="Smaller label form, for example topk:5:compact.")
+@click.option("--source", help="Labels to keep, if the store has several.")
+@click.option(
+    "--derive-boxes", is_flag=True, help="Replace the boxes with their seed and a checksum."
+)
 def thin(
     store: str,
     out: str,
@@ -154,7 +167,7 @@ def thin(
     source: str | None,
     derive_boxes: bool,
 ) -> None:
-    """Make OUT, a smaller store, from STORE; no teacher runs.
+    """Write a smaller copy of STORE to OUT; no teacher runs.
 
     \b
     Example:
@@ -167,7 +180,7 @@ def thin(
     from fkdpipe.storage.location import open_location
     from fkdpipe.storage.store import open_store
 
-    wanted = thinning.Subset(
+    settings = thinning.Thinning(
         crops=crops,
         form=parse_form(form) if form else None,
         source=source,
@@ -176,8 +189,8 @@ def thin(
     opened = open_store(store)
     reporter = terminal.reporter()
     with reporter.task("thin", opened.num_images, "images") as advance:
-        made = thinning.thin(opened, open_location(out), wanted, on_images=advance)
-    before, after = (measure(s) for s in (opened, made))
+        thinned = thinning.thin(opened, open_location(out), settings, on_images=advance)
+    before, after = (measure(s) for s in (opened, thinned))
     click.echo(
         f"{out}: {after.images:,} images x {after.crops_per_image} crops, form {after.form}, "
         f"{words.size(after.stored_bytes)} "

@@ -1,4 +1,4 @@
-"""Progress and logs on stderr, results on stdout."""
+"""Output: progress and logs on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fkdpipe.common.errors import FkdpipeError, UsageError
 
 
 def start_logging() -> None:
-    """fkdpipe's own messages, plain, on stderr."""
+    """Print fkdpipe's log messages to stderr as plain text."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger("fkdpipe")
@@ -25,7 +25,7 @@ def start_logging() -> None:
 
 
 def reporter() -> Any:
-    """Bars with rate and time left at a terminal, now and then a line elsewhere."""
+    """Progress bars in a terminal, otherwise a line every few seconds."""
     from fkdpipe.commands import bars
 
     start_logging()
@@ -37,21 +37,21 @@ def print_json(value: Any) -> None:
 
 
 def check_file(out: Path, kinds: tuple[str, ...]) -> None:
-    """Refuse a file to write before hours are spent on what goes into it.
+    """Check that an output file can be written, before the work that produces it starts.
 
     Raises:
-        UsageError: another kind of file, a folder, or one in no folder.
+        UsageError: another extension, an existing folder, or a file in a folder that is missing.
     """
     if out.suffix not in kinds:
-        raise UsageError(f"{out}: write {' or '.join(f'FILE{kind}' for kind in kinds)}.")
+        raise UsageError(f"{out}: the file name must end in {' or '.join(kinds)}.")
     if not out.parent.is_dir():
-        raise UsageError(f"{out}: there is no folder {out.parent}.")
+        raise UsageError(f"{out}: folder {out.parent} does not exist.")
     if out.is_dir():
-        raise UsageError(f"{out} is a folder; name a file.")
+        raise UsageError(f"{out} is a folder; choose a file name.")
 
 
 def write_file(out: Path, data: bytes) -> None:
-    """Raises FkdpipeError when the file cannot be written."""
+    """Write a file. Raises FkdpipeError if it cannot be written."""
     try:
         out.write_bytes(data)
     except OSError as error:
@@ -59,13 +59,13 @@ def write_file(out: Path, data: bytes) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+    """Print a table to stdout: text in the first column, numbers in the others."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     if title:
-        click.echo(title)  # rich would break it at the table's width
+        click.echo(title)  # rich would wrap it at the table's width
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 80
@@ -81,8 +81,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def _fitting(cells: list[list[str]], width: int) -> list[list[int]]:
-    """Columns of each table, where one for all would break numbers or names: the first column
-    stands in each, and the others are shared out evenly."""
+    """Column indices of each table, if one table is too wide. Each repeats the first column."""
     from rich.cells import cell_len
 
     wide = [max(map(cell_len, column)) + 3 for column in zip(*cells, strict=True)]
@@ -96,5 +95,5 @@ def _fitting(cells: list[list[str]], width: int) -> list[list[int]]:
 
 
 def _printable(text: str) -> str:
-    """Names of files and classes may hold anything, also what a terminal would obey."""
+    """Names of files and classes may contain terminal control characters."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

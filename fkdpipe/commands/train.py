@@ -17,27 +17,56 @@ from fkdpipe.commands import options, terminal
 @click.option(
     "--student",
     metavar="NAME[=FILE]",
-    help="timm model or python:MODULE:FUNCTION from scratch, checkpoint or run folder.",
+    help="Student: timm model or python:MODULE:FUNCTION (random weights without =FILE), or a run "
+    "folder.",
 )
 @click.option(
     "--target",
-    help="What it learns, for example marginal-smoothing:5; with STORE it must be named."
-    "  [default: ground-truth]",
+    help="Training target, for example marginal-smoothing:5; required with STORE.  "
+    "[default: ground-truth]",
 )
-@click.option("--crops-per-image", type=int, metavar="m", help="Per batch.  [default: 1]")
-@click.option("--epochs", type=int, help="One pass with m crops is m epochs.  [default: 100]")
-@click.option("--batch-size", type=int, help="In crops, over all processes.  [default: 256]")
+@click.option(
+    "--crops-per-image",
+    type=int,
+    metavar="m",
+    help="Number of crops per image in a batch.  [default: 1]",
+)
+@click.option(
+    "--epochs",
+    type=int,
+    help="Number of epochs; a pass with m crops per image counts as m.  [default: 100]",
+)
+@click.option(
+    "--batch-size", type=int, help="Batch size in crops, over all processes.  [default: 256]"
+)
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.1]")
-@click.option("--size", type=int, help="Side of the input in pixels.  [default: the model's]")
-@click.option("--seed", type=int, help="Of weights, order and crops.  [default: 0]")
-@click.option("--fraction", type=float, help="Share of every class to train on.  [default: 1]")
-@click.option("--source", help="Which labels of the store, when it has several.")
-@click.option("--method", help="fkd, kd, ...; docs/methods.md has them all.  [default: fkd]")
-@click.option("--teacher", metavar="NAME[=FILE]", help="Runs beside the student, for some methods.")
-@click.option("--precision", help="auto, float32, bfloat16 or float16.  [default: auto]")
-@click.option("--replay", help="auto, cpu or dali.  [default: auto]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The run folder.")
-@click.option("--allow-partial", is_flag=True, help="Use the finished part of an unsealed store.")
+@click.option("--size", type=int, help="Input size in pixels.  [default: the model's]")
+@click.option("--seed", type=int, help="Seed for weights, order and crops.  [default: 0]")
+@click.option("--fraction", type=float, help="Share of the images of each class.  [default: 1]")
+@click.option("--source", help="Labels to train on, if the store has several.")
+@click.option(
+    "--method",
+    help="Distillation method, for example fkd or kd; see docs/methods.md.  [default: fkd]",
+)
+@click.option(
+    "--teacher",
+    metavar="NAME[=FILE]",
+    help="Teacher that runs beside the student, for methods that need one.",
+)
+@click.option(
+    "--precision",
+    help="Student precision: auto, float32, bfloat16 or float16.  [default: auto]",
+)
+@click.option("--replay", help="Replay backend: auto, cpu or dali.  [default: auto]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Run folder: checkpoints, metrics and the student.",
+)
+@click.option(
+    "--allow-partial", is_flag=True, help="Use the finished units of an unfinished store."
+)
 @options.cache_option
 @options.device_option
 @options.json_option
@@ -56,12 +85,12 @@ def train(
 ) -> None:
     """Train a student on the images in DATA and the labels in STORE.
 
-    Without STORE, on fresh random crops and the folder's own classes (--target ground-truth).
-    Started again with the same --out, it goes on from its last checkpoint. For several GPUs:
-    torchrun --nproc-per-node N -m fkdpipe train ... with the same arguments.
+    Without STORE, it trains on new random crops and the classes of the folder (--target
+    ground-truth). Run the same command again to resume from the last checkpoint. For several GPUs,
+    use torchrun --nproc-per-node N -m fkdpipe train ... with the same arguments.
 
-    A student of your own is a function that returns the module, as a teacher of generate is; where
-    it takes num_classes, it is given the number of classes.
+    To use your own network, pass --student python:PACKAGE.MODULE:FUNCTION, as for a teacher in
+    generate. If FUNCTION has a parameter num_classes, it receives the number of classes.
 
     \b
     Example:
@@ -81,14 +110,14 @@ def train(
 
     rank = distributed.current()
     where = options.choose_device(device, rank.local)
-    named = [] if settings.teacher is None else [settings.teacher]
+    teachers = [] if settings.teacher is None else [settings.teacher]
     with parallel.group(rank, where):
         run = prepare(
             settings,
             data,
             out,
             student_spec=options.networks([flags["student"]], [settings.student])[0],
-            teacher_spec=next(iter(options.networks([flags["teacher"]], named)), None),
+            teacher_spec=next(iter(options.networks([flags["teacher"]], teachers)), None),
             store=open_store(store) if store else None,
             cache_dir=options.cache_dir(cache),
             allow_partial=allow_partial,
@@ -112,26 +141,32 @@ def train(
 @click.option(
     "--split",
     type=click.Choice(["val", "train"]),
-    help="Which images.  [default: val; DATA itself where it holds the classes]",
+    help="Split to evaluate on.  [default: val, or DATA itself if it holds the class folders]",
 )
-@click.option("--class-map", type=click.Path(path_type=Path), help="Whose output is which class.")
+@click.option(
+    "--class-map",
+    type=click.Path(path_type=Path),
+    help="File that maps the model's outputs to classes, as for generate.",
+)
 @click.option(
     "--real",
     type=click.Path(path_type=Path),
-    help="ImageNet-ReaL's real.json: several classes may be right.",
+    help="ImageNet-ReaL's real.json, with several correct classes per image.",
 )
 @click.option(
-    "--numbered", is_flag=True, help="Folders are named by class index, as ImageNet-V2's are."
+    "--numbered", is_flag=True, help="Class folders are named by class index, as in ImageNet-V2."
 )
 @click.option(
-    "--precision", default="float32", help="float32, bfloat16 or float16.  [default: float32]"
+    "--precision",
+    default="float32",
+    help="Model precision: float32, bfloat16 or float16.  [default: float32]",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Images per batch.",
+    help="Batch size in images.",
 )
 @options.device_option
 @options.json_option
@@ -147,10 +182,10 @@ def evaluate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Top-1 and top-5 accuracy of MODEL on DATA.
+    """Measure the top-1 and top-5 accuracy of MODEL on DATA.
 
-    MODEL is a run folder, or NAME[=FILE] as for --teacher. Images are resized and cut at the
-    centre as timm does. With --real, on the images that have a right class.
+    MODEL is a run folder or NAME[=FILE], as for --teacher. Images are resized and centre-cropped
+    as in timm. With --real, images without a correct class are left out.
 
     \b
     Example:

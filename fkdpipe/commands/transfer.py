@@ -13,13 +13,28 @@ from fkdpipe.commands import options, terminal
 @click.command(cls=options.WithSettings)
 @click.argument("model", metavar="MODEL")
 @click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--mode", "modes", multiple=True, help="fine-tune or probe.  [default: both]")
-@click.option("--epochs", type=int, help="Of every trial.  [default: 150]")
-@click.option("--batch-size", type=int, help="In images.  [default: 64]")
-@click.option("--lr", type=float, multiple=True, help="Tried in turn.  [default: 0.01, 0.001]")
-@click.option("--seed", "seeds", type=int, multiple=True, help="One trial each.  [default: 0]")
-@click.option("--size", type=int, help="Side of the input in pixels.  [default: the model's]")
-@click.option("--out", type=click.Path(path_type=Path), help="Keep the runs here, and resume them.")
+@click.option(
+    "--mode", "modes", multiple=True, help="Training mode: fine-tune or probe.  [default: both]"
+)
+@click.option("--epochs", type=int, help="Number of epochs per trial.  [default: 150]")
+@click.option("--batch-size", type=int, help="Batch size in images.  [default: 64]")
+@click.option(
+    "--lr",
+    type=float,
+    multiple=True,
+    help="Learning rate; repeat to try several.  [default: 0.01, 0.001]",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    help="Random seed; repeat for one trial each.  [default: 0]",
+)
+@click.option("--size", type=int, help="Input size in pixels.  [default: the model's]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to keep the runs in, for resuming."
+)
 @options.device_option
 @options.json_option
 @options.recipe_options
@@ -33,11 +48,11 @@ def transfer(
     assignments: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Fine-tune MODEL on each of DATA, and train a linear probe on it.
+    """Fine-tune MODEL and train a linear probe on each folder in DATA.
 
-    MODEL is a run folder, NAME=FILE, or NAME for pretrained weights; its classifier is left out.
-    DATA are image folders with train/ and val/. Of several learning rates the best mean over seeds
-    is shown.
+    MODEL is a run folder, NAME=FILE, or NAME for pretrained weights; its classifier is replaced.
+    DATA are image folders with train/ and val/. If there are several learning rates, the one with
+    the best mean over the seeds is shown.
 
     \b
     Example:
@@ -58,11 +73,11 @@ def transfer(
     where = options.choose_device(device, rank.local)
     reporter = terminal.reporter() if rank.main else silent
     with (
-        tempfile.TemporaryDirectory(prefix="fkdpipe-transfer-") as place,
+        tempfile.TemporaryDirectory(prefix="fkdpipe-transfer-") as temporary,
         parallel.group(rank, where),
     ):
         trials = transferring.transfer(
-            model, data, out or Path(place), settings,
+            model, data, out or Path(temporary), settings,
             spec=options.networks([model], [model])[0], device=where, rank=rank, reporter=reporter,
         )  # fmt: skip
     if not rank.main:
@@ -90,4 +105,4 @@ def transfer(
         ]
         for row in rows
     ]
-    terminal.print_table(f"transfer of {model}", columns, cells)
+    terminal.print_table(f"Transfer of {model}", columns, cells)

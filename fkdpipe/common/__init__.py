@@ -1,1 +1,1 @@
-"""What every room uses: settings, errors, progress, processes, the disk."""
+"""Shared by all packages: settings, errors, progress, distributed processes, disk access."""

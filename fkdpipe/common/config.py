@@ -1,8 +1,8 @@
-"""Settings: frozen dataclasses that pydantic checks, from TOML, from `--set` and from Python.
+"""Settings: frozen dataclasses validated by pydantic, from TOML, `--set` or Python.
 
-Every problem is reported at once, by the dotted name that `--set` takes, with what is allowed and
-what was found. Values must have the type of their field; `int` is taken where `float` is meant,
-nothing else is guessed.
+All problems are reported together, each with the dotted name used by `--set`, the allowed values
+and the value found. Values must have the type of their field. An `int` is accepted for a `float`;
+there are no other conversions.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _STRICT = ConfigDict(
     strict=True,
     extra="forbid",
     allow_inf_nan=False,
-    validate_default=True,  # cross-checks see a default as they see a given value
+    validate_default=True,  # cross-checks apply to defaults too
     use_attribute_docstrings=True,
 )
 
 
 class SettingsError(UsageError):
-    """Settings that cannot be right; `problems` has one line each, beginning with the name."""
+    """Invalid settings. `problems` has a line for each, starting with the name of the setting."""
 
     def __init__(self, problems: Sequence[str], where: str = "") -> None:
         self.problems = tuple(problems)
@@ -52,43 +52,43 @@ class SettingsError(UsageError):
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field, dataclasses.field))
 def settings(cls: type[T]) -> type[T]:
-    """Make a class a frozen dataclass that is checked however it is made, `replace` included.
+    """Class decorator: a frozen dataclass that is validated on creation, also by `replace`.
 
-    The docstring below a field is its meaning. Checks across fields are `field_validator`s of the
-    later one: they run where `info.data` has the earlier, that is where both are valid alone.
+    The docstring below a field describes it. To check one field against another, use a
+    `field_validator` on the later one; `info.data` holds the earlier one if it is valid.
 
-    Raises (the class, when it is called):
-        SettingsError: listing every problem.
+    Raises (when the class is instantiated):
+        SettingsError: lists every problem.
     """
     checked: Any = pydantic.dataclasses.dataclass(cls, frozen=True, config=_STRICT)
     init = checked.__init__
 
     @functools.wraps(init)
-    def checking(self: Any, *args: Any, **values: Any) -> None:
+    def validate(self: Any, *args: Any, **values: Any) -> None:
         try:
             init(self, *args, **values)
         except ValidationError as error:
             raise SettingsError(_problems(checked, error)) from None
 
-    checked.__init__ = checking
+    checked.__init__ = validate
     return checked
 
 
 def load_toml(file: Path) -> dict[str, Any]:
-    """Raises UsageError when the file is missing or not TOML."""
+    """Load a TOML file. Raises UsageError if it is missing or not valid TOML."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no such recipe: {file}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{file} is not readable as TOML: {error}.") from error
+        raise UsageError(f"{file} cannot be read as TOML: {error}.") from error
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
-    """`optimizer.lr=0.1` as nested tables; the value is TOML, or a bare word taken as text.
+    """Parse `optimizer.lr=0.1` into nested tables. A value that is not valid TOML is text.
 
     Raises:
-        UsageError: no "=" in it.
+        UsageError: `text` has no key or no "=".
     """
     path, equals, value = text.partition("=")
     if not equals or not path:
@@ -103,7 +103,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
 
 
 def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables, later ones winning key by key."""
+    """Merge nested tables key by key; later tables take precedence."""
     merged: dict[str, Any] = {}
     for table in tables:
         for key, value in table.items():
@@ -116,14 +116,14 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
 def build(
     cls: type[T], table: Mapping[str, Any], *, where: str = "settings", prefix: str = ""
 ) -> T:
-    """Settings from a table.
+    """Create settings from a table.
 
     Args:
-        where: named in the message, for example the recipe's path.
-        prefix: of the names in it, where the table is a part of another, such as `method.`.
+        where: origin of the table for error messages, for example the path of the recipe.
+        prefix: prefix of the names in error messages if the table is nested, such as `method.`.
 
     Raises:
-        SettingsError: listing every problem.
+        SettingsError: lists every problem.
     """
     try:
         return _validate(cls, table)
@@ -132,27 +132,27 @@ def build(
 
 
 def check(cls: type, table: Mapping[str, Any], *, where: str = "settings") -> None:
-    """As `build` of a table that may lack settings that are required.
+    """Validate a table as `build` does, but allow required settings to be missing.
 
     Raises:
-        SettingsError: listing every problem of what is there.
+        SettingsError: lists every other problem.
     """
     try:
         _validate(cls, table)
     except ValidationError as error:
-        if problems := _problems(cls, error, passing_over=("missing",)):
+        if problems := _problems(cls, error, ignore=("missing",)):
             raise SettingsError(problems, where) from None
 
 
 def _validate(cls: type[T], table: Mapping[str, Any]) -> T:
-    # TOML has JSON's types: pydantic's strict reading of JSON takes lists for tuples, tables for
-    # dataclasses and text for paths, and guesses nothing. The text of a date is its value.
+    # TOML has the types of JSON. In strict mode, pydantic reads JSON lists as tuples, tables as
+    # dataclasses and strings as paths, without any other conversion. Dates become strings.
     text = json.dumps(table, default=str, ensure_ascii=False).encode(errors="replace")
     return TypeAdapter(cls).validate_json(text)
 
 
 def to_table(settings: Any) -> dict[str, Any]:
-    """A dataclass as plain tables, lists and values; what a run folder and a store record."""
+    """Convert a dataclass to plain tables, lists and values, as run folders and stores keep it."""
     return {
         field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)
     }
@@ -170,9 +170,14 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, to print. name: dotted, `[]` for each item of a list of tables.
+    """Description of one setting.
 
-    default: as JSON has it, None where there is none. required: it must be given.
+    Attributes:
+        name: dotted name; `[]` stands for each item of a list of tables.
+        allowed: allowed values in words.
+        default: JSON value, None if there is no default.
+        required: whether a value must be given.
+        meaning: docstring of the field.
     """
 
     name: str
@@ -183,7 +188,7 @@ class Setting:
 
 
 def describe(cls: type, prefix: str = "") -> list[Setting]:
-    """Every setting of a settings class, those of inner tables by their dotted names."""
+    """All settings of a settings class, including those of nested tables."""
     schema = _schema(cls)
     return list(_leaves(schema, schema, prefix))
 
@@ -216,7 +221,7 @@ def _schema(cls: type) -> Schema:
 
 
 def _kinds(root: Schema, node: Schema) -> list[Schema]:
-    """What a value may be: one schema, or the alternatives of a union."""
+    """Alternatives of a schema: itself, or the members of a union."""
     if "$ref" in node:
         node = root["$defs"][node["$ref"].rpartition("/")[2]]
     if "anyOf" not in node:
@@ -225,17 +230,17 @@ def _kinds(root: Schema, node: Schema) -> list[Schema]:
 
 
 def _problems(
-    cls: type, error: ValidationError, prefix: str = "", *, passing_over: Sequence[str] = ()
+    cls: type, error: ValidationError, prefix: str = "", *, ignore: Sequence[str] = ()
 ) -> list[str]:
-    errors = [each for each in error.errors() if each["type"] not in passing_over]
+    errors = [each for each in error.errors() if each["type"] not in ignore]
     lines = [line for each in errors for line in _lines(cls, each, prefix)]
-    return list(dict.fromkeys(lines))  # a union has the same problem once for each alternative
+    return list(dict.fromkeys(lines))  # a union reports the same problem once per alternative
 
 
 def _lines(cls: type, error: Any, prefix: str) -> tuple[str, ...]:
     root, loc, kind = _schema(cls), error["loc"], error["type"]
     if kind == "missing" and isinstance(loc[-1], int):
-        loc = loc[:-1]  # too short a list: what is allowed is said of the whole
+        loc = loc[:-1]  # list too short: describe the whole list
     name, node = _at(root, loc, prefix)
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SettingsError):
@@ -247,13 +252,13 @@ def _lines(cls: type, error: Any, prefix: str) -> tuple[str, ...]:
     if node is None:
         return (f"{name} is not a setting; {_near(cls, name, prefix)}",)
     allowed = _allowed(root, node)
-    if kind == "finite_number":  # infinity is above 0 and yet not allowed
+    if kind == "finite_number":  # infinity is above 0 but not allowed
         allowed = allowed.replace("a number", "a finite number", 1)
     return (f"{name} must be {allowed}; found {_shown(error['input'])}",)
 
 
 def _at(root: Schema, loc: tuple[int | str, ...], prefix: str) -> tuple[str, Schema | None]:
-    """The dotted name of a place in the settings and its schema, None of an unknown key."""
+    """Dotted name of a location in the settings, and its schema (None for an unknown key)."""
     name, node = prefix, root
     for key in loc:
         kinds = _kinds(root, node)
@@ -273,7 +278,7 @@ def _at(root: Schema, loc: tuple[int | str, ...], prefix: str) -> tuple[str, Sch
 
 
 def _near(cls: type, name: str, prefix: str) -> str:
-    """Settings that an unknown key may have meant, else those beside it."""
+    """Suggest settings with a similar name, or list those of the same table."""
     leaves = [setting.name for setting in describe(cls, prefix)]
     tables = {leaf.rpartition(".")[0] for leaf in leaves} - {"", prefix.rstrip(".")}
     ends: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
-"""Errors of a file, and errors of the disk or the system under it, which may pass.
+"""Disk errors: permanent errors of a file, and transient errors of the disk or the system.
 
-What is wrong with a file is recorded of it for good; an error that may pass never is. A write that
-fails names its file and says what to do.
+Permanent errors are recorded with the file; transient errors never are. A failed write names its
+file and says what to do.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _OF_A_FILE = frozenset(
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether the disk or the system failed (EIO, ESTALE, EMFILE, ...) and not the file.
+    """Whether this is a transient error of the disk or the system (EIO, ESTALE, EMFILE, ...).
 
-    Errors without a number come from decoders and are the file's.
+    Errors without an errno come from decoders and count as errors of the file.
     """
     return error.errno is not None and error.errno not in _OF_A_FILE
 
 
 def read_twice(read: Callable[[], T]) -> T:
-    """The result of `read`, which is called again after a second where the failure may pass.
+    """Call `read`, and once more after a second if it fails with a transient error.
 
     Raises:
-        OSError: of the file, or of the disk twice.
+        OSError: an error of the file, or a second transient error.
     """
     try:
         return read()
@@ -51,21 +51,23 @@ def read_twice(read: Callable[[], T]) -> T:
     return read()
 
 
-def words(error: OSError, place: str) -> str:
-    """Why the disk refused, and what to do; `place` is what would have to be writable."""
+def words(error: OSError, target: str) -> str:
+    """The reason of a disk error and what to do; `target` is the path that must be writable."""
     return {
         errno.ENOSPC: "the disk is full. Free some space",
         errno.EDQUOT: "the disk quota is used up. Free some space",
-        errno.EACCES: f"permission denied. Make {place} writable",
-        errno.EPERM: f"permission denied. Make {place} writable",
-        errno.EROFS: f"the file system is read-only. Make {place} writable",
-    }.get(error.errno or 0, f"{error.strerror or error}. Mend that")
+        errno.EACCES: f"permission denied. Make {target} writable",
+        errno.EPERM: f"permission denied. Make {target} writable",
+        errno.EROFS: f"the file system is read-only. Make {target} writable",
+    }.get(error.errno or 0, f"{error.strerror or error}. Fix this")
 
 
 @contextlib.contextmanager
 def writing(file: str | os.PathLike[str]) -> Iterator[None]:
-    """A failed write as an OSError that names `file`, also where torch (which hides the error of a
-    Python file behind a RuntimeError) or safetensors (which only prints it) raise another."""
+    """Turn a failed write into an OSError that names `file`.
+
+    torch hides the OSError behind a RuntimeError, and safetensors only prints its number.
+    """
     try:
         yield
     except Exception as error:
@@ -76,10 +78,10 @@ def writing(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _disk_errno(error: BaseException) -> int | None:
-    hidden: BaseException | None = error
-    while hidden is not None:
-        if isinstance(hidden, OSError):
-            return hidden.errno
-        hidden = hidden.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.errno
+        cause = cause.__context__
     printed = re.search(r"\(os error (\d+)\)", str(error))
     return int(printed[1]) if printed else None

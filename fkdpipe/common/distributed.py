@@ -1,6 +1,6 @@
-"""Rank and world from torchrun's environment; works without it.
+"""Rank and world size from torchrun's environment, or a single process without it.
 
-Generation needs no process group: units are owned by rank, and processes meet in the store.
+Generation needs no process group: units are assigned by rank, and processes share only the store.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among all of a job.
+    """This process within a job.
 
     Attributes:
-        index: 0 to world - 1. local: index on this machine, which picks the GPU.
+        index: global rank, 0 to world - 1.
+        world: number of processes.
+        local: local rank on this machine, which selects the GPU.
     """
 
     index: int = 0
@@ -33,7 +35,7 @@ class Rank:
 
 
 def current() -> Rank:
-    """The rank torchrun gave this process, or the only one."""
+    """The rank set by torchrun, or that of a single process."""
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Rank()
@@ -41,10 +43,10 @@ def current() -> Rank:
 
 
 def choose_device(device: torch.device | str | None, local_rank: int = 0) -> torch.device:
-    """A torch device; of "auto" or None a GPU when there is one, and of several the local rank's.
+    """Choose a torch device. "auto" and None select the local rank's GPU, or the CPU without GPUs.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: invalid or unavailable device.
     """
     import torch
 
@@ -53,27 +55,27 @@ def choose_device(device: torch.device | str | None, local_rank: int = 0) -> tor
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"device {device!r}: take auto, cpu, cuda or cuda:N.") from error
+        raise UsageError(f"device {device!r} must be auto, cpu, cuda or cuda:N.") from error
     if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {device!r}: take auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"device {device!r} must be auto, cpu, cuda or cuda:N.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices here."
+            f"device {device} is not available: torch has {torch.cuda.device_count()} CUDA devices."
         )
     return chosen
 
 
 def default_threads() -> int:
-    """Cores this process may use, shared among the processes of this machine."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // here)
+    """CPU cores available to this process, divided by the number of processes on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def parse_part(text: str) -> Rank:
-    """`I/N` of `--part`, counted from 1, as a rank.
+    """Parse `I/N` of `--part`, counted from 1, as a rank.
 
     Raises:
-        UsageError: not of that form.
+        UsageError: invalid text.
     """
     first, slash, second = text.partition("/")
     if slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second):

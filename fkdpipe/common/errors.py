@@ -1,27 +1,27 @@
-"""Everything fkdpipe raises for a user to read.
+"""Exceptions raised by fkdpipe.
 
     FkdpipeError                   exit code 1
-    ├── UsageError (ValueError)    arguments that cannot be right; exit code 2
+    ├── UsageError (ValueError)    invalid arguments; exit code 2
     ├── ImagesError                an image folder, or a file in it
     ├── ModelError                 a teacher or a student: name, weights, outputs
     ├── LabelsError                label files of another system, to import or export
-    ├── StoreError                 a store that cannot be used as asked
-    │   ├── StoreMismatchError     the store was made with other settings, or for other data
+    ├── StoreError                 a store that cannot be used for the request
+    │   ├── StoreMismatchError     the store has different settings or data
     │   ├── UnsealedStoreError     generation has not finished
     │   ├── DamagedStoreError      bytes differ from what was committed
-    │   └── ClaimedError           another process writes the same part
-    ├── ReplayError                a recorded crop that cannot become pixels
-    └── TrainingError              a run that cannot go on
+    │   └── ClaimedError           another process is writing the same part
+    ├── ReplayError                a recorded crop that cannot be decoded to pixels
+    └── TrainingError              a training run that cannot continue
 
-Messages say what was found, what is allowed and what to do. `code` is a short stable word for
-scripts and tests; sentences may change. `assert` is kept for our own mistakes.
+Messages say what was found, what is allowed and what to do. `code` is a short stable identifier
+for scripts and tests; messages may change. `assert` is reserved for internal errors.
 """
 
 from __future__ import annotations
 
 
 class FkdpipeError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns."""
+    """Base class of all errors; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -31,7 +31,7 @@ class FkdpipeError(Exception):
 
 
 class UsageError(FkdpipeError, ValueError):
-    """Arguments or recipe values that cannot be right, whatever the data are."""
+    """Invalid arguments or settings, independent of the data."""
 
     exit_code = 2
 
@@ -41,27 +41,27 @@ class ImagesError(FkdpipeError):
 
 
 class ModelError(FkdpipeError):
-    """A model name, its weights or its outputs do not fit."""
+    """A model name, its weights or its outputs are unknown or do not match."""
 
 
 class LabelsError(FkdpipeError):
-    """Label files of another system cannot be imported, or a store not exported to its format."""
+    """Label files that cannot be imported, or a store that cannot be exported to a format."""
 
 
 class StoreError(FkdpipeError):
-    """A store that cannot be used as asked."""
+    """A store that cannot be used for the request."""
 
 
 class StoreMismatchError(StoreError):
-    """The store was made with other settings, or for other data."""
+    """The store was generated with different settings or for different data."""
 
 
 class UnsealedStoreError(StoreError):
-    """The part asked for is not finished."""
+    """The requested part of the store is not finished."""
 
 
 class DamagedStoreError(StoreError):
-    """Bytes of a store differ from what was committed; `unit` names where."""
+    """Bytes of a store differ from those committed; `unit` is the index of the damaged unit."""
 
     def __init__(self, message: str, *, code: str = "damaged", unit: int | None = None) -> None:
         super().__init__(message, code=code)
@@ -69,12 +69,12 @@ class DamagedStoreError(StoreError):
 
 
 class ClaimedError(StoreError):
-    """Another live process is writing the same part."""
+    """Another running process is writing the same part."""
 
 
 class ReplayError(FkdpipeError):
-    """A recorded crop cannot be turned into pixels."""
+    """A recorded crop that cannot be decoded to pixels."""
 
 
 class TrainingError(FkdpipeError):
-    """A training run cannot go on."""
+    """A training run that cannot continue."""

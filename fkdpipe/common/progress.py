@@ -1,7 +1,7 @@
-"""How long-running library functions tell what they do, without printing.
+"""Progress reports of long-running library functions, which never print.
 
-They take a `Reporter`; the command line passes one that draws bars on stderr, tests and other
-callers pass none and get `silent`.
+They take a `Reporter`. The command line passes one that draws progress bars on stderr; the default
+is `silent`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ class Reporter(Protocol):
     def task(
         self, name: str, total: int, unit: str, *, done: int = 0
     ) -> AbstractContextManager[Advance]:
-        """A piece of work of `total` units; call the result with how many more are done.
+        """Start a task of `total` items; call the result with the number of newly finished items.
 
         Args:
-            done: units an earlier run did; no part of the rate or of the time left.
+            name: name of the task.
+            unit: plural noun for the items, such as "images".
+            done: items finished by an earlier run; they do not count for the rate.
         """
 
 
 def shared(advance: Advance, parts: int) -> Advance:
-    """Counts what is done once for each of several parts, told when it is done for all."""
+    """Report an item to `advance` once it is finished for all of several parts."""
     done = 0
 
     def add(count: int) -> None:

@@ -336,12 +336,12 @@ def make_features_store(place):
     ("words", "message"),
     [
         (["report"], "Missing argument 'STORE...'"),
-        (["report", "store", "--html", "page.png"], "write FILE.html"),
+        (["report", "store", "--html", "page.png"], "the file name must end in .html"),
         (["plan", "store"], "unexpected extra argument"),
         (["plan", "--form", "soft"], "is not a form"),
         (["plan", "--classes", "5", "--form", "topk:10"], "keeps 10 of 5"),
-        (["plan", "--html", "page.png"], "write FILE.html"),
-        (["plan", "--html", "no/page.html"], "there is no folder"),
+        (["plan", "--html", "page.png"], "the file name must end in .html"),
+        (["plan", "--html", "no/page.html"], "folder no does not exist"),
     ],
 )
 def test_reports_and_plans_that_cannot_be_are_refused_as_usage(words, message):

@@ -384,12 +384,12 @@ def mistakes(store, folder, tmp_path):
         "no labels": (1, "holds no labels", ["inspect", features, folder, *out]),
         "nothing to analyse": (1, "holds no labels", ["analyse", features]),
         "which source": (1, "--source", ["inspect", store.url, folder, *out]),
-        "kind of file": (2, "FILE.png or FILE.html", [*inspect, "--out", tmp_path / "x.gif"]),
-        "no folder to write to": (2, "there is no folder", [*inspect, "--out", nowhere]),
+        "kind of file": (2, "must end in .png or .html", [*inspect, "--out", tmp_path / "x.gif"]),
+        "no folder to write to": (2, "does not exist", [*inspect, "--out", nowhere]),
         "no crops": (2, "at least 1", [*inspect, "--crops", "0", *out]),
         "two choices": (2, "one of --crop", [*inspect, "--image", "a.jpg", "--class", "elm", *out]),
         "two sources": (2, "name two", [*inspect, "--by", "disagreement", *out]),
-        "model without data": (2, "needs DATA", ["analyse", store.url, "--model", "test_resnet"]),
+        "model without data": (2, "requires DATA", ["analyse", store.url, "--model", "resnet18"]),
     }  # fmt: skip
 
 

@@ -323,9 +323,9 @@ def test_the_commands_say_what_they_did(tmp_path, few):
     assert (found["images"], found["failed"]) == (len(truth), {"no-label": 1})
     again = run.invoke(cli, words)
     assert "0 units made, 1 kept" in again.stdout
-    assert again.stdout.endswith("The labels are source fkd.\n")
+    assert again.stdout.endswith("The labels are stored as source fkd.\n")
     named = run.invoke(cli, [*words, "--source-name", "t"])
-    assert named.stdout.endswith("The labels are source t, beside fkd.\n")
+    assert named.stdout.endswith("The labels are stored as source t; the store also has fkd.\n")
     made = run.invoke(
         cli, ["export", "fkd", str(tmp_path / "store"), str(tmp_path / "out"), "--source", "t"]
     )

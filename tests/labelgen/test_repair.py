@@ -256,12 +256,12 @@ def test_a_repair_makes_its_own_parts_and_names_the_others(
     assert refused.exit_code == 2
     made = CliRunner().invoke(cli, [*map(str, words), "--source", "a"])
     assert made.exit_code == 0, made.output
-    assert "1 unit made again" in made.stdout
-    assert "rounds/0/labels/b: 1 unit still broken" in made.stdout
+    assert "1 unit regenerated" in made.stdout
+    assert "rounds/0/labels/b: 1 unit still damaged" in made.stdout
     found = verify.verify(Store(store.location), full=True)
     assert [(p.code, p.part, p.unit) for p in found] == [("checksum", "rounds/0/labels/b", 1)]
     made = CliRunner().invoke(cli, [*map(str, words), "--source", "b"])
-    assert "still broken" not in made.stdout
+    assert "still damaged" not in made.stdout
     assert contents(store) == before
 
 
