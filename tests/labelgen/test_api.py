@@ -139,7 +139,7 @@ def test_the_command_makes_the_same_store(tmp_path, folder, checkpoint):
     code, output = invoke(
         "generate", folder, tmp_path / "b", "--teacher", named, "--form", "topk:3",
         "--features", "post", "--crops", 2, "--seed", 3, "--source", "t", "--temperature", 2,
-        "--set", "batch=16",
+        "--set", "batch_size=16",
     )  # fmt: skip
     assert code == 0, output
     a, b = (open_store(tmp_path / name) for name in "ab")
