@@ -98,9 +98,8 @@ def inspect(
     what = crop or image or (f"class {class_name}" if class_name else "images")
     title = f"{store}: {what}, {ORDER_WORDS[by]}"
     if out.suffix == ".html":
-        lead = (
-            f"{opened.store.num_images:,} images, {opened.found.crops_per_image} crops per image."
-        )
+        crops_M = opened.finished.crops_per_image
+        lead = f"{opened.store.num_images:,} images, {crops_M} crops per image."
         terminal.write_file(out, pages.sheet_page(contents, title=title, lead=lead).encode())
     else:
         terminal.write_file(out, sheet.to_png(sheet.draw(contents, title=title)))

@@ -180,7 +180,7 @@ def thin(
     from fkdpipe.storage.location import open_location
     from fkdpipe.storage.store import open_store
 
-    settings = thinning.Thinning(
+    subset = thinning.Subset(
         crops=crops,
         form=parse_form(form) if form else None,
         source=source,
@@ -189,7 +189,7 @@ def thin(
     opened = open_store(store)
     reporter = terminal.reporter()
     with reporter.task("thin", opened.num_images, "images") as advance:
-        thinned = thinning.thin(opened, open_location(out), settings, on_images=advance)
+        thinned = thinning.thin(opened, open_location(out), subset, on_images=advance)
     before, after = (measure(s) for s in (opened, thinned))
     click.echo(
         f"{out}: {after.images:,} images x {after.crops_per_image} crops, form {after.form}, "
