@@ -183,7 +183,7 @@ def test_recorded_colours_are_shown_as_both_phases_see_them(tmp_path, folder, te
     opened = sources.open_labels(place, [], tmp_path / "cache")
     row = choose.row_of(opened, "cedar/deeper/colour.png")
     (image,) = views.look(opened, folder, [Chosen(row, (0, 1, 2, 3))], side=48).images
-    factor_m4 = opened.boxes.jitter(np.array([row]), np.arange(4))[0]
+    factor_m4 = opened.boxes.take(np.array([row]), np.arange(4)).jitter_NM4[0]
     for crop, factor_4 in zip(image.crops, factor_m4, strict=True):
         path = folder / "train" / image.key
         plain = oracles.pillow_crop(path, crop.box, crop.flip, (48, 48), "bilinear").copy()
