@@ -112,7 +112,7 @@ def test_a_timm_module_says_itself_what_it_takes():
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (nn.Sequential(nn.Conv2d(3, 5, 3)), r"gives \(1, 5, 30, 30\) for one image"),
+        (nn.Sequential(nn.Conv2d(3, 5, 3)), r"returns \(1, 5, 30, 30\) for one image"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)), r"does not run on pixels"),
         (nn.Sequential(nn.Conv2d(1, 5, 3)), r"does not run on pixels of shape \(1, 3, 32, 32\)"),
     ],

@@ -128,5 +128,5 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path, files):
         models.parse_spec("moco:resnet18")
     plain = tmp_path / "plain.pth"
     torch.save(torchvision.models.resnet18().state_dict(), plain)
-    with pytest.raises(FkdpipeError, match="no swav projection head"):
+    with pytest.raises(FkdpipeError, match="no two-layer swav projection head"):
         models.build(models.parse_spec(f"swav:resnet18={plain}"))
