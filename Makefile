@@ -4,7 +4,7 @@ CUDA ?= cuda13
 BIN := .venv/bin
 READY := .venv/.ready-$(CUDA)
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check lint format docs matrix wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,14 +15,17 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/fkdpipe demo --out demo
 
-test: $(READY)
+# Everything that CI checks.
+test: lint
 	$(BIN)/python -m pytest
 
-check: $(READY)
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -32,5 +35,17 @@ docs: $(READY)
 	$(BIN)/python docs/make_cli.py
 	$(BIN)/python docs/make_bytes.py
 
+# The supported Pythons and the lowest declared dependencies; its table goes into CONTRIBUTING.md.
+matrix:
+	.ci/matrix
+
+# dist/fkdpipe-*.whl, which holds the committed files of fkdpipe/ and nothing else.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	mkdir -p build && git ls-files fkdpipe | LC_ALL=C sort > build/expected
+	$(BIN)/python -m zipfile --list dist/*.whl | awk 'NR > 1 && !/\.dist-info\// {print $$1}' \
+		| LC_ALL=C sort | diff build/expected -
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

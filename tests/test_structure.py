@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ PACKAGE = ROOT / "fkdpipe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of the package. `commands`, `cli` and the front door may import all.
+# With those four there are 13 rooms; 36 arrows between them (`arrows()`) on 2026-11-25.
 MAY_IMPORT = {
     "common": set(),
     "pixels": {"common"},
@@ -43,6 +47,18 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def arrows() -> dict[str, set[str]]:
+    """Room -> the other rooms it imports; names in the front door count as `__init__`."""
+    rooms = {room(path) for path in FILES}
+    graph: dict[str, set[str]] = {name: set() for name in rooms}
+    for path in FILES:
+        for name in imports(path):
+            if name.startswith("fkdpipe."):
+                other = name.split(".")[1]
+                graph[room(path)].add(other if other in rooms else "__init__")
+    return {name: others - {name} for name, others in graph.items()}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_rooms_import_only_what_they_may(path):
     allowed = MAY_IMPORT.get(room(path))
@@ -64,6 +80,25 @@ def test_only_replay_imports_nvidias_decoders_and_storage_no_torch():
 
 def test_every_room_is_in_the_table():
     assert {room(path) for path in FILES} == {*MAY_IMPORT, *TOP}
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    # The front door imports on use, and hands on what lies below it.
+    graph = {name: others - {"__init__"} for name, others in arrows().items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+    for name, others in graph.items():
+        if name not in TOP:
+            assert not others & TOP, f"{name} imports what lies above it"
+
+
+def test_storage_takes_from_pixels_what_needs_no_torch():
+    for path in (PACKAGE / "storage").glob("*.py"):
+        parts = {name for name in imports(path) if name.startswith("fkdpipe.pixels.")}
+        assert {name.split(".")[2] for name in parts} <= {"crops", "images"}, path.name
+    modules = [f"fkdpipe.storage.{path.stem}" for path in (PACKAGE / "storage").glob("*.py")]
+    names = ", ".join(modules)
+    code = f"import sys, {names}, fkdpipe.pixels.images\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -8,8 +8,10 @@ handed over in Python, or `python:PACKAGE.MODULE:FUNCTION`, which returns one.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -23,6 +25,7 @@ from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import classifiers, foreign, selfsupervised
 from fkdpipe.networks.weight_files import (
     EXPORT_NAME,
+    check_options,
     first_line,
     load_state,
     read_export,
@@ -202,6 +205,7 @@ def build(
     state = read_weights(spec.weights) if spec.weights else None
     facts = read_export(spec.weights) if spec.weights else {}
     options = {**facts.get("options", {}), **(options or {})}
+    check_options(options, where=str(spec))
     export_size = tuple(facts["size"]) if "size" in facts else None
     size = size or cast("tuple[int, int] | None", export_size)
     fetch = pretrained and state is None
@@ -329,7 +333,8 @@ def _create(
             weights = "DEFAULT" if pretrained else None
             if pretrained and classes is not None:
                 raise ModelError(f"{spec}: pretrained weights have their own number of classes.")
-            return torchvision.models.get_model(spec.name, weights=weights, **width, **options)
+            with _tensors_only():
+                return torchvision.models.get_model(spec.name, weights=weights, **width, **options)
         extra = dict(options)
         if classes is not None:
             extra["num_classes"] = classes
@@ -347,6 +352,20 @@ def _create(
                 code="offline",
             ) from error
         raise ModelError(f"{spec} cannot be built: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Inside, `torch.load` unpickles tensors alone; torchvision asks it to run what it fetched."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _needs_size(name: str) -> bool:

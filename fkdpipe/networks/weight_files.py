@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,24 @@ def read_export(file: Path) -> dict[str, Any]:
             return json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {first_line(error)}.") from error
+
+
+# Arguments of timm's `create_model` that name files or addresses: it would read them as it likes,
+# and options may come from a recipe or a weight file of others.
+_READING_OPTIONS = frozenset(
+    {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
+
+
+def check_options(options: Mapping[str, Any], *, where: str) -> None:
+    """Raises ModelError when an option of timm's `create_model` names what timm would read."""
+    reading = sorted(_READING_OPTIONS & options.keys())
+    if reading:
+        raise ModelError(
+            f"{where}: the option {reading[0]} is not taken, because it names a file that timm "
+            "would read. Give weights as NAME=FILE.",
+            code="option",
+        )
 
 
 def first_line(error: BaseException) -> str:

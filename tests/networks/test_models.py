@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import timm
@@ -55,6 +57,32 @@ def test_without_a_network_pretrained_weights_say_what_to_give(monkeypatch):
     with pytest.raises(ModelError) as raised:
         models.build(ModelSpec("resnet18", "torchvision"))
     assert raised.value.code == "offline"
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_nothing_runs_in_weights_that_torchvision_fetched(tmp_path, monkeypatch):
+    """A file in its download cache counts as fetched; torchvision would unpickle it in full."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
+    file = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+    file.parent.mkdir(parents=True)
+    torch.save({"fc.bias": Evil(tmp_path / "ran")}, file)
+    with pytest.raises(ModelError, match="UnpicklingError"):
+        models.build(ModelSpec("resnet18", "torchvision"))
+    assert not (tmp_path / "ran").exists()
+
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, file)
+    loaded = models.build(ModelSpec("resnet18", "torchvision")).module.state_dict()
+    assert torch.equal(loaded["fc.weight"], weights["fc.weight"])
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("wrap", ["", "state_dict", "model"])
@@ -249,3 +277,14 @@ def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
         ) as raised:
             models.read_weights(tmp_path / name)
         assert "weights_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "cache_dir"])
+def test_options_that_name_files_are_refused(tmp_path, name):
+    """They may come from a weight file of others, and timm would read what they name."""
+    module = timm.create_model("test_resnet")
+    file = tmp_path / "student.safetensors"
+    facts = {"student": "test_resnet", "options": {name: str(tmp_path / "hostile.pth")}}
+    weight_files.write_export(file, module, facts)
+    with pytest.raises(ModelError, match=f"the option {name} is not taken"):
+        models.build(models.parse_spec(str(tmp_path)))
