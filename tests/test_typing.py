@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import fkdpipe
+
+PACKAGES = Path(fkdpipe.__file__).parents[1]  # mypy does not follow editable installs
 
 SCRIPT = """\
 from collections.abc import Callable
@@ -45,6 +51,7 @@ def test_a_strict_script_has_no_error_and_no_any(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, "script.py"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PACKAGES)},
         capture_output=True,
         text=True,
     )
