@@ -7,8 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pipeline import train
+
+from fkdpipe.commands import demo_data
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "python.md").read_text()
 
 # The page's numbers are those of real use; here they are small enough for two cores.
@@ -55,3 +59,18 @@ def test_every_block_of_the_page_runs(folder, checkpoint, tmp_path, monkeypatch,
 @pytest.mark.parametrize("long", SMALLER)
 def test_what_is_made_smaller_is_there(long):
     assert long in PAGE
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    """On what `make demo` leaves, with fewer pictures and a smaller teacher."""
+    monkeypatch.chdir(tmp_path)
+    demo_data.make_images(tmp_path / "demo" / "images", count=100)
+    train(tmp_path / "demo/teacher", tmp_path / "demo/images", None, target="ground-truth")
+    ((why, code),) = blocks(README)
+    assert not why
+    assert README.index(code) < README.index("$ make demo")  # on the first screen
+    names: dict = {}
+    exec(code, names)
+    assert 0 < names["loss"].item() < 5
+    assert names["crops"].epoch == 5

@@ -102,6 +102,7 @@ def test_the_table_of_bytes_is_generated(monkeypatch):
         *(
             f"docs/{n}.md"
             for n in (
+                "python",
                 "format",
                 "methods",
                 "cli",
