@@ -100,9 +100,7 @@ def parts_of(store: Store, source: str | None, names: Sequence[str]) -> list[Par
     parts = [part for part in parts if source in (None, part.source)]
     if not parts:
         raise ModelError(f"{store.url} has no labels or features of {source or 'any source'}.")
-    theirs = [
-        part for part in parts if [t["name"] for t in part.settings["teachers"]] == list(names)
-    ]
+    theirs = [part for part in parts if [t["name"] for t in part.settings.teachers] == list(names)]
     return theirs or parts
 
 
