@@ -143,7 +143,7 @@ def test_two_processes_give_the_basis_of_one(tmp_path, folder, checkpoint, fitte
     assert np.allclose(leading, 1, atol=1e-5)
 
 
-def test_a_store_of_the_same_law_and_seed_gives_the_very_same_basis(
+def test_a_store_of_the_same_distribution_and_seed_gives_the_very_same_basis(
     tmp_path, folder, network, fitted
 ):
     store = make_store(
@@ -153,7 +153,7 @@ def test_a_store_of_the_same_law_and_seed_gives_the_very_same_basis(
     resources = Resources(device=CPU, batch=16, threads=2)
     again = fit_basis.fit(sample, network, ALL, resources)
     assert again.basis.digest == fitted.basis.digest
-    with pytest.raises(FkdpipeError, match="has 4 crops per image, 9 are asked for"):
+    with pytest.raises(FkdpipeError, match="has 4 crops per image, not the requested 9"):
         fit_basis.from_store(store, folder, FitSettings(teacher="t", crops=9))
 
 

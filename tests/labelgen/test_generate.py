@@ -232,7 +232,7 @@ def test_the_wrong_folder_is_noticed(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", data, [teacher])
     for key in store.images.keys:
         os.remove(images.path_of(data / "train", key))
-    with pytest.raises(ImagesError, match=r"Is .* the folder this store was made for"):
+    with pytest.raises(ImagesError, match=r"Check that .* the folder this store was made for"):
         make_store(tmp_path / "store", data, [teacher], crops=6)
 
 

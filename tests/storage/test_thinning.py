@@ -79,7 +79,7 @@ def test_thinning_cannot_make_a_richer_store(tmp_path, folder, teacher):
     store = make_store(tmp_path / "store", folder, [teacher], form="topk:3:compact")
     place = LocalLocation(tmp_path / "thin")
     for form in ("full", "topk:4:compact", "topk:3"):
-        with pytest.raises(StoreMismatchError, match="cannot become"):
+        with pytest.raises(StoreMismatchError, match="cannot be reduced to"):
             thin.thin(store, place, Subset(form=labels.parse_form(form)))
     with pytest.raises(UsageError, match="has 4 crops per image"):
         thin.thin(store, place, Subset(crops=9))
