@@ -273,7 +273,7 @@ def test_other_settings_on_an_existing_store_are_refused(tmp_path, folder, teach
         ({"crop": CropDistribution(flip=0.25)}, r"crop\.flip: 0\.5, now 0\.25\. Leave them out"),
         (
             {"crop": CropDistribution(scale=(0.5, 1))},
-            r"crop\.scale: \(0\.08, 1\.0\), now \(0\.5, 1\)",
+            r"crop\.scale: \(0\.08, 1\.0\), now \(0\.5, 1\.0\)",
         ),
         ({"crops": 2}, "has 4 crops per image, more than the requested 2"),
     ]:
