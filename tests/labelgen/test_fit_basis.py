@@ -178,7 +178,7 @@ def test_generation_stores_the_leading_components_of_the_same_crops(
     again = functools.partial(check.teacher, store, part, folder, [network], device=CPU, sample=9)
     assert not again(basis=fitted.basis).problems
     other = dataclasses.replace(fitted.basis, mean_D=fitted.basis.mean_D + 1)
-    for given, words in ((other, "another basis than"), (None, "Name its file")):
+    for given, words in ((other, "is not the one that"), (None, "Name its file")):
         with pytest.raises(StoreMismatchError, match=words):
             again(basis=given)
 

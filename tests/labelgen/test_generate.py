@@ -275,7 +275,7 @@ def test_other_settings_on_an_existing_store_are_refused(tmp_path, folder, teach
             {"crop": CropDistribution(scale=(0.5, 1))},
             r"crop\.scale: \(0\.08, 1\.0\), now \(0\.5, 1\.0\)",
         ),
-        ({"crops": 2}, "has 4 crops per image, 2 are asked for"),
+        ({"crops": 2}, "has 4 crops per image, more than the requested 2"),
     ]:
         with pytest.raises(StoreMismatchError, match=words):
             make_store(tmp_path / "store", folder, [teacher], **{"form": "topk:3", **change})

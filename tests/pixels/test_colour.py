@@ -89,14 +89,14 @@ def test_a_crops_colours_do_not_depend_on_its_batch(pictures):
         assert torch.equal(colour.jitter(pictures[k : k + 1], factor[k : k + 1])[0], whole[k])
 
 
-def test_boxes_and_flips_are_those_of_a_law_without_jitter():
+def test_boxes_and_flips_are_those_of_a_distribution_without_jitter():
     plain, jittered = sample(CropDistribution()), sample(CropDistribution(jitter=JITTER))
     assert plain.jitter_NM4 is None
     assert plain.box_NM4.tobytes() == jittered.box_NM4.tobytes()
     assert plain.flip_NM.tobytes() == jittered.flip_NM.tobytes()
 
 
-def test_factors_follow_the_law_and_nothing_else():
+def test_factors_follow_the_distribution_and_nothing_else():
     made = sample(CropDistribution(jitter=JITTER)).jitter_NM4
     assert made.dtype == np.float32
     assert made.shape == (500, 4, 4)
@@ -178,7 +178,7 @@ def test_a_recipe_names_the_strengths():
     assert config.build(GenerateSettings, {"teacher": ["t"]}).crop is None
 
 
-def test_stored_factors_are_those_of_the_law(stores):
+def test_stored_factors_are_those_of_the_distribution(stores):
     plain, stored, derived, _ = stores
     without, values = arrays_of(plain), arrays_of(stored)
     assert set(values) - set(without) == {"rounds/0/crops/jitter"}

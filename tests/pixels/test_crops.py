@@ -58,7 +58,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize("distribution", LAWS)
-def test_the_law_is_torchvisions_step_by_step(distribution):
+def test_the_distribution_is_torchvisions_step_by_step(distribution):
     state = _states(seed=3, count=40)
     made = draw(distribution)
     for n in range(40):
@@ -161,7 +161,7 @@ def test_flip_probability():
     "bad",
     [{"scale": (0.0, 1.0)}, {"scale": (0.5, 0.2)}, {"ratio": (-1.0, 1.0)}, {"flip": 1.5}],
 )
-def test_a_law_that_cannot_be_is_refused(bad):
+def test_a_distribution_that_cannot_be_is_refused(bad):
     with pytest.raises(UsageError):
         CropDistribution(**bad)
 

@@ -356,7 +356,7 @@ def test_a_dry_run_of_one_part_measures_a_whole_sample_after_its_first_batch(
     assert predicted.bytes_per_crop > 4  # labels too, not the boxes alone
 
 
-def test_a_store_that_grows_keeps_its_own_law_and_seed(tmp_path, folder, teacher):
+def test_a_store_that_grows_keeps_its_own_distribution_and_seed(tmp_path, folder, teacher):
     distribution = CropDistribution(scale=(0.4, 1.0), flip=0.0)
     one = make_store(
         tmp_path / "one", folder, [teacher], crops=6, crop=distribution, seed=3, boxes="derived"
