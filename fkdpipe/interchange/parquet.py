@@ -53,7 +53,8 @@ def write_labels(
             ("height", pa.uint16()),
             ("width", pa.uint16()),
             ("flip", pa.bool_()),
-            ("jitter", pa.list_(pa.float32(), 4)),
+            # not of a fixed size: pyarrow before 26 cannot read such lists where they are null
+            ("jitter", pa.list_(pa.float32())),
             ("ids", pa.list_(pa.int32(), export.keep)),
             ("prob", pa.list_(pa.float32(), export.keep)),
         ],
@@ -74,7 +75,7 @@ def write_labels(
                 | {
                     name: pa.FixedSizeListArray.from_arrays(
                         pa.array(values.ravel()), values.shape[-1]
-                    )
+                    ).cast(schema.field(name).type)
                     for name, values in lists.items()
                 }
             )

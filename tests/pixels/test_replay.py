@@ -178,6 +178,7 @@ def test_cpu_equals_torchvisions_resized_crop(made, everything, view):
     backend, whole = made
     if backend != "cpu":
         pytest.skip("of the cpu backend")
+    pytest.importorskip("torchvision", minversion="0.24")  # 0.23 rounds floats on AVX-512
     mode = InterpolationMode(VIEWS[view].interpolation)
     for image in range(len(everything.paths)):
         decoded = decoded_by_pillow(everything.paths[image])

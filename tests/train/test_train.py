@@ -228,7 +228,7 @@ def test_evaluate_leaves_out_what_cannot_be_read(tmp_path, folder):
     )
     held_out = images.scan(data, split="val")
     made = accuracy(
-        loaded.module, loaded.preprocessing, held_out, device=torch.device("cpu"), batch=3
+        loaded.module, loaded.preprocessing, held_out, device=torch.device("cpu"), batch_size=3
     )
     assert (made.images, made.skipped) == (len(held_out) - 1, 1)
 
@@ -320,7 +320,7 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
     accepted = evaluation.read_accepted(file, held_out)
     assert [sorted(a) for a in accepted] == [sorted(s) for s in sets]
     made = accuracy(
-        loaded.module, p, held_out, device=torch.device("cpu"), accepted=accepted, batch=3
+        loaded.module, p, held_out, device=torch.device("cpu"), accepted=accepted, batch_size=3
     )
     assert made.images == 9
     assert made.top1 == pytest.approx(100 * 5 / 9)
