@@ -191,8 +191,7 @@ def evaluate(
     Example:
       fkdpipe evaluate images runs/student --json
     """
-    from dataclasses import asdict
-
+    from fkdpipe.common import words
     from fkdpipe.train.evaluate import evaluate as run
 
     (spec,) = options.networks([model], [model])
@@ -211,7 +210,8 @@ def evaluate(
     if as_json:
         terminal.print_json(asdict(accuracy))
         return
+    left_out = f"; {words.count(accuracy.skipped, 'file')} left out" if accuracy.skipped else ""
     click.echo(
         f"{model}: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % "
-        f"on {accuracy.images:,} images"
+        f"on {words.count(accuracy.images, 'image')}{left_out}"
     )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fkdpipe.common.errors import ModelError
 from fkdpipe.networks import teachers as teachers_
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.networks.features import Basis
@@ -61,12 +60,7 @@ def _refuse_infinite(teachers: Sequence[Teacher], results: Sequence[Outputs]) ->
     finite = torch.stack([torch.stack([v.isfinite().all() for v in some]).all() for some in values])
     for teacher, good in zip(teachers, finite.tolist(), strict=True):  # waits for the device once
         if not good:
-            raise ModelError(
-                f"{teacher.spec} gives values that are not finite at precision "
-                f"{teacher.precision}. Either its weights hold such values, or they overflow: "
-                "use --precision bfloat16 or float32.",
-                code="not-finite",
-            )
+            raise teachers_.not_finite(str(teacher.spec), teacher.precision)
 
 
 def encode_part(

@@ -193,6 +193,15 @@ def _frozen(
     )
 
 
+def not_finite(name: str, precision: Precision) -> ModelError:
+    """The error of a network whose outputs are NaN or infinite."""
+    return ModelError(
+        f"{name} gives values that are not finite at precision {precision}. Either its weights "
+        "hold such values, or they overflow: use --precision bfloat16 or float32.",
+        code="not-finite",
+    )
+
+
 def load_teachers(
     networks: Sequence[Network],
     *,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +28,15 @@ from fkdpipe.networks.teachers import (
     Precision,
     autocast,
     load_teachers,
+    not_finite,
     numbered_classes,
 )
 from fkdpipe.pixels import images
 from fkdpipe.pixels.images import ImageFolder
-from fkdpipe.pixels.replay import DECODE_ERRORS, normalise
+from fkdpipe.pixels.replay import DECODE_ERRORS, cpu, normalise
 from fkdpipe.train.batch import with_next
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,16 @@ class Accuracy:
     """Top-1 and top-5 accuracy in percent.
 
     Attributes:
-        images: number of evaluated images. skipped: number of unreadable images.
+        images: number of evaluated images. skipped: number of files that were left out.
+        failed: key -> code and message of every file that was left out. Empty in the totals of a
+            training run, whose processes log their own.
     """
 
     top1: float
     top5: float
     images: int
     skipped: int
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -66,7 +73,7 @@ def evaluate(
     """Top-1 and top-5 accuracy of a classifier on an image folder: `fkdpipe evaluate`.
 
     Images are resized and centre-cropped as in timm, with the model's own size, crop_pct,
-    interpolation, mean and std.
+    interpolation, mean and std. Files that cannot be read are left out, and logged.
 
     Args:
         model: a run folder, NAME or NAME=FILE as for `--teacher`, a module, or the result of
@@ -81,13 +88,16 @@ def evaluate(
 
     Raises:
         UsageError: invalid arguments.
-        ModelError: the model cannot be built, or its outputs do not match the folder's classes.
+        ModelError: the model cannot be built, its outputs do not match the folder's classes, or
+            they are not finite.
         ImagesError: no usable images.
     """
     root, where = Path(data), choose_device(device)
     with reporter.task("scan", 0, "files") as advance:
         chosen = split or ("val" if images.splits_of(root) else "train")
         folder = images.scan(root, split=chosen, on_image=advance)
+    for remark in images.remarks(folder):
+        log.warning("%s", remark)
     if numbered and class_map is None:
         class_map = numbered_classes(folder.class_names)
     (loaded,) = load_teachers(
@@ -97,10 +107,11 @@ def evaluate(
         precision=precision,
         device=where,
     )
-    return accuracy(
+    result = accuracy(
         loaded.module,
         loaded.preprocessing,
         folder,
+        name=str(loaded.spec),
         device=where,
         columns=loaded.columns,
         precision=loaded.precision,
@@ -109,6 +120,18 @@ def evaluate(
         accepted=read_accepted(real, folder) if real else None,
         reporter=reporter,
     )
+    log_failed(result)
+    rejected = {r.key: f"{r.reason}: {r.detail}" for r in folder.rejected}
+    failed = rejected | result.failed
+    return replace(result, skipped=len(failed), failed=failed)
+
+
+def log_failed(result: Accuracy, most: int = 20) -> None:
+    """Warn of the images that could not be read."""
+    for key, why in list(result.failed.items())[:most]:
+        log.warning("%s is left out: %s", key, why.replace(": ", ", ", 1))
+    if len(result.failed) > most:
+        log.warning("... and %d more images are left out", len(result.failed) - most)
 
 
 def accuracy(
@@ -117,6 +140,7 @@ def accuracy(
     folder: ImageFolder,
     *,
     device: torch.device,
+    name: str | None = None,
     columns: np.ndarray | None = None,
     precision: Precision = "float32",
     batch_size: int = 128,
@@ -129,6 +153,8 @@ def accuracy(
     """Accuracy of a classifier on the images of a folder.
 
     Args:
+        name: of the network, for the error; without one, as during training, outputs that are not
+            finite only count as wrong, with a warning.
         columns: int64, outputs for the folder's classes; None for all in order.
         allow_none: accept that no image is readable, as in one process's share of a folder.
         accepted: correct classes of every image (ImageNet-ReaL); images without any are left
@@ -137,6 +163,7 @@ def accuracy(
 
     Raises:
         ImagesError: no image can be read.
+        ModelError: outputs are not finite.
     """
     was_training = module.training
     module.eval()
@@ -144,16 +171,24 @@ def accuracy(
         rows = np.array([row for row, right in enumerate(accepted) if right], dtype=np.int64)
         folder, accepted = folder.take(rows), [accepted[row] for row in rows]
     pick = None if columns is None else torch.from_numpy(columns).to(device)
-    top1 = top5 = seen = 0
+    top1 = top5 = seen = spoilt = 0
+    failed: dict[str, str] = {}
+    loaded = batches(
+        preprocessing, folder, batch=batch_size, threads=threads, on_failure=failed.__setitem__
+    )
     with reporter.task("evaluate", len(folder), "images") as advance, torch.no_grad():
-        for pixels, row_B in batches(preprocessing, folder, batch=batch_size, threads=threads):
+        for pixels, row_B in loaded:
             x = normalise(pixels.to(device), preprocessing.mean, preprocessing.std)
             with autocast(precision, device):
                 out = module(x.contiguous(memory_format=torch.channels_last))
             logits_BC = (out.logits if isinstance(out, Outputs) else out).float()
             logits_BC = logits_BC if pick is None else logits_BC[:, pick]
             ranked = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
-            hits = _hits(ranked.cpu(), row_B, folder, accepted)
+            finite_B = logits_BC.isfinite().all(1).cpu()
+            if name is not None and not finite_B.all():
+                raise not_finite(name, precision)
+            spoilt += int((~finite_B).sum())
+            hits = _hits(ranked.cpu(), row_B, folder, accepted) & finite_B[:, None]
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(dim=1).sum())
             seen += len(row_B)
@@ -161,11 +196,19 @@ def accuracy(
             if stopping():
                 break
     module.train(was_training)
-    if not seen and allow_none:
-        return Accuracy(0.0, 0.0, 0, len(folder))
-    if not seen:
-        raise ImagesError(f"{folder.root}: no image could be read.", code="no-images")
-    return Accuracy(100 * top1 / seen, 100 * top5 / seen, seen, len(folder) - seen)
+    if spoilt:
+        log.warning("outputs for %d of %d images are not finite and count as wrong", spoilt, seen)
+    if not seen and not allow_none:
+        raise _nothing_read(folder, failed)
+    share = 100 / max(seen, 1)
+    return Accuracy(share * top1, share * top5, seen, len(failed), failed)
+
+
+def _nothing_read(folder: ImageFolder, failed: dict[str, str]) -> ImagesError:
+    example = "".join(f"; for example {key}: {why}" for key, why in list(failed.items())[:1])
+    return ImagesError(
+        f"{folder.root}: none of {len(folder)} images could be read{example}.", code="no-images"
+    )
 
 
 def _hits(
@@ -213,9 +256,18 @@ def read_accepted(file: Path, folder: ImageFolder) -> list[frozenset[int]]:
 
 
 def batches(
-    preprocessing: Preprocessing, folder: ImageFolder, *, batch: int, threads: int
+    preprocessing: Preprocessing,
+    folder: ImageFolder,
+    *,
+    batch: int,
+    threads: int,
+    on_failure: Callable[[str, str], None] = lambda key, why: None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield uint8 pixels (B, 3, H, W) and int64 rows of the folder (B,); skip unreadable images."""
+    """Yield uint8 pixels (B, 3, H, W) and int64 rows of the folder (B,).
+
+    Args:
+        on_failure: called with key and reason of an unreadable image, which is left out.
+    """
     p = preprocessing
     transform = create_transform(
         (3, *p.size),
@@ -224,24 +276,32 @@ def batches(
         crop_pct=p.crop_pct,
         use_prefetcher=True,  # uint8 out, normalised on the device
     )
-    paths = [images.path_of(folder.root, key) for key in folder.keys]
     with ThreadPoolExecutor(threads) as pool:
 
-        def begin(first: int) -> list[Future[np.ndarray | None]]:
-            return [pool.submit(_load, path, transform) for path in paths[first : first + batch]]
+        def begin(first: int) -> list[Future[np.ndarray | str]]:
+            rows = range(first, min(first + batch, len(folder)))
+            return [pool.submit(_load, folder, row, transform) for row in rows]
 
-        starts = range(0, len(paths), batch)
+        starts = range(0, len(folder), batch)
         loading = zip(starts, map(begin, starts), strict=True)
         for (first, futures), _ in with_next(loading):  # the next batch loads in the background
-            loaded = {first + k: future.result() for k, future in enumerate(futures)}
-            good = {row: pixels for row, pixels in loaded.items() if pixels is not None}
+            good = {}
+            for row, future in enumerate(futures, first):
+                pixels = future.result()
+                if isinstance(pixels, str):
+                    on_failure(folder.keys[row], pixels)
+                else:
+                    good[row] = pixels
             if good:
                 yield torch.from_numpy(np.stack(list(good.values()))), torch.tensor(list(good))
 
 
-def _load(path: bytes, transform: Any) -> np.ndarray | None:
+def _load(folder: ImageFolder, row: int, transform: Any) -> np.ndarray | str:
+    """An image's pixels, or why it cannot be read, in the words of training."""
+    path = images.path_of(folder.root, folder.keys[row])
     try:
         with Image.open(path) as image:
             return transform(image.convert("RGB"))
-    except DECODE_ERRORS:
-        return None
+    except DECODE_ERRORS as error:
+        failure = cpu.decode(path, tuple(folder.size_N2[row].tolist()))
+        return ": ".join(failure) if isinstance(failure, tuple) else f"unreadable: {error}"

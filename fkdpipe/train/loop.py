@@ -23,7 +23,7 @@ from fkdpipe.common.progress import Advance
 from fkdpipe.networks import weight_files
 from fkdpipe.train import parallel
 from fkdpipe.train.batch import Batch, with_next
-from fkdpipe.train.evaluate import Accuracy, accuracy
+from fkdpipe.train.evaluate import Accuracy, accuracy, log_failed
 from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
 from fkdpipe.train.state import CHECKPOINTS, Run, export, resume, save
 from fkdpipe.train.step import step
@@ -152,6 +152,7 @@ def _run_evaluation(run: Run, metrics: MetricsLog | None, stop: _Stop) -> None:
             "epoch": run.pending_eval_epoch,
             **asdict(run.last),
         }
+        del line["failed"]  # of one process only
         metrics.write(line)
     run.pending_eval_epoch = None
     if run.last.top1 > run.best_top1:
@@ -175,6 +176,8 @@ def _evaluate(run: Run, stop: _Stop) -> Accuracy | None:
             allow_none=run.rank.world > 1,
             stopping=stop.requested.is_set,
         )
+        if run.last is None:  # once per start
+            log_failed(local)
         counts = [local.top1 * local.images, local.top5 * local.images, local.images, local.skipped]
     stopped = float(stop.requested.is_set())
     sums = parallel.total([*counts, stopped], run.rank, run.device).tolist()

@@ -261,6 +261,8 @@ def _validation(data: Path, training: TrainingSet, reporter: Reporter) -> images
         return None
     with reporter.task("scan", 0, "files") as advance:
         folder = images.scan(data, split="val", on_image=advance)
+    for remark in images.remarks(folder):
+        log.warning("val: %s", remark)
     images.check_same_classes(training.class_names, folder.class_names, where=str(folder.root))
     return folder
 

@@ -145,6 +145,61 @@ def test_damaged_pngs_fail_alone(backend, tmp_path, cut):
         assert all(detail and "object at" not in detail for _, _, detail in failures)
 
 
+WRONG_CHECKSUMS = ("checksum", "last checksum", "no end", "cut end", "text after")
+
+
+def with_wrong_checksum(kind: str, png: bytes) -> bytes:
+    start = png.find(b"IDAT") - 4
+    data = png[start + 8 : len(png) - 16]
+    half = len(data) // 2
+    last = chunk(b"IDAT", data[half:])
+    changed = last[:-1] + bytes([last[-1] ^ 1])
+    text = chunk(b"tEXt", b"a\0b")
+    return (
+        png[:start]
+        + {
+            "checksum": changed_first(chunk(b"IDAT", data)) + chunk(b"IEND", b""),
+            "last checksum": chunk(b"IDAT", data[:half]) + changed + chunk(b"IEND", b""),
+            "no end": chunk(b"IDAT", data),
+            "cut end": chunk(b"IDAT", data) + chunk(b"IEND", b"")[:6],
+            "text after": chunk(b"IDAT", data) + changed_first(text) + chunk(b"IEND", b""),
+        }[kind]
+    )
+
+
+def changed_first(chunk_: bytes) -> bytes:
+    """A chunk with another checksum."""
+    return chunk_[:-4] + bytes([chunk_[-4] ^ 1]) + chunk_[-3:]
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("kind", WRONG_CHECKSUMS)
+def test_both_replays_read_a_png_with_a_wrong_checksum(kind, m, tmp_path, cut, capfd):
+    """Pillow reads them, libpng in DALI refuses some; the other images of the batch stay."""
+    cut(5, HEIGHT, WIDTH).save(tmp_path / "good.png")
+    cut(6, HEIGHT, WIDTH).save(tmp_path / "other.jpg")
+    png = (tmp_path / "good.png").read_bytes()
+    assert png.count(b"IDAT") == 1
+    (tmp_path / "bad.png").write_bytes(with_wrong_checksum(kind, png))
+    files = [os.fsencode(tmp_path / name) for name in ("good.png", "bad.png", "other.jpg")]
+    request = Request(
+        paths=files,
+        size_I2=np.array([[HEIGHT, WIDTH]] * 3),
+        box_Im4=np.array([[[0, 0, HEIGHT, WIDTH]] * m] * 3, dtype=np.uint16),
+        flip_Im=np.array([[True] * m] * 3),
+    )
+    rows = {}
+    for backend in ("cpu", "dali"):
+        with open_replay(backend, [View((HEIGHT, WIDTH))]) as replayer:
+            (pixels,) = replayer.run([request])
+        assert not pixels.failures
+        rows[backend] = pixels.views[0].unflatten(0, (3, m)).clone()
+    good = torch.from_numpy(np.array(Image.open(tmp_path / "good.png"))).permute(2, 0, 1).flip(-1)
+    assert (rows["cpu"][:2] == good).all()
+    assert torch.equal(rows["dali"], rows["cpu"])
+    capfd.readouterr()  # the decoder prints on stderr by itself
+
+
 def test_a_broken_png_is_skipped_by_evaluation_and_inspection(tmp_path, cut):
     """Pillow raises SyntaxError where a chunk is broken."""
     from fkdpipe.common.errors import ReplayError

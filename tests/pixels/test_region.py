@@ -25,9 +25,9 @@ JPEGS = {
     "restart markers": {"restart_marker_rows": 1},
     "exif": {"exif": ROTATED},
     "gray": {"mode": "L"},
-    "cmyk": {"mode": "CMYK"},
 }
 OTHERS = {
+    "cmyk": {"mode": "CMYK"},
     "png": {"format": "PNG"},
     "webp": {"format": "WEBP", "quality": 80},
     "palette png": {"format": "PNG", "mode": "P"},
@@ -69,7 +69,7 @@ def test_a_region_of_a_jpeg_is_a_slice_of_the_full_decode(encode, tmp_path, kind
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_formats_are_left_to_the_full_decode(encode, kind):
+def test_other_files_are_left_to_the_full_decode(encode, kind):
     encoded = np.frombuffer(encode(**OTHERS[kind]), np.uint8)
     assert decode_region(encoded, (0, 0, 5, 5), (HEIGHT, WIDTH)) is None
 

@@ -218,21 +218,6 @@ def test_evaluate_agrees_with_timms_own_pipeline(tmp_path, folder, store):
     assert torch.equal(normalise(ours, p.mean, p.std), torch.stack([x for x, _ in theirs]))
 
 
-def test_evaluate_leaves_out_what_cannot_be_read(tmp_path, folder):
-    data = tmp_path / "data"
-    shutil.copytree(folder, data)
-    victim = data / "val" / "ash" / "0.jpg"
-    victim.write_bytes(victim.read_bytes()[:900])
-    loaded = models.build(
-        models.parse_spec("test_resnet"), classes=5, size=(32, 32), pretrained=False
-    )
-    held_out = images.scan(data, split="val")
-    made = accuracy(
-        loaded.module, loaded.preprocessing, held_out, device=torch.device("cpu"), batch_size=3
-    )
-    assert (made.images, made.skipped) == (len(held_out) - 1, 1)
-
-
 def test_other_settings_in_the_same_run_folder_are_refused(tmp_path, folder, store, checkpoint):
     train(tmp_path / "run", folder, store, epochs=2)
     with pytest.raises(TrainingError, match=r"settings: optimizer.lr: 0.02, now 0.5"):

@@ -103,7 +103,7 @@ class CpuReplay:
         rows = request.box_Im4.shape[0] * request.box_Im4.shape[1]
         batches = tuple(self._buffers.take(rows, view.size) for view in self.views)
         futures = [
-            self._pool.submit(_replay_image, request, image, self.views, batches)
+            self._pool.submit(replay_image, request, image, self.views, batches)
             for image in range(len(request.paths))
         ]
         return _Job(request, batches, futures)
@@ -167,7 +167,7 @@ def _idle(arrays: list[np.ndarray]) -> list[int]:
     return [k for k, count in enumerate(_reference_counts(arrays)) if count <= _UNSHARED]
 
 
-def _replay_image(
+def replay_image(
     request: Request, image: int, views: tuple[View, ...], batches: tuple[torch.Tensor, ...]
 ) -> Failure | None:
     """Fill the rows of one image, or set them to zero and return the failure."""

@@ -6,6 +6,10 @@ the CPU the same graph is built, so that it can be tested there.
 
 The graph is unrolled over the m crops, so it is rebuilt when m changes. `external_source` feeds it
 the paths and boxes of the requests; DALI reads the image files.
+
+Two kinds of files are left to the cpu replay, so that both backends read the same files: JPEGs of
+four components (CMYK), which DALI turns black without an Adobe marker, and files that only DALI
+refuses, such as a PNG with a wrong checksum.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,7 +40,7 @@ from fkdpipe.pixels.replay import (
     size_failure,
     subset,
 )
-from fkdpipe.pixels.replay.cpu import decode
+from fkdpipe.pixels.replay.cpu import replay_image
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ _KERNELS: dict[Interpolation, Any] = {
     "bilinear": types.INTERP_LINEAR,
     "bicubic": types.INTERP_CUBIC,
 }
+_JPEG = b"\xff\xd8\xff"
+# Errors of DALI's decoders and parsers; others need not come from the file.
+_REFUSED = re.compile("Failed to decode|operator `nvidia.dali.fn.peek_image_shape`")
 _OUT_OF_MEMORY = re.compile("out of memory|MemoryAllocation|bad_?alloc", re.IGNORECASE)
 # path, top-left, height-width, flip
 _DTYPES = [types.UINT8, types.INT32, types.INT32, types.INT32]
@@ -132,7 +140,11 @@ class DaliReplay:
                         antialias=True,
                     )
                     outputs.append(fn.flip(resized, horizontal=flip[k]))
-            graph.set_outputs(fn.peek_image_shape(encoded, adjust_orientation=False), *outputs)
+            head = fn.slice(encoded, 0, 3, axes=[0], out_of_bounds_policy="trim_to_shape")
+            found = fn.peek_image_shape(
+                encoded, adjust_orientation=False, image_type=types.ANY_DATA
+            )
+            graph.set_outputs(found, head, *outputs)
         graph.build()
         return graph
 
@@ -159,18 +171,34 @@ class DaliReplay:
             raise
 
     def _deliver(self, request: Request, outputs: tuple[Any, ...]) -> Pixels:
-        shapes, *crops = outputs
+        shapes, heads, *crops = outputs
         m = request.box_Im4.shape[1]
         views = tuple(_interleave(crops[v * m : (v + 1) * m]) for v in range(len(self.views)))
         failures = []
         for image in range(len(request.paths)):
-            found = tuple(int(side) for side in np.asarray(shapes.at(image))[:2])
+            *found, components = (int(side) for side in np.asarray(shapes.at(image)))
             recorded = tuple(request.size_I2[image].tolist())
-            if found != recorded:
-                failures.append(size_failure(image, found, recorded))
+            if tuple(found) != recorded:
+                failures.append(size_failure(image, tuple(found), recorded))
                 for view in views:
                     view[image * m : (image + 1) * m] = 0
+            elif components == 4 and np.asarray(heads.at(image)).tobytes() == _JPEG:
+                failures += self._on_cpu(request, image, views)
         return Pixels(request, views, tuple(failures))
+
+    def _on_cpu(
+        self, request: Request, image: int, views: tuple[torch.Tensor, ...]
+    ) -> list[Failure]:
+        """Fill one image's rows of a request with the pixels of the cpu replay."""
+        m = request.box_Im4.shape[1]
+        rows = tuple(
+            torch.empty((m, *view.size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            for view in self.views
+        )
+        failure = replay_image(subset(request, [image]), 0, self.views, rows)
+        for view, pixels in zip(views, rows, strict=True):
+            view[image * m : (image + 1) * m] = pixels
+        return [] if failure is None else [replace(failure, image=image)]
 
     def _one_by_one(self, request: Request) -> Pixels:
         """Replay a request image by image; rows of images that fail stay zero."""
@@ -189,12 +217,15 @@ class DaliReplay:
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # The cpu backend describes what is wrong with the file, if it is the file.
-                problem = decode(request.paths[image], tuple(request.size_I2[image].tolist()))
-                if not isinstance(problem, tuple):
+                # The cpu backend reads the file or describes what is wrong with it.
+                failed = self._on_cpu(request, image, views)
+                if not failed and not _REFUSED.search(str(error)):
                     why = str(error).splitlines()[0]
-                    problem = "not-the-file", f"the cpu replay decodes it, DALI does not: {why}"
-                failures.append(Failure(image, *problem))
+                    why = f"the cpu replay decodes it, DALI does not: {why}"
+                    failed = [Failure(image, "not-the-file", why)]
+                    for view in views:
+                        view[image * m : (image + 1) * m] = 0
+                failures += failed
                 continue
             assert outputs is not None
             result = self._deliver(alone, outputs)

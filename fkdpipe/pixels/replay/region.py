@@ -4,9 +4,10 @@ This uses nvImageCodec on the CPU, which needs no GPU. It has the same libjpeg-t
 decoders here, and skips the inverse transform and the colour conversion outside the region. The
 pixels are bit-identical to a full decode and a slice; about a fifth of the decoding time is saved.
 
-Anything unusual about a file (another format, another size than recorded, no end marker, a decoder
-that refuses it) is left to the full decode, which also writes the error message: a missing,
-truncated or resized file fails in the same way with both. Only damage in the middle of a scan,
+Anything unusual about a file (another format, another size than recorded, no end marker, four
+components, which nvImageCodec converts to RGB in another way, or a decoder that refuses it) is left
+to the full decode, which also writes the error message: a missing, truncated or resized file fails
+in the same way with both. Only damage in the middle of a scan,
 below the region, goes unnoticed; the region's pixels are still correct.
 """
 
@@ -42,7 +43,7 @@ def decode_region(
     top, left, height, width = box
     try:
         stream = nvimgcodec.CodeStream(encoded)
-        if (stream.height, stream.width) != size:
+        if (stream.height, stream.width) != size or stream.num_channels == 4:
             return None
         region = nvimgcodec.Region(top, left, top + height, left + width)
         image = _decoder().decode(stream.get_sub_code_stream(region=region), params=_PARAMS)
