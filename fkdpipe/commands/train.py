@@ -153,9 +153,7 @@ def train(
     type=click.Path(path_type=Path),
     help="ImageNet-ReaL's real.json, with several correct classes per image.",
 )
-@click.option(
-    "--numbered", is_flag=True, help="Class folders are named by class index, as in ImageNet-V2."
-)
+@options.numbered_option
 @click.option(
     "--precision",
     default="float32",

@@ -19,16 +19,10 @@ from torch import nn
 from fkdpipe.common.distributed import choose_device, default_threads
 from fkdpipe.common.errors import ImagesError
 from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks.class_maps import ClassMap
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.networks.models import Preprocessing
-from fkdpipe.networks.teachers import (
-    ClassMap,
-    Network,
-    Precision,
-    autocast,
-    load_teachers,
-    numbered_classes,
-)
+from fkdpipe.networks.teachers import Network, Precision, autocast, load_teachers
 from fkdpipe.pixels import images
 from fkdpipe.pixels.images import ImageFolder
 from fkdpipe.pixels.replay import DECODE_ERRORS, normalise
@@ -88,12 +82,11 @@ def evaluate(
     with reporter.task("scan", 0, "files") as advance:
         chosen = split or ("val" if images.splits_of(root) else "train")
         folder = images.scan(root, split=chosen, on_image=advance)
-    if numbered and class_map is None:
-        class_map = numbered_classes(folder.class_names)
     (loaded,) = load_teachers(
         [model],
         class_names=folder.class_names,
         class_maps=[] if class_map is None else [class_map],
+        numbered=numbered,
         precision=precision,
         device=where,
     )

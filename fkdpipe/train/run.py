@@ -20,7 +20,7 @@ from fkdpipe.networks import models
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.networks.features import StoredLayer
 from fkdpipe.networks.models import Loaded, ModelSpec, Preprocessing
-from fkdpipe.networks.teachers import Precision, Teacher, load_teachers, read_class_map
+from fkdpipe.networks.teachers import Precision, Teacher, load_teachers
 from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import View
 from fkdpipe.storage import schema
@@ -168,7 +168,7 @@ def _teacher(
     (teacher,) = load_teachers(
         [spec],
         class_names=training.class_names if labels else (),
-        class_maps=[read_class_map(class_map)] if class_map else [],
+        class_maps=[class_map] if class_map else [],
         precision=_precision(settings, device),
         device=device,
         needs=needs.teacher or Needs(),

@@ -16,7 +16,7 @@ from pipeline import make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
 
 from fkdpipe.common.errors import ImagesError, TrainingError, UsageError
-from fkdpipe.networks import models, teachers
+from fkdpipe.networks import class_maps, models
 from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import normalise
 from fkdpipe.train import checkpoint, loop, metrics
@@ -228,7 +228,7 @@ def test_evaluate_leaves_out_what_cannot_be_read(tmp_path, folder):
     )
     held_out = images.scan(data, split="val")
     made = accuracy(
-        loaded.module, loaded.preprocessing, held_out, device=torch.device("cpu"), batch=3
+        loaded.module, loaded.preprocessing, held_out, device=torch.device("cpu"), batch_size=3
     )
     assert (made.images, made.skipped) == (len(held_out) - 1, 1)
 
@@ -320,7 +320,7 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
     accepted = evaluation.read_accepted(file, held_out)
     assert [sorted(a) for a in accepted] == [sorted(s) for s in sets]
     made = accuracy(
-        loaded.module, p, held_out, device=torch.device("cpu"), accepted=accepted, batch=3
+        loaded.module, p, held_out, device=torch.device("cpu"), accepted=accepted, batch_size=3
     )
     assert made.images == 9
     assert made.top1 == pytest.approx(100 * 5 / 9)
@@ -332,9 +332,9 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
 
 def test_folders_named_by_index_are_matched_by_number():
     names = [str(k) for k in sorted(range(12), key=str)]
-    columns = teachers.match_classes(
-        names, 1000, teachers.numbered_classes(names), teacher="a network"
+    columns = class_maps.match_classes(
+        names, 1000, class_maps.numbered_classes(names), teacher="a network"
     )
     assert columns.tolist() == [int(name) for name in names]
     with pytest.raises(UsageError, match="named by class index"):
-        teachers.numbered_classes(["1", "ash"])
+        class_maps.numbered_classes(["1", "ash"])
