@@ -138,6 +138,7 @@ def _to_json(result: Generated) -> dict[str, Any]:
         "units_kept": result.kept_units,
         "failed": result.failed,
         "complete": result.complete,
+        "agreement": None if result.agreement is None else result.agreement.to_json(),
     }
     if result.repaired is not None:
         outcome |= {
@@ -156,6 +157,11 @@ def _print_result(store: str, result: Generated) -> None:
         f"{store}: {words.count(result.new_units, 'unit')} made, {result.kept_units} kept, "
         f"{words.count(len(result.failed), 'image')} left out; {state}."
     )
+    if (agreement := result.agreement) is not None:
+        click.echo(
+            f"The teacher's first choice is the folder's class for {agreement.top1:.1f} % of "
+            f"{words.count(agreement.crops, 'crop')} (chance: {agreement.chance:.1f} %)."
+        )
     if result.repaired is not None:
         _print_repair(result.repaired)
 
