@@ -21,6 +21,11 @@ from fkdpipe.commands import options, terminal
     "folder.",
 )
 @click.option(
+    "--new-head",
+    is_flag=True,
+    help="Replace the student's classifier by a new one, to fine-tune on other classes.",
+)
+@click.option(
     "--target",
     help="Training target, for example marginal-smoothing:5; required with STORE.  "
     "[default: ground-truth]",

@@ -88,7 +88,7 @@ def prepare(
     counts = parameters(learner)
     log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counts)
     digest = _record(settings, training, teacher, counts, out, write=rank.main)
-    return Run(
+    run = Run(
         settings=settings,
         out=out,
         crops=_crops(settings, needs, training, store, loaded, live_teacher, device, rank),
@@ -107,6 +107,8 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+    checks.warn_of_few_steps(run.steps, len(training.rows), settings)
+    return run
 
 
 def _parse(teacher: str | None) -> ModelSpec | None:
