@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="File that maps a teacher's outputs to classes; one for all teachers or one each.",
 )
+@options.numbered_option
 @click.option("--temperature", type=float, help="Temperature of the softmax.  [default: 1]")
 @click.option(
     "--precision", help="Teacher precision: float32, bfloat16 or float16.  [default: float32]"
@@ -87,8 +88,9 @@ def generate(
     or --features extend an existing store, which provides the crop distribution, seed and form.
 
     A --class-map file has one class name per line, in the order of the teacher's outputs, or a
-    class folder and its output index, counted from 0, on each line ("n01440764 0"). Lines that
-    begin with # are ignored.
+    class folder and its output index, counted from 0, on each line ("n01440764 0" or
+    "n01440764,0"). Lines that begin with # are ignored. It can also be JSON: a list of names, or
+    an object from class to index or from index to class.
 
     To use your own network, pass --teacher python:PACKAGE.MODULE:FUNCTION[=FILE], where FUNCTION
     takes no arguments and returns the module. Modules in the current folder are found, as with
@@ -136,6 +138,7 @@ def _to_json(result: Generated) -> dict[str, Any]:
         "units_kept": result.kept_units,
         "failed": result.failed,
         "complete": result.complete,
+        "agreement": None if result.agreement is None else result.agreement.to_json(),
     }
     if result.repaired is not None:
         outcome |= {
@@ -154,6 +157,11 @@ def _print_result(store: str, result: Generated) -> None:
         f"{store}: {words.count(result.new_units, 'unit')} made, {result.kept_units} kept, "
         f"{words.count(len(result.failed), 'image')} left out; {state}."
     )
+    if (agreement := result.agreement) is not None:
+        click.echo(
+            f"The teacher's first choice is the folder's class for {agreement.top1:.1f} % of "
+            f"{words.count(agreement.crops, 'crop')} (chance: {agreement.chance:.1f} %)."
+        )
     if result.repaired is not None:
         _print_repair(result.repaired)
 

@@ -137,6 +137,7 @@ ORDER_WORDS = {
     type=click.Path(path_type=Path),
     help="File that maps a model's outputs to classes; one for all models or one each.",
 )
+@options.numbered_option
 @click.option(
     "--crops",
     type=click.IntRange(min=0),
@@ -156,6 +157,7 @@ def analyse(
     out: Path | None,
     model: tuple[str, ...],
     class_map: tuple[Path, ...],
+    numbered: bool,
     crops: int,
     source: tuple[str, ...],
     limit: int,
@@ -177,8 +179,8 @@ def analyse(
 
     if model and data is None:
         raise UsageError("--model requires DATA, the images of the store.")
-    if not model and (data is not None or class_map):
-        raise UsageError("DATA and --class-map can only be used with --model.")
+    if not model and (data is not None or class_map or numbered):
+        raise UsageError("DATA, --class-map and --numbered can only be used with --model.")
     if out is not None:
         terminal.check_file(out, KINDS)
     reporter = terminal.reporter()
@@ -186,7 +188,9 @@ def analyse(
     rows = sources.sample_rows(opened, limit)
     count = min(crops or opened.finished.crops_per_image, opened.finished.crops_per_image)
     with contextlib.ExitStack() as stack:
-        models = _models(stack, opened, data, model, class_map, device) if data and model else []
+        models = []
+        if data and model:
+            models = _models(stack, opened, data, model, class_map, numbered, device)
         result = analysis.analyse(opened, rows, np.arange(count), models=models, reporter=reporter)
     if out is not None:
         _write_analysis(out, result)
@@ -202,6 +206,7 @@ def _models(
     data: Path,
     names: tuple[str, ...],
     class_map: tuple[Path, ...],
+    numbered: bool,
     device: str,
 ) -> list[Any]:
     """(name, predictor) of each model; the stack keeps their replays open."""
@@ -214,7 +219,8 @@ def _models(
     loaded = teachers.load_teachers(
         options.networks(names, names),
         class_names=opened.store.images.class_names,
-        class_maps=[teachers.read_class_map(file) for file in class_map],
+        class_maps=class_map,
+        numbered=numbered,
         device=options.choose_device(device),
     )
     predictors = []

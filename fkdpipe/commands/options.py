@@ -24,6 +24,9 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object to stdout."
 )
 device_option = click.option("--device", default="auto", help="Device: auto, cpu, cuda or cuda:N.")
+numbered_option = click.option(
+    "--numbered", is_flag=True, help="Class folders are named by class index, as in ImageNet-V2."
+)
 cache_option = click.option(
     "--cache",
     type=click.Path(path_type=Path),
@@ -154,7 +157,8 @@ def given_table(
     from fkdpipe.common import config
 
     assigned = [config.parse_assignment(text) for text in assignments]
-    values = {key: value for key, value in flags.items() if value not in (None, (), "")}
+    absent = (None, (), "")
+    values = {k: v for k, v in flags.items() if v not in absent and v is not False}
     for key in sorted(values.keys() & {key for table in assigned for key in _keys(table)}):
         raise UsageError(f"{key} is given twice, by a flag and by --set; remove one of them.")
     recipes = [config.load_toml(recipe)] if recipe else []

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Class map of a teacher, as for generate.",
 )
+@options.numbered_option
 @click.option(
     "--basis", type=click.Path(path_type=Path), help="Basis file of the stored components."
 )
@@ -115,6 +116,7 @@ def _run_again(
     *,
     teacher_weight: tuple[float, ...],
     class_map: tuple[Path, ...],
+    numbered: bool,
     basis: Path | None,
     source: str | None,
     sample: int,
@@ -132,7 +134,8 @@ def _run_again(
         specs,
         class_names=store.images.class_names if any(p.kind == "labels" for p in parts) else (),
         weights=teacher_weight,
-        class_maps=[teachers.read_class_map(file) for file in class_map],
+        class_maps=class_map,
+        numbered=numbered,
         precision=parts[0].settings.precision or "float32",  # not recorded by imports
         device=where,
         needs=needs_of({part.layer for part in parts}),

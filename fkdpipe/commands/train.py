@@ -21,6 +21,11 @@ from fkdpipe.commands import options, terminal
     "folder.",
 )
 @click.option(
+    "--new-head",
+    is_flag=True,
+    help="Replace the student's classifier by a new one, to fine-tune on other classes.",
+)
+@click.option(
     "--target",
     help="Training target, for example marginal-smoothing:5; required with STORE.  "
     "[default: ground-truth]",
@@ -153,9 +158,7 @@ def train(
     type=click.Path(path_type=Path),
     help="ImageNet-ReaL's real.json, with several correct classes per image.",
 )
-@click.option(
-    "--numbered", is_flag=True, help="Class folders are named by class index, as in ImageNet-V2."
-)
+@options.numbered_option
 @click.option(
     "--precision",
     default="float32",

@@ -38,6 +38,7 @@ def generate(
     features: Sequence[str] = (),
     features_code: Literal["float16", "int8"] = "float16",
     basis: Path | None = None,
+    numbered: bool = False,
     crops: int | None = None,
     crop: CropDistribution | None = None,
     boxes: Literal["stored", "derived"] | None = None,
@@ -68,6 +69,8 @@ def generate(
         features: pre or post (penultimate vectors before or after the last activation), with :D
             for the leading D components of basis, a file from fkdpipe fit-basis, or map (the last
             map). features_code: how they are stored.
+        numbered: class folders are named by output index; other names need a `Teacher` with a
+            class map (`load_teacher`).
         crops: M, per image, in total. crop: their distribution. seed: of crops and order, default
             0.
         boxes: stored, or derived from the seed when they are read.
@@ -89,8 +92,9 @@ def generate(
     networks = [teacher] if isinstance(teacher, Network) else list(teacher)
     settings = GenerateSettings(
         teacher=tuple(_name(network) for network in networks), teacher_weight=tuple(teacher_weight),
-        form=form, features=tuple(features), features_code=features_code, basis=basis, crops=crops,
-        crop=crop, boxes=boxes, seed=seed, source=source, temperature=temperature,
+        form=form, features=tuple(features), features_code=features_code, basis=basis,
+        numbered=numbered, crops=crops, crop=crop, boxes=boxes, seed=seed, source=source,
+        temperature=temperature,
         precision=precision, batch_size=batch_size, replay=replay, threads=threads,
     )  # fmt: skip
     return run(images, store, settings, networks, device=device, part=part, reporter=reporter)
@@ -172,6 +176,7 @@ def _load(
         class_names=folders.class_folders(folders.split_root(data, "train")) if named else (),
         weights=settings.teacher_weight,
         class_maps=settings.class_map,
+        numbered=settings.numbered,
         precision=settings.precision,
         device=device,
         needs=settings.needs,

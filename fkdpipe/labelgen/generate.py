@@ -12,9 +12,10 @@ from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import FkdpipeError
 from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import outputs
+from fkdpipe.labelgen.agreement import Agreement
 from fkdpipe.labelgen.plan import Plan, RoundPlan
 from fkdpipe.labelgen.repair import Repaired
-from fkdpipe.labelgen.unit import Unit
+from fkdpipe.labelgen.unit import Made, Unit
 from fkdpipe.networks.teachers import Teacher
 from fkdpipe.pixels import replay
 from fkdpipe.pixels.replay import Replay
@@ -53,6 +54,8 @@ class Generated:
         complete: whether every part is sealed, by all processes together.
         batch_size: crops per teacher batch at the end; smaller than requested if the GPU ran out
             of memory.
+        agreement: of the teachers' first choices with the folder's classes, over the crops that
+            this run labelled; None if it labelled none, or without classes.
         repaired: the result of a repair.
     """
 
@@ -64,6 +67,7 @@ class Generated:
     failed: dict[str, str]
     complete: bool
     batch_size: int
+    agreement: Agreement | None = None
     repaired: Repaired | None = None
 
 
@@ -97,7 +101,7 @@ def generate(
         if swept:
             log.info("removed %d partial files of an interrupted run", swept)
         todo = list(_todo(store, plan, ours))
-        batch, failed = _make(plan, teachers, resources, todo, claim, reporter)
+        batch, made = _make(plan, teachers, resources, todo, claim, reporter)
         parts = [store.part(IMAGES), *plan.parts]
         sealed = [writer.seal(store, part) for part in parts]  # those that are complete
     kept = len(ours) * len(plan.rounds) - len(todo)
@@ -107,10 +111,27 @@ def generate(
         crops_per_image=sum(round_plan.crops_M for round_plan in plan.rounds),
         new_units=len(todo),
         kept_units=kept,
-        failed=failed,
+        failed=made.failed,
         complete=all(sealed),
         batch_size=batch,
+        agreement=_checked(made.agreement),
     )
+
+
+def _checked(agreement: Agreement | None) -> Agreement | None:
+    """None if no crop has a class; warns when the agreement is near chance."""
+    if agreement is None or not agreement.crops:
+        return None
+    if agreement.near_chance:
+        log.warning(
+            "the teacher's first choice is the folder's class for only %.1f %% of the crops; "
+            "chance is %.1f %%. Check the order of its outputs (--class-map or --numbered), its "
+            "mean, std and size, and its weights, before you train on these labels: `fkdpipe "
+            "evaluate` measures it on whole images.",
+            agreement.top1,
+            agreement.chance,
+        )
+    return agreement
 
 
 def _todo(store: Store, plan: Plan, units: range) -> Iterator[_Todo]:
@@ -131,10 +152,10 @@ def _make(
     todo: Sequence[_Todo],
     claim: Claim,
     reporter: Reporter,
-) -> tuple[int, dict[str, str]]:
-    """Make units one after the other; returns the last batch size and the failed images."""
+) -> tuple[int, Made]:
+    """Make units one after the other; also returns the last batch size."""
     batch = resources.batch
-    failed: dict[str, str] = {}
+    total = Made({}, None)
     with (
         reporter.task("teacher", sum(item.crops for item in todo), "crops") as advance,
         replay.open_replay(
@@ -152,15 +173,15 @@ def _make(
                 plan.store, plan.root, item.plan, item.unit, teachers, plan.basis,
                 resources.device, size, claim.check,
             )  # fmt: skip
-            used, reasons = _within_memory(unit, item.missing, replayer, advance)
+            used, made = _within_memory(unit, item.missing, replayer, advance)
             batch = min(batch, used) if used < size else batch
-            failed |= reasons
-    return batch, failed
+            total = total.plus(made)
+    return batch, total
 
 
 def _within_memory(
     unit: Unit, missing: Sequence[Part], replayer: Replay, advance: Advance
-) -> tuple[int, dict[str, str]]:
+) -> tuple[int, Made]:
     """Make a unit; if the GPU runs out of memory, try again with half the batch size."""
     while True:
         done = 0

@@ -110,3 +110,8 @@ def encode_labels(
     ids_BK, prob_BK = labels.hybrid_order(ids_BK, top.values.exp().cpu().numpy())
     stored_BK = labels.encode_probabilities(form, prob_BK)
     return {"ids": ids_BK.astype(dtype), form.value_field: stored_BK}
+
+
+def first_choices(form: Form, encoded: dict[str, np.ndarray]) -> np.ndarray:
+    """The class with the highest probability, (B,), from the stored fields of B labels."""
+    return encoded["ids"][:, 0] if form.sparse else encoded[form.value_field].argmax(axis=1)

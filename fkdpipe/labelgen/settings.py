@@ -29,6 +29,8 @@ class GenerateSettings:
     """Relative weights of the teachers; by default, all are equal."""
     class_map: tuple[Path, ...] = ()
     """Files that map outputs to classes: none, one for all teachers or one per teacher."""
+    numbered: bool = False
+    """Class folders are named by the index of the teachers' outputs, counted from 0."""
     form: str | None = None
     """What is stored of the outputs, or none for features only; by default, as the store has it
     for this source, or topk:10."""

@@ -17,8 +17,10 @@ import torch
 from fkdpipe.common.errors import ImagesError
 from fkdpipe.common.progress import Advance
 from fkdpipe.labelgen import outputs, spool
+from fkdpipe.labelgen.agreement import Agreement
 from fkdpipe.labelgen.plan import RoundPlan
 from fkdpipe.networks.features import Basis
+from fkdpipe.networks.models import SELF_SUPERVISED
 from fkdpipe.networks.teachers import Teacher
 from fkdpipe.pixels.crops import Crops
 from fkdpipe.pixels.replay import Replay, Request, View, refuse_passing
@@ -31,6 +33,23 @@ MAX_FAILED_SHARE = 0.1  # of a unit: more looks like a missing folder, not like 
 FEW = 10  # broken images that a unit of any size may have, up to half of its images
 
 Failures = dict[int, tuple[str, str]]  # position within the unit to (code, detail)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a unit's making found.
+
+    Attributes:
+        failed: key to reason, of images without labels.
+        agreement: of the teachers' first choices with the folder's classes; None without labels.
+    """
+
+    failed: dict[str, str]
+    agreement: Agreement | None
+
+    def plus(self, other: Made) -> Made:
+        agreement = self.agreement.plus(other.agreement) if self.agreement else other.agreement
+        return Made(self.failed | other.failed, agreement)
 
 
 @dataclass(frozen=True)
@@ -52,8 +71,8 @@ class Unit:
     batch: int
     before_commit: Callable[[], None] = lambda: None
 
-    def make(self, missing: Sequence[Part], replayer: Replay, advance: Advance) -> dict[str, str]:
-        """Commit the missing parts; returns key -> reason of images that failed.
+    def make(self, missing: Sequence[Part], replayer: Replay, advance: Advance) -> Made:
+        """Commit the missing parts.
 
         Raises:
             torch.cuda.OutOfMemoryError: no labels or features of the unit are committed.
@@ -65,10 +84,11 @@ class Unit:
             self._commit_crops(recorded)
         parts = [part for part in missing if part.kind != "crops"]
         if not parts:
-            return {}
+            return Made({}, None)
         images_, crops_M = recorded.flip_NM.shape
         known = self._without_crops()
         failures = dict(known)
+        agreement: Agreement | None = None
         with spool.buffers(parts, images_, crops_M) as values:
             for index_B, pixels in _Batches(self, recorded, replayer, failures):
                 factors = outputs.factors(recorded, index_B)
@@ -78,8 +98,21 @@ class Unit:
                     for name, rows in encoded.items():
                         array = values[part.path][name]
                         array.reshape(-1, *array.shape[2:])[index_B] = rows
+                    if part.kind == "labels" and self._classes_are_outputs:
+                        chosen_B = outputs.first_choices(part.settings.form, encoded)
+                        class_B = self._class_N[index_B // crops_M]
+                        counted = Agreement.of(chosen_B, class_B, part.settings.classes)
+                        agreement = counted.plus(agreement)
                 advance(len(index_B))
-            return self._commit(parts, values, failures, known)
+            return Made(self._commit(parts, values, failures, known), agreement)
+
+    @property
+    def _classes_are_outputs(self) -> bool:
+        return not any(t.spec.library in SELF_SUPERVISED for t in self.teachers)
+
+    @property
+    def _class_N(self) -> np.ndarray:
+        return self.store.images.class_N[self.store.unit_rows(self.number)]
 
     def _commit_crops(self, recorded: Crops) -> None:
         part = self.plan.crops

@@ -15,16 +15,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo
 from torch import nn
 
 from fkdpipe.common.errors import ModelError, UsageError
+from fkdpipe.networks import class_maps as class_maps_
 from fkdpipe.networks import models, weight_files
+from fkdpipe.networks.class_maps import ClassMap
 from fkdpipe.networks.feature_layers import FeatureNetwork, Needs, Outputs
 from fkdpipe.networks.models import Loaded, ModelSpec, Preprocessing
 
 Precision = Literal["float32", "bfloat16", "float16"]
-ClassMap = dict[str, int] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def load_teacher(
         name: of a module; default: its class name. `PACKAGE.MODULE:FUNCTION`, if that function
             returns it, lets `fkdpipe verify --teacher python:...` run it again.
         class_map: maps outputs to classes: the class names in the order of the outputs, a dict
-            from name to output, or a file with either (`read_class_map`). Default: the names in
+            from name to output, or a file with either (`class_maps.read`). Default: the names in
             the weights, ImageNet's synset ids, or the order of the image folder's classes.
         precision: float32, bfloat16 or float16.
         device: None leaves it where it is; `generate` moves it to its device.
@@ -170,7 +170,7 @@ def _copy(network: nn.Module, name: str | None, file: Path | None) -> tuple[nn.M
 
 
 def _read(class_map: ClassMap | Path | str | None) -> ClassMap | None:
-    return read_class_map(Path(class_map)) if isinstance(class_map, (str, Path)) else class_map
+    return class_maps_.read(Path(class_map)) if isinstance(class_map, (str, Path)) else class_map
 
 
 def _frozen(
@@ -208,6 +208,7 @@ def load_teachers(
     class_names: Sequence[str],
     weights: Sequence[float] = (),
     class_maps: Sequence[ClassMap | Path] = (),
+    numbered: bool = False,
     precision: Precision = "float32",
     device: torch.device | None = None,
     needs: Needs = Needs(),
@@ -221,6 +222,7 @@ def load_teachers(
             classes are needed.
         weights: relative weights, one per teacher; equal if empty.
         class_maps: none, one for all, or one per teacher.
+        numbered: the class folders are named by output index.
         needs: feature layers of each teacher.
         size: of the input (height, width) in pixels; None uses each network's own.
 
@@ -236,6 +238,9 @@ def load_teachers(
         raise UsageError("teacher weights must be positive numbers.")
     if len(class_maps) not in (0, 1, len(networks)):
         raise UsageError(f"{len(class_maps)} class maps for {len(networks)} teachers.")
+    if numbered and class_maps:
+        raise UsageError("--numbered and --class-map exclude each other; give one of them.")
+    class_maps = [class_maps_.numbered_classes(class_names)] if numbered else class_maps
     maps: list[ClassMap | Path | None] = list(class_maps) or [None]
     maps = maps * len(networks) if len(maps) == 1 else maps
     shares = [float(w) for w in weights] or [1.0] * len(networks)
@@ -252,7 +257,7 @@ def load_teachers(
             check_classifier(teacher)
         columns = None
         if teacher.spec.library not in models.SELF_SUPERVISED:  # outputs are not classes
-            columns = match_classes(
+            columns = class_maps_.match_classes(
                 class_names, teacher.classes, teacher.class_map, teacher=str(teacher.spec)
             )
         teachers.append(
@@ -283,100 +288,6 @@ def check_classifier(teacher: Teacher) -> None:
             "only. It can provide features, or be evaluated with `fkdpipe transfer`.",
             code="no-classifier",
         )
-
-
-def numbered_classes(class_names: Sequence[str]) -> dict[str, int]:
-    """A class map for folders named by class index, "0" to "999" (ImageNet-V2).
-
-    Raises:
-        UsageError: a folder has another name.
-    """
-    others = [name for name in class_names if not name.isdigit()]
-    if others:
-        raise UsageError(f"folders must be named by class index; found {others[0]!r}.")
-    return {name: int(name) for name in class_names}
-
-
-def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
-    """Read a file that maps a teacher's outputs to classes.
-
-    One column: the teacher's class names, one per line, in the order of its outputs.
-    Two columns (tab or spaces): a folder's class name and the index of its output.
-
-    Returns:
-        A tuple of names, or a dict from folder class to output index.
-
-    Raises:
-        UsageError: unreadable, or in neither form.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the class map cannot be read: {error}.") from error
-    rows = [line.rsplit(None, 1) for line in lines if line and not line.startswith("#")]
-    if rows and all(len(row) == 2 and row[1].isdigit() for row in rows):
-        return {name: int(index) for name, index in rows}
-    if rows and all(not (len(row) == 2 and row[1].isdigit()) for row in rows):
-        return tuple(" ".join(row) for row in rows)
-    raise UsageError(
-        f"{path}: a class map has either one class name per line, in the order of the teacher's "
-        "outputs, or 'class index' on every line."
-    )
-
-
-def match_classes(
-    class_names: Sequence[str],
-    outputs: int,
-    class_map: ClassMap | None,
-    *,
-    teacher: str,
-) -> np.ndarray | None:
-    """Match a teacher's outputs to the folder's classes.
-
-    Uses the class map, which may come from the checkpoint; else ImageNet's synset ids, for 1,000
-    outputs and folders named by them; else the order, if the numbers agree.
-
-    Args:
-        class_names: of the folder; empty (unlabelled images) keeps all outputs.
-
-    Returns:
-        int64 (C,), the output of each class, or None for all outputs in order.
-
-    Raises:
-        ModelError: they cannot be matched; says what to provide.
-    """
-    if not class_names:
-        return None
-    if class_map is None and outputs == 1000:
-        synsets = tuple(ImageNetInfo().label_names())
-        if set(class_names) <= set(synsets):
-            class_map = synsets
-    if class_map is None:
-        if outputs != len(class_names):
-            raise ModelError(
-                f"{teacher} has {outputs} outputs, the image folder {len(class_names)} classes. "
-                "Map outputs to classes with --class-map FILE: the teacher's class names in the "
-                "order of its outputs, or 'class index' on each line.",
-                code="classes-differ",
-            )
-        return None
-    if not isinstance(class_map, dict):
-        class_map = {name: index for index, name in enumerate(class_map)}
-    missing = [name for name in class_names if name not in class_map]
-    if missing:
-        raise ModelError(
-            f"{teacher}: {len(missing)} classes of the image folder are not among its outputs "
-            f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}).",
-            code="classes-differ",
-        )
-    columns = np.array([class_map[name] for name in class_names], dtype=np.int64)
-    if len(columns) and columns.max() >= outputs:
-        raise ModelError(
-            f"{teacher}: the class map names output {columns.max()}, but there are {outputs}.",
-            code="classes-differ",
-        )
-    same = len(columns) == outputs and bool((columns == np.arange(outputs)).all())
-    return None if same else columns
 
 
 def average(

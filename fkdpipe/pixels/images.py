@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -26,10 +25,10 @@ from PIL import Image, UnidentifiedImageError
 
 from fkdpipe.common import disk
 from fkdpipe.common.errors import ImagesError
-
-T = TypeVar("T")
-Split = Literal["train", "val"]
-_SPLITS = frozenset({"train", "val", "test", "valid", "validation", "dev"})
+from fkdpipe.pixels import folders
+from fkdpipe.pixels.folders import Split
+from fkdpipe.pixels.folders import split_root as split_root
+from fkdpipe.pixels.folders import splits_of as splits_of
 
 MAX_SIDE = 65_535  # boxes are stored as uint16 pixels
 
@@ -117,59 +116,9 @@ def path_of(root: Path, key: str) -> bytes:
     return os.path.join(os.fsencode(root), *parts)
 
 
-def split_root(data: Path, split: Split) -> Path:
-    """The folder of a split's classes: `data/<split>`, or `data` itself for `train`.
-
-    Raises:
-        ImagesError: the folder or the split does not exist.
-    """
-    splits = splits_of(data)
-    if split in splits or (split == "train" and not splits):
-        return data / split if splits else data
-    folders = " and ".join(f"{name}/" for name in sorted(splits)) or "class folders"
-    what = "Held-out" if split == "val" else "Training"
-    raise ImagesError(
-        f"{data} has {folders}, but no {split}/ folder. {what} images belong in {data / split}.",
-        code="no-split",
-    )
-
-
-def splits_of(data: Path) -> frozenset[str]:
-    """Names of the splits in a folder; empty if its folders are classes.
-
-    Its folders are splits if they include `train/` and `val/`, or if all have names of splits.
-
-    Raises:
-        ImagesError: the folder does not exist.
-    """
-    if not data.exists():
-        raise ImagesError(f"{data}: no such folder.", code="no-folder")
-    if not data.is_dir():
-        raise ImagesError(
-            f"{data} is a file; give an image folder (class/image).", code="no-folder"
-        )
-    try:
-        folders = {e.name for e in os.scandir(data) if _leads_to(e)}
-        folders = {name for name in folders if not name.startswith(".")}
-    except OSError as error:
-        raise ImagesError(f"{data} cannot be read: {error.strerror}.", code="no-folder") from error
-    split = {"train", "val"} <= folders or ({"train", "val"} & folders and folders <= _SPLITS)
-    return frozenset(folders & _SPLITS) if split else frozenset()
-
-
 def class_folders(root: Path) -> tuple[str, ...]:
     """Sorted names of the class folders in a split's root, encoded as in keys."""
-    entries = _from_disk(str(root), lambda: list(os.scandir(root)))
-    names = [e.name for e in entries if _leads_to(e) and not e.name.startswith(".")]
-    return tuple(key_of(name) for name in sorted(names))
-
-
-def _leads_to(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """The status of a folder; None for a file or a broken link."""
-    try:
-        return _from_disk(entry.path, lambda: entry.stat() if entry.is_dir() else None)
-    except OSError:  # a link to itself
-        return None
+    return tuple(key_of(name) for name in folders.class_folders(root))
 
 
 def scan(
@@ -183,13 +132,15 @@ def scan(
     """Read the list of images of one split: names, classes, sizes.
 
     Args:
-        data: `class/name.jpg`, any depth below the class, or `train/` and `val/` with the same.
+        data: `class/name.jpg`, with folders beside the images or not, or `train/` and `val/` with
+            the same.
         need_classes: if False, images directly in the folder are accepted.
         threads: number of threads that read headers.
         on_image: called with 1 after every file, for progress.
 
     Raises:
-        ImagesError: no folder, no class folders or no usable image, or the disk failed twice.
+        ImagesError: no folder, no class folders or no usable image, a class folder that holds only
+            folders, or the disk failed twice.
     """
     root = split_root(Path(data), split)
     class_names = class_folders(root)
@@ -204,7 +155,7 @@ def scan(
 
     def header(relative: str) -> tuple[tuple[int, int], int] | Rejected:
         path, key = os.path.join(root, relative), key_of(relative)
-        result = _from_disk(path, lambda: _read_header(path, key))
+        result = folders.from_disk(path, lambda: _read_header(path, key))
         on_image(1)
         return result
 
@@ -226,6 +177,8 @@ def scan(
             classes.append(class_index.get(folder, -1))
             sizes.append(result[0])
             lengths.append(result[1])
+    if class_names:
+        folders.refuse_unclassed(root, keys)
     if not keys:
         raise ImagesError(_nothing_usable(root, rejected), code="no-images")
     return ImageFolder(
@@ -267,7 +220,8 @@ def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], *, whe
     )
     raise ImagesError(
         f"{where}: its {len(found)} classes are not the {len(expected)} expected ones: "
-        f"{detail or 'their order differs'}.",
+        f"{detail or 'their order differs'}."
+        f"{' An empty folder will do for a class without images.' if missing else ''}",
         code="classes-differ",
     )
 
@@ -290,15 +244,17 @@ def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
 
     def walk(folder: str, relative: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         try:
-            entries = _from_disk(folder, lambda: sorted(os.scandir(folder), key=lambda e: e.name))
+            entries = folders.from_disk(
+                folder, lambda: sorted(os.scandir(folder), key=lambda e: e.name)
+            )
         except OSError as error:
             rejected.append(Rejected(key_of(relative), "unreadable", error.strerror or str(error)))
             return
         for entry in entries:
             name = os.path.join(relative, entry.name) if relative else entry.name
-            if status := _leads_to(entry):
+            if status := folders.leads_to(entry):
                 identity = (status.st_dev, status.st_ino)
-                if entry.name.startswith("."):
+                if folders.hidden(entry.name):
                     rejected.append(Rejected(key_of(name), "hidden", "hidden folder"))
                 elif identity in above:
                     rejected.append(Rejected(key_of(name), "link-loop", "links to a folder above"))
@@ -310,25 +266,6 @@ def _list_files(root: Path) -> tuple[list[str], list[Rejected]]:
     status = os.stat(root)
     files.extend(walk(str(root), "", frozenset({(status.st_dev, status.st_ino)})))
     return files, rejected
-
-
-def _from_disk(path: str, read: Callable[[], T]) -> T:
-    """The result of `read`. A temporary error stops the scan, so that no file is left out for it.
-
-    Raises:
-        ImagesError: the disk failed twice. OSError: the file itself is broken.
-    """
-    try:
-        return disk.read_twice(read)
-    except OSError as error:
-        if not disk.may_pass(error):
-            raise
-        raise ImagesError(
-            f"{os.fsencode(path).decode(errors='replace')}: {error.strerror}. This error may be "
-            "temporary, so the file is not left out. Run the command again; if it fails again, "
-            "repair the disk or remove the file.",
-            code="disk",
-        ) from error
 
 
 def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
@@ -376,7 +313,7 @@ def size_of(root: Path, key: str) -> tuple[int, int] | Rejected:
         ImagesError: the key points outside the folder, or the disk failed twice.
     """
     path = os.fsdecode(path_of(root, key))
-    result = _from_disk(path, lambda: _read_header(path, key))
+    result = folders.from_disk(path, lambda: _read_header(path, key))
     return result if isinstance(result, Rejected) else result[0]
 
 

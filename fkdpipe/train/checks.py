@@ -19,6 +19,8 @@ from fkdpipe.train.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
+FEW_STEPS = 100  # with fewer, even fine-tuning hardly moves
+
 
 def check_out(out: Path, data: Path) -> None:
     """Refuse a run folder that is a file, or that lies inside the image folder or a store.
@@ -77,6 +79,20 @@ def check(
         raise UsageError(
             f"method {_name(settings)} does not train the classifier, but train_only = classifier "
             "trains nothing else."
+        )
+
+
+def warn_of_few_steps(steps: int, images: int, settings: TrainSettings) -> None:
+    """Warn about a run that is too short to learn much."""
+    if steps < FEW_STEPS:
+        log.warning(
+            "the run has only %d steps (%d epochs of %d images, batch size %d); a network needs "
+            "hundreds. Raise --epochs or lower --batch-size; recipes/finetune-small.toml is for "
+            "small sets.",
+            steps,
+            settings.epochs,
+            images,
+            settings.batch_size,
         )
 
 

@@ -20,16 +20,15 @@ from torch import nn
 from fkdpipe.common.distributed import choose_device, default_threads
 from fkdpipe.common.errors import ImagesError
 from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.networks.class_maps import ClassMap
 from fkdpipe.networks.feature_layers import Outputs
 from fkdpipe.networks.models import Preprocessing
 from fkdpipe.networks.teachers import (
-    ClassMap,
     Network,
     Precision,
     autocast,
     load_teachers,
     not_finite,
-    numbered_classes,
 )
 from fkdpipe.pixels import images
 from fkdpipe.pixels.images import ImageFolder
@@ -98,12 +97,11 @@ def evaluate(
         folder = images.scan(root, split=chosen, on_image=advance)
     for remark in images.remarks(folder):
         log.warning("%s", remark)
-    if numbered and class_map is None:
-        class_map = numbered_classes(folder.class_names)
     (loaded,) = load_teachers(
         [model],
         class_names=folder.class_names,
         class_maps=[] if class_map is None else [class_map],
+        numbered=numbered,
         precision=precision,
         device=where,
     )

@@ -20,7 +20,7 @@ from fkdpipe.networks import models
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.networks.features import StoredLayer
 from fkdpipe.networks.models import Loaded, ModelSpec, Preprocessing
-from fkdpipe.networks.teachers import Precision, Teacher, load_teachers, read_class_map
+from fkdpipe.networks.teachers import Precision, Teacher, load_teachers
 from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import View
 from fkdpipe.storage import schema
@@ -88,7 +88,7 @@ def prepare(
     counts = parameters(learner)
     log.info("%(student)d parameters in the student, %(auxiliary)d in auxiliary modules", counts)
     digest = _record(settings, training, teacher, counts, out, write=rank.main)
-    return Run(
+    run = Run(
         settings=settings,
         out=out,
         crops=_crops(settings, needs, training, store, loaded, live_teacher, device, rank),
@@ -107,6 +107,8 @@ def prepare(
         digest=digest,
         reporter=reporter,
     )
+    checks.warn_of_few_steps(run.steps, len(training.rows), settings)
+    return run
 
 
 def _parse(teacher: str | None) -> ModelSpec | None:
@@ -168,7 +170,7 @@ def _teacher(
     (teacher,) = load_teachers(
         [spec],
         class_names=training.class_names if labels else (),
-        class_maps=[read_class_map(class_map)] if class_map else [],
+        class_maps=[class_map] if class_map else [],
         precision=_precision(settings, device),
         device=device,
         needs=needs.teacher or Needs(),

@@ -148,7 +148,7 @@ class TrainSettings:
     pretrained: bool = False
     """Start from the library's pretrained weights."""
     new_head: bool = False
-    """Replace the classifier of NAME=FILE by a new one, for other classes."""
+    """Replace the classifier of NAME=FILE or a run folder by a new one, for other classes."""
     train_only: Literal["all", "classifier"] = "all"
     """classifier trains a linear probe; the frozen rest stays in eval mode."""
     accumulate: PositiveInt = 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fkdpipe.common.errors import UsageError
+from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import models
 from fkdpipe.networks.models import Loaded, ModelSpec
 from fkdpipe.train import methods
@@ -30,14 +32,33 @@ def build(settings: TrainSettings, spec: ModelSpec, classes: int) -> Loaded:
         )
     size = (settings.size, settings.size) if settings.size else None
     torch.manual_seed(settings.seed)
-    return models.build(
+    build = functools.partial(
+        models.build,
         spec,
         classes=classes,
         size=size,
         pretrained=settings.pretrained,
-        new_head=settings.new_head,
         options=settings.student_options,
     )
+    try:
+        return build(new_head=settings.new_head)
+    except ModelError as error:
+        if error.code != "keys" or settings.new_head or not _fits(build):
+            raise
+        raise ModelError(
+            f"{error} Its classifier is for other classes than the {classes} of this run; the "
+            "rest fits. Use --new-head to start with a new classifier.",
+            code="other-classes",
+        ) from error
+
+
+def _fits(build: Callable[..., Loaded]) -> bool:
+    """Whether the weights fit without their classifier."""
+    try:
+        build(new_head=True)
+    except ModelError:
+        return False
+    return True
 
 
 def export_facts(

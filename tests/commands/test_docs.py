@@ -45,7 +45,7 @@ def test_the_commands_for_own_images_run_as_written(tmp_path, folder, monkeypatc
     shutil.copytree(folder, tmp_path / "images")
     module = timm.create_model("resnet50", num_classes=len(CLASSES))
     weight_files.write_export(tmp_path / "teacher.safetensors", module, {"size": [64, 64]})
-    (block,) = (b for b in blocks(README, "sh") if "fkdpipe generate" in b)
+    block = next(b for b in blocks(README, "sh") if "fkdpipe generate" in b)
     for long, short in SMALLER.items():
         assert long in block
         block = block.replace(long, short)
@@ -55,6 +55,27 @@ def test_the_commands_for_own_images_run_as_written(tmp_path, folder, monkeypatc
         assert words[0] == "fkdpipe"
         done = CliRunner().invoke(cli, words[1:])  # importing torch once, not seven times
         assert done.exit_code == 0, f"{line}\n{done.output}"
+
+
+@pytest.mark.slow
+def test_the_commands_for_fine_tuning_run_as_written(tmp_path, folder, monkeypatch):
+    (tmp_path / "images").symlink_to(folder)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for depth in (18, 50):  # weights for other classes, as ImageNet's
+        module = timm.create_model(f"resnet{depth}", num_classes=9)
+        weight_files.write_export(tmp_path / f"imagenet{depth}.safetensors", module, {})
+    (block,) = (b for b in blocks(README, "sh") if "finetune-small" in b)
+    assert len(block.splitlines()) == 4
+    smaller = {"--crops 100": "--crops 4", ".toml --": ".toml --epochs 4 --size 32 --"}
+    for long, short in smaller.items():
+        assert long in block
+        block = block.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        done = CliRunner().invoke(cli, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+        few = "the run has only" in done.output
+        assert few == ("fkdpipe train" in line), done.output
 
 
 @pytest.mark.slow

@@ -51,8 +51,12 @@ def test_rates_never_fall_before_the_first_epoch():
 
 def test_a_checkpoint_of_other_classes_needs_a_new_head(tmp_path, folder, backbone):
     model, truth = f"test_resnet={backbone}", {"target": "ground-truth"}
-    with pytest.raises(ModelError, match="does not fit"):
+    words = r"does not fit: 2 of another shape \(fc.*than the 5 of this run.* Use --new-head"
+    with pytest.raises(ModelError, match=words):
         prepare_run(tmp_path / "a", folder, None, train_settings(student=model, **truth))
+    other = train_settings(student=f"test_vit={backbone}", **truth)  # a new head does not help
+    with pytest.raises(ModelError, match=r"does not fit: .*\)\.$"):
+        prepare_run(tmp_path / "a", folder, None, other)
     given = load_file(backbone)
     wanted = train_settings(student=model, new_head=True, **truth)
     run = prepare_run(tmp_path / "b", folder, None, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from conftest import CLASSES
 from foreign_networks import STATISTICS, small_cnn, write_functions
+from PIL import Image
 from pipeline import arrays_of
 
 from fkdpipe.cli import cli
@@ -69,6 +71,58 @@ def test_the_labels_of_a_module_are_its_own_softmax_on_the_recorded_crops(tmp_pa
         own = softmax_by_hand(network, pixels_of(store, folder, crop, (40, 32)))
         np.testing.assert_allclose(stored[:, crop], own, atol=2e-3)
         assert np.abs(stored[:, 1 - crop] - own).max() > 2e-2  # the other crop has other labels
+
+
+@pytest.mark.parametrize("form", ["full", "logits", "topk:2", "topk:2:compact", "hard"])
+def test_the_first_choices_are_compared_with_the_folders_classes(tmp_path, folder, form):
+    how = {"form": form, "crops": 2, "batch_size": 7}
+    teacher = load_teacher(small_cnn(), size=32, name="ours", **STATISTICS)
+    result = generate(folder, tmp_path / "s", teacher=teacher, **how)
+    store = open_store(tmp_path / "s")
+    own = [softmax_by_hand(small_cnn(), pixels_of(store, folder, m, (32, 32))) for m in range(2)]
+    chosen_NM = np.stack(own, 1).argmax(2)
+    right = (chosen_NM == store.images.class_N[:, None]).mean()
+    assert result.agreement.crops == chosen_NM.size
+    assert result.agreement.top1 == pytest.approx(100 * right)
+    shares = [
+        np.bincount(v.ravel(), minlength=5) / v.size for v in (chosen_NM, store.images.class_N)
+    ]
+    assert result.agreement.chance == pytest.approx(100 * shares[0] @ shares[1])
+    assert generate(folder, tmp_path / "s", teacher=teacher, **how).agreement is None
+
+
+class _Knows(torch.nn.Module):
+    """Names the class that the picture's grey value says, at the output `order` gives it."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = torch.nn.Parameter(torch.tensor(order, dtype=torch.float32))
+
+    def forward(self, x):
+        shade_B = (x.mean((1, 2, 3)) * 12 - 0.5).round().clamp(0, 11).long()
+        return torch.nn.functional.one_hot(self.order.long()[shade_B], 12).float() * 9
+
+
+def test_a_wrong_order_of_the_classes_shows(tmp_path, caplog):
+    names = sorted(map(str, range(12)))
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for k in range(2):
+            shade = round((int(name) + 0.5) / 12 * 255)
+            Image.new("RGB", (40, 40), (shade,) * 3).save(tmp_path / "images" / name / f"{k}.png")
+    statistics = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    teacher = load_teacher(_Knows(range(12)), size=32, name="natural", **statistics)
+    how = {"crops": 2, "form": "topk:3"}
+    with pytest.raises(ModelError, match="--numbered"):
+        generate(tmp_path / "images", tmp_path / "none", teacher=teacher, **how)
+    result = generate(tmp_path / "images", tmp_path / "s", teacher=teacher, numbered=True, **how)
+    assert (result.agreement.top1, result.agreement.crops) == (100.0, 48)
+    assert not caplog.records
+    told = load_teacher(teacher.module.network, size=32, class_map=tuple(names), **statistics)
+    wrong = generate(tmp_path / "images", tmp_path / "wrong", teacher=told, **how)
+    assert wrong.agreement.top1 == pytest.approx(100 * 2 / 12)  # "0" and "1" stay in place
+    assert wrong.agreement.chance == pytest.approx(100 / 12)
+    assert "only 16.7 % of the crops; chance is 8.3 %" in caplog.text
 
 
 def test_what_made_them_is_recorded(tmp_path, folder):
@@ -142,6 +196,7 @@ def test_the_command_makes_the_same_store(tmp_path, folder, checkpoint):
         "--set", "batch_size=16",
     )  # fmt: skip
     assert code == 0, output
+    assert re.search(r"first choice is the folder's class for [\d.]+ % of 102 crops", output)
     a, b = (open_store(tmp_path / name) for name in "ab")
     assert {p: a.part(p).settings for p in a.parts} == {p: b.part(p).settings for p in b.parts}
     other = arrays_of(b)

@@ -12,7 +12,7 @@ import torchvision
 from conftest import CLASSES
 
 from fkdpipe.common.errors import ModelError, UsageError
-from fkdpipe.networks import models, teachers, weight_files
+from fkdpipe.networks import class_maps, models, teachers, weight_files
 from fkdpipe.networks.models import ModelSpec
 
 CPU = torch.device("cpu")
@@ -215,7 +215,7 @@ def test_shares_are_normalised(checkpoint):
 
 
 def match(names, outputs, class_map=None):
-    return teachers.match_classes(names, outputs, class_map, teacher="t")
+    return class_maps.match_classes(names, outputs, class_map, teacher="t")
 
 
 def test_classes_match_by_position_name_or_map():
@@ -234,12 +234,38 @@ def test_classes_match_by_position_name_or_map():
     [
         (("a", "b"), 1000, None, "has 1000 outputs, the image folder 2 classes"),
         (("a", "b"), 5, ("a", "c"), r"1 classes of the image folder are not among .*\(b\)"),
-        (("a",), 5, {"a": 7}, "names output 7, but there are 5"),
+        (("a",), 5, {"a": 7}, "names output 7, but there are 5, counted from 0"),
+        (("a",), 5, {"a": -1}, "names output -1"),
+        (("a", "b"), 5, {"a": 1, "b": 1}, r"names output 1 for 2 classes \(a, b\)"),
+        (("a", "b"), 3, ("a", "b", "a"), "names 'a' more than once"),
+        (("0", "1", "10", "2"), 4, None, "class 2 is '10' in text order, and '2' in natural"),
+        (("Zebra", "ant"), 2, None, "class 0 is 'Zebra' in text order, and 'ant' in natural"),
     ],
 )
 def test_classes_that_cannot_be_matched_are_refused(names, outputs, class_map, words):
     with pytest.raises(ModelError, match=words):
         match(names, outputs, class_map=class_map)
+
+
+def test_numbered_folders_are_offered_what_fits_them():
+    with pytest.raises(ModelError, match=r"Use --numbered if .* or --class-map FILE"):
+        match(tuple(sorted(map(str, range(12)))), 12)
+    with pytest.raises(ModelError, match=r"order\. Use --class-map FILE"):  # 12 is no output
+        match(tuple(sorted(map(str, range(1, 13)))), 12)
+    assert match(("00", "01", "10"), 3) is None
+    assert match(("crane", "tench"), 4, ("kite", "kite", "tench", "crane")).tolist() == [3, 2]
+
+
+def test_numbered_outputs_are_taken_by_number(tmp_path):
+    torch.manual_seed(0)
+    file = save(timm.create_model("test_resnet", num_classes=12), tmp_path / "x.pth")
+    spec, names = ModelSpec("test_resnet", "timm", file), sorted(map(str, range(12)))
+    (teacher,) = teachers.load_teachers([spec], class_names=names, numbered=True, device=CPU)
+    assert teacher.columns.tolist() == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(UsageError, match="exclude each other"):
+        teachers.load_teachers(
+            [spec], class_names=names, numbered=True, class_maps=[tuple(names)], device=CPU
+        )
 
 
 def test_slicing_outputs_renormalises_them(checkpoint):
@@ -257,14 +283,55 @@ def test_slicing_outputs_renormalises_them(checkpoint):
 def test_class_maps(tmp_path):
     file = tmp_path / "map.txt"
     file.write_text("# folder class and output\ntench 0\ngolden fish\t1\n")
-    assert teachers.read_class_map(file) == {"tench": 0, "golden fish": 1}
+    assert class_maps.read(file) == {"tench": 0, "golden fish": 1}
     file.write_text("tench\ngolden fish\n")
-    assert teachers.read_class_map(file) == ("tench", "golden fish")
+    assert class_maps.read(file) == ("tench", "golden fish")
     file.write_text("tench 0\ngoldfish\n")
     with pytest.raises(UsageError, match="either one class name per line"):
-        teachers.read_class_map(file)
+        class_maps.read(file)
     with pytest.raises(UsageError, match="cannot be read"):
-        teachers.read_class_map(tmp_path / "none.txt")
+        class_maps.read(tmp_path / "none.txt")
+
+
+PAIRS = {"tench": 0, "great white, or shark": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("\ufefftench\ngoldfish\n", ("tench", "goldfish")),
+        ('tench,0\n"great white, or shark",1\n', PAIRS),
+        ('class,index\r\ntench, 0\r\n"great white, or shark", 1\r\n', PAIRS),
+        ('0,tench\n1,"great white, or shark"\n', PAIRS),
+        ("tench, Tinca tinca\nkite, bird\n", ("tench, Tinca tinca", "kite, bird")),
+        ('["tench", "goldfish"]', ("tench", "goldfish")),
+        ('\ufeff{"tench": 0, "great white, or shark": 1}', PAIRS),
+        ('{"0": "tench", "1": "great white, or shark"}', PAIRS),
+        ('{"1": ["great white, or shark", "x"], "0": ["tench", "y"]}', PAIRS),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_class_maps_as_programs_write_them(tmp_path, content, expected, encoding):
+    file = tmp_path / "map"
+    file.write_text(content.removeprefix("\ufeff") if "16" in encoding else content, encoding)
+    assert class_maps.read(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("tench 0\nkite 1\ntench 2\n", "names 'tench' more than once"),
+        ("tench,0\ntench,1\n", "names 'tench' more than once"),
+        ('{"tench": 0, "tench": 1}', "names 'tench' more than once"),
+        ('{"tench": 0.5}', "or it is JSON: a list of names"),
+        ('{"tench": 0', "cannot be read"),
+        ("", "either one class name per line"),
+    ],
+)
+def test_class_maps_that_say_nothing_certain_are_refused(tmp_path, content, words):
+    (tmp_path / "map").write_text(content)
+    with pytest.raises(UsageError, match=words):
+        class_maps.read(tmp_path / "map")
 
 
 def test_advice_to_run_a_file_is_never_passed_on(tmp_path):

@@ -221,11 +221,84 @@ def test_folders_named_as_splits_are_never_classes(tmp_path, cut, names):
     for name in names:
         save(tmp_path / name / "a" / "x.jpg", cut)
     for split in ("train", "val"):
-        if split in names:
+        if split in names or (split == "val" and "valid" in names):
             assert images.scan(tmp_path, split=split).class_names == ("a",)
         else:
             with pytest.raises(ImagesError, match=f"{names[0]}/.*, but no {split}/ folder"):
                 images.scan(tmp_path, split=split)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("Train", "Val"), ("training", "validation"), ("TRAIN", "valid"), ("training_set", "val_set"),
+     ("seg_train", "seg_dev"), ("train2017", "val2017"), ("Train Images", "Eval Images")],
+)  # fmt: skip
+def test_splits_are_known_by_their_usual_names(tmp_path, cut, train, val):
+    save(tmp_path / train / "a" / "x.jpg", cut)
+    save(tmp_path / val / "a" / "y.jpg", cut)
+    assert images.scan(tmp_path).root == tmp_path / train
+    assert images.scan(tmp_path, split="val").root == tmp_path / val
+
+
+@pytest.mark.parametrize("test", ["Test", "testing", "test_set"])
+def test_a_training_and_a_test_folder_are_splits_whatever_lies_beside_them(tmp_path, cut, test):
+    for name in ("Training", test, "annotations"):
+        save(tmp_path / name / "a" / "x.jpg", cut)
+    assert images.scan(tmp_path).class_names == ("a",)
+    with pytest.raises(ImagesError, match=f"has {min(test, 'Training')}/ and .*, but no val/"):
+        images.scan(tmp_path, split="val")
+
+
+def test_of_two_folders_for_a_split_the_exact_name_is_taken(tmp_path, cut):
+    for name in ("train", "Val", "validation"):
+        save(tmp_path / name / "a" / "x.jpg", cut)
+    with pytest.raises(ImagesError, match="Val/ and validation/, which may both be the val"):
+        images.split_root(tmp_path, "val")
+    save(tmp_path / "val" / "a" / "x.jpg", cut)
+    assert images.split_root(tmp_path, "val") == tmp_path / "val"
+
+
+@pytest.mark.parametrize("doubled", ["set/set/train", "set/train/train", "set/inner/train"])
+def test_a_doubled_folder_is_entered(tmp_path, cut, doubled):
+    save(tmp_path / doubled / "a" / "x.jpg", cut)
+    save(tmp_path / doubled.replace("train", "val") / "a" / "x.jpg", cut)
+    save(tmp_path / "set" / "__MACOSX" / "a" / "x.jpg", cut)
+    scanned = images.scan(tmp_path / "set")
+    assert (scanned.root, scanned.class_names) == (tmp_path / doubled, ("a",))
+    assert images.scan(tmp_path / "set", split="val").keys == ("a/x.jpg",)
+
+
+def test_doubled_folders_without_splits_and_single_classes(tmp_path, cut):
+    save(tmp_path / "set" / "Set" / "a" / "x.jpg", cut)
+    assert images.scan(tmp_path / "set").class_names == ("a",)
+    save(tmp_path / "cat" / "cat" / "x.jpg", cut)
+    assert images.scan(tmp_path / "cat").class_names == ("cat",)
+    save(tmp_path / "cat" / "cat" / "more" / "y.jpg", cut)
+    assert images.scan(tmp_path / "cat").keys == ("cat/more/y.jpg", "cat/x.jpg")
+
+
+def test_class_folders_that_hold_only_folders_are_refused(tmp_path, cut):
+    for name in ("learn/a", "learn/b", "exam/a", "exam/b"):
+        save(tmp_path / name / "x.jpg", cut)
+    words = r"exam/, learn/ are taken for classes, .* directly in exam/, only folders \(a/, b/\)"
+    with pytest.raises(ImagesError, match=words) as caught:
+        images.scan(tmp_path)
+    assert f"give {tmp_path / 'exam'}" in str(caught.value)
+    save(tmp_path / "exam" / "y.jpg", cut)
+    with pytest.raises(ImagesError, match="learn/ is taken for a class"):
+        images.scan(tmp_path)
+
+
+def test_another_list_of_classes_says_that_an_empty_folder_will_do(tmp_path, cut):
+    for name in ("train/a", "train/b", "val/a"):
+        save(tmp_path / name / "x.jpg", cut)
+    expected = images.scan(tmp_path).class_names
+    with pytest.raises(ImagesError, match=r"missing 1 \(b\)\. An empty folder will do"):
+        images.check_same_classes(
+            expected, images.scan(tmp_path, split="val").class_names, where="v"
+        )
+    (tmp_path / "val" / "b").mkdir()
+    images.check_same_classes(expected, images.scan(tmp_path, split="val").class_names, where="v")
 
 
 def test_the_fingerprint_is_of_names_and_sizes_alone(tmp_path, cut):

@@ -16,7 +16,7 @@ from pipeline import make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
 
 from fkdpipe.common.errors import ImagesError, TrainingError, UsageError
-from fkdpipe.networks import models, teachers
+from fkdpipe.networks import class_maps, models
 from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import normalise
 from fkdpipe.train import checkpoint, loop, metrics
@@ -317,9 +317,9 @@ def test_several_classes_may_be_right(tmp_path, folder, checkpoint):
 
 def test_folders_named_by_index_are_matched_by_number():
     names = [str(k) for k in sorted(range(12), key=str)]
-    columns = teachers.match_classes(
-        names, 1000, teachers.numbered_classes(names), teacher="a network"
+    columns = class_maps.match_classes(
+        names, 1000, class_maps.numbered_classes(names), teacher="a network"
     )
     assert columns.tolist() == [int(name) for name in names]
     with pytest.raises(UsageError, match="named by class index"):
-        teachers.numbered_classes(["1", "ash"])
+        class_maps.numbered_classes(["1", "ash"])
