@@ -11,6 +11,7 @@ import os
 import signal
 from functools import wraps
 from inspect import cleandoc
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -68,13 +69,20 @@ def _disk_message(error: OSError) -> str:
     )
 
 
-def _name_output(command: click.Command) -> None:
-    """Make a disk error without a file name (as of any failed write) name the command's output."""
+def _guard_paths(command: click.Command) -> None:
+    """Refuse URLs where a command takes local paths, and make a disk error without a file name (as
+    of any failed write) name the command's output."""
     run = command.callback
     assert run is not None
 
     @wraps(run)
-    def named(**arguments: Any) -> Any:
+    def guarded(**arguments: Any) -> Any:
+        context = click.get_current_context()
+        for parameter in command.params:
+            value = arguments.get(parameter.name or "")
+            for path in value if isinstance(value, tuple) else (value,):
+                if isinstance(path, Path):
+                    disk.local_path(path, parameter.get_error_hint(context).strip("'"))
         try:
             return run(**arguments)
         except OSError as error:
@@ -83,7 +91,7 @@ def _name_output(command: click.Command) -> None:
                 raise
             raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
 
-    command.callback = named
+    command.callback = guarded
 
 
 def _example_last(command: click.Command) -> None:
@@ -125,7 +133,7 @@ for command in (
     store.thin,
 ):
     _example_last(command)
-    _name_output(command)
+    _guard_paths(command)
     cli.add_command(command)
 _example_last(cli)
 

@@ -152,7 +152,12 @@ def teachers_differ(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def save_basis(file: Path, basis: Basis) -> None:
-    """Write a basis atomically, as safetensors with the facts in the header."""
+    """Write a basis atomically, as safetensors with the facts in the header.
+
+    Raises:
+        UsageError: `file` is a URL.
+    """
+    file = disk.local_path(file)
     arrays = {
         "mean": basis.mean_D,
         "components": basis.components_DK,
@@ -173,7 +178,8 @@ def save_basis(file: Path, basis: Basis) -> None:
 
 
 def load_basis(file: Path) -> Basis:
-    """Raises ModelError if the file is missing, broken or not a basis."""
+    """Raises ModelError if the file is missing, broken or not a basis, UsageError for a URL."""
+    file = disk.local_path(file)
     try:
         with safe_open(file, "np") as opened:
             header = json.loads((opened.metadata() or {})[_METADATA])

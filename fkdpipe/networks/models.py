@@ -21,6 +21,7 @@ import torchvision
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import classifiers, foreign, selfsupervised
 from fkdpipe.networks.weight_files import (
@@ -99,9 +100,10 @@ def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
             from others.
 
     Raises:
-        UsageError: empty name, or a function that is not allowed.
+        UsageError: empty name, a URL, or a function that is not allowed.
         ModelError: unknown name (with close matches), or no such file.
     """
+    disk.local_path(text.partition("=")[2] or text)
     if Path(text, EXPORT_NAME).is_file():
         return _of_run(Path(text, EXPORT_NAME))
     if Path(text).is_dir() and not timm.is_model(text):

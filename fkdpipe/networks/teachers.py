@@ -18,6 +18,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import models, weight_files
 from fkdpipe.networks.feature_layers import FeatureNetwork, Needs, Outputs
@@ -298,8 +299,9 @@ def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
         A tuple of names, or a dict from folder class to output index.
 
     Raises:
-        UsageError: unreadable, or in neither form.
+        UsageError: a URL, unreadable, or in neither form.
     """
+    path = disk.local_path(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

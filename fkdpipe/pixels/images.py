@@ -140,8 +140,9 @@ def splits_of(data: Path) -> frozenset[str]:
     Its folders are splits if they include `train/` and `val/`, or if all have names of splits.
 
     Raises:
-        ImagesError: the folder does not exist.
+        ImagesError: the folder does not exist. UsageError: it is a URL.
     """
+    disk.local_path(data)
     if not data.exists():
         raise ImagesError(f"{data}: no such folder.", code="no-folder")
     if not data.is_dir():
