@@ -54,9 +54,9 @@ class _Commands(click.Group):
             if error.errno is None or error.errno == errno.EPIPE:  # no message, or a closed pipe
                 raise
             raise _Failed(_disk_message(error)) from error
-        except KeyboardInterrupt:
-            message = "interrupted. Committed work is kept; run the same command again to resume."
-            raise _Failed(message) from None
+        except KeyboardInterrupt as error:
+            kept = str(error) or "nothing new is finished; earlier work is kept."
+            raise _Failed(f"interrupted: {kept}") from None
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)  # in workflow order, not alphabetical

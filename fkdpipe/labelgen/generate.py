@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fkdpipe.common import words
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import FkdpipeError
-from fkdpipe.common.progress import Advance, Reporter, silent
+from fkdpipe.common.progress import Advance, Reporter, keeping, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.plan import Plan, RoundPlan
 from fkdpipe.labelgen.repair import Repaired
@@ -97,10 +98,10 @@ def generate(
         if swept:
             log.info("removed %d partial files of an interrupted run", swept)
         todo = list(_todo(store, plan, ours))
-        batch, failed = _make(plan, teachers, resources, todo, claim, reporter)
+        kept = len(ours) * len(plan.rounds) - len(todo)
+        batch, failed = _make(plan, teachers, resources, todo, claim, kept, reporter)
         parts = [store.part(IMAGES), *plan.parts]
         sealed = [writer.seal(store, part) for part in parts]  # those that are complete
-    kept = len(ours) * len(plan.rounds) - len(todo)
     return Generated(
         url=store.url,
         images=store.num_images,
@@ -130,12 +131,18 @@ def _make(
     resources: Resources,
     todo: Sequence[_Todo],
     claim: Claim,
+    kept: int,
     reporter: Reporter,
 ) -> tuple[int, dict[str, str]]:
-    """Make units one after the other; returns the last batch size and the failed images."""
-    batch = resources.batch
+    """Make units one after the other; returns the last batch size and the failed images.
+
+    Args:
+        kept: units committed by earlier runs.
+    """
+    batch, total = resources.batch, kept + len(todo)
     failed: dict[str, str] = {}
     with (
+        keeping(lambda: words.units_kept(kept, total)),
         reporter.task("teacher", sum(item.crops for item in todo), "crops") as advance,
         replay.open_replay(
             plan.replay,
@@ -155,6 +162,7 @@ def _make(
             used, reasons = _within_memory(unit, item.missing, replayer, advance)
             batch = min(batch, used) if used < size else batch
             failed |= reasons
+            kept += 1
     return batch, failed
 
 

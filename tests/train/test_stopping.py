@@ -71,20 +71,58 @@ def wait_for(what, process) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, folder, store):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, folder, store, number):
     environment = {**os.environ, **PYTHON}
     long = ("--epochs", "400", "--set", "eval_every=400")
     line = [sys.executable, "-m", "fkdpipe", *command(folder, store, tmp_path / "run", *long)]
     process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     file = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: file.exists() and len(file.read_text().splitlines()) > 7, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, text = process.communicate()
     assert process.returncode == 1
     assert "a checkpoint is written" in text
     newest = checkpoint.list_all(tmp_path / "run" / state.CHECKPOINTS)[-1]
     held = torch.load(newest, weights_only=True)["step"]
     assert held == metrics.read(file)[-1]["step"]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_which_step_is_kept(
+    tmp_path, folder, store, monkeypatch
+):
+    """The first is passed on twice within a moment, as by torchrun, and counts once."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    plain, steps = loop.step, []
+
+    def interrupted(run, batch):
+        steps.append(run.step)
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            now[0] += 2
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(run, batch)
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    words = "at step 5 of [0-9]+; the checkpoint of step 4 is kept"
+    with pytest.raises(KeyboardInterrupt, match=words):
+        train(tmp_path / "run", folder, store, epochs=40, checkpoint_every=2)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert checkpoint.newest_step(tmp_path / "run" / state.CHECKPOINTS) == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_before_the_first_checkpoint_keeps_nothing(
+    tmp_path, folder, store, monkeypatch
+):
+    def interrupted(run, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"at step 0 of [0-9]+; there is no checkpoint"):
+        train(tmp_path / "run", folder, store)
 
 
 def test_sigterm_cuts_an_evaluation_short_and_the_run_goes_on_with_it(
