@@ -7,8 +7,10 @@ Heavy packages are imported inside the commands to keep `--help` fast.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
+import sys
 from functools import wraps
 from inspect import cleandoc
 from pathlib import Path
@@ -139,7 +141,11 @@ _example_last(cli)
 
 
 def main() -> None:
-    """Entry point. SIGTERM ends a command just as Ctrl-C does."""
+    """Entry point. SIGTERM ends a command just as Ctrl-C does; characters that the terminal cannot
+    print become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _interrupt)
     cli()
 

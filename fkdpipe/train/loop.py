@@ -21,7 +21,7 @@ import numpy as np
 from fkdpipe.common.errors import TrainingError
 from fkdpipe.common.progress import Advance, keeping
 from fkdpipe.networks import weight_files
-from fkdpipe.train import checkpoint, parallel
+from fkdpipe.train import checkpoint, exclusive, parallel
 from fkdpipe.train.batch import Batch, with_next
 from fkdpipe.train.evaluate import Accuracy, accuracy
 from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
@@ -55,10 +55,16 @@ def train(run: Run) -> Result:
     """Train to the end, resuming from the run folder's newest checkpoint.
 
     Raises:
-        TrainingError: the loss is not finite, the checkpoint cannot be read, or SIGTERM or Ctrl-C
-            arrived, after which a checkpoint is written.
+        TrainingError: another process is writing the run folder, the loss is not finite, the
+            checkpoint cannot be read, or SIGTERM or Ctrl-C arrived, after which a checkpoint is
+            written.
         KeyboardInterrupt: a second Ctrl-C; says which step the newest checkpoint has.
     """
+    with exclusive.hold(run.out) if run.rank.main else contextlib.nullcontext():
+        return _train(run)
+
+
+def _train(run: Run) -> Result:
     resume(run)
     run.wrapped = parallel.wrap(run.learner, run.settings, run.rank, run.device)
     metrics = _metrics(run)

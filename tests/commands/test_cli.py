@@ -307,6 +307,15 @@ def test_what_an_earlier_run_did_is_no_part_of_rate_and_time_left(monkeypatch, c
     assert last == "train: 940/1,000 steps in 0:00:40"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_cannot_print_an_arrow_gets_a_question_mark(pipeline, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "fkdpipe", "analyse", str(pipeline / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert ("→" if encoding == "utf-8" else "?") in done.stdout.decode(encoding)
+
+
 def test_python_dash_m_works():
     made = run("--help", env={**os.environ})
     assert made.returncode == 0

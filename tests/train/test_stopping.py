@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline import command_line, losses, make_store, train
+from pipeline import command_line, losses, make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import TrainingError
-from fkdpipe.train import checkpoint, loop, metrics, parallel, state
+from fkdpipe.train import checkpoint, exclusive, loop, metrics, parallel, state
 
 PYTHON = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -112,6 +112,30 @@ def test_a_second_ctrl_c_ends_at_once_and_says_which_step_is_kept(
     assert steps == [0, 1, 2, 3, 4, 5]
     assert checkpoint.newest_step(tmp_path / "run" / state.CHECKPOINTS) == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_killed(
+    tmp_path, folder, store
+):
+    environment = {**os.environ, **PYTHON}
+    words = command(folder, store, tmp_path / "run", "--epochs", "4000")
+    line = [sys.executable, "-m", "fkdpipe", *words]
+    process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL)
+    file = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: file.exists() and len(file.read_text().splitlines()) > 3, process)
+    before = (tmp_path / "run" / "settings.json").stat().st_mtime_ns
+    refused = f"being written by process {process.pid} on .*name another --out folder"
+    with pytest.raises(TrainingError, match=refused):
+        train(tmp_path / "run", folder, store)
+    assert (tmp_path / "run" / "settings.json").stat().st_mtime_ns == before
+    process.kill()
+    process.wait()
+    with exclusive.hold(tmp_path / "run"):
+        prepared = prepare_run(tmp_path / "other", folder, store, train_settings())
+        prepared.out = tmp_path / "run"
+        with pytest.raises(TrainingError, match=f"process {os.getpid()} on"):
+            loop.train(prepared)
+    exclusive.check(tmp_path / "run")
 
 
 def test_an_interrupt_before_the_first_checkpoint_keeps_nothing(
