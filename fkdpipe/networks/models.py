@@ -31,6 +31,7 @@ from fkdpipe.networks.weight_files import (
     load_state,
     read_export,
     read_weights,
+    split_entry,
 )
 
 Library = Literal["timm", "torchvision", "moco", "swav", "python"]
@@ -130,7 +131,7 @@ def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
         if library in SELF_SUPERVISED:
             raise UsageError(f"{text}: give the authors' checkpoint, {text}=FILE.")
         return ModelSpec(name, library)
-    if not Path(file_text).is_file():
+    if not split_entry(Path(file_text))[0].is_file():
         raise ModelError(f"{name}: no such weights file: {file_text}.", code="no-weights")
     return ModelSpec(name, library, Path(file_text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import numpy as np
@@ -265,6 +266,75 @@ def test_class_maps(tmp_path):
         teachers.read_class_map(file)
     with pytest.raises(UsageError, match="cannot be read"):
         teachers.read_class_map(tmp_path / "none.txt")
+
+
+def network_and_average():
+    torch.manual_seed(0)
+    return (timm.create_model("test_resnet", num_classes=5) for _ in range(2))
+
+
+def prefixed(module, prefix):
+    return {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod."])
+def test_timms_own_training_checkpoints_are_read(tmp_path, prefix, caplog):
+    network, average = network_and_average()
+    file = tmp_path / "model_best.pth.tar"
+    optimizer = torch.optim.AdamW(network.parameters())
+    content = {
+        "epoch": 3, "arch": "test_resnet", "version": 2, "metric": 71.5,
+        "args": argparse.Namespace(model="test_resnet", lr=0.1, mean=None, betas=(0.9, 0.99)),
+        "state_dict": prefixed(network, prefix), "optimizer": optimizer.state_dict(),
+    }  # fmt: skip
+    torch.save(content, file)
+    for loaded in (
+        models.build(models.parse_spec(f"test_resnet={file}")).module,
+        models.build(models.parse_spec(f"test_resnet={file}#state_dict")).module,
+    ):
+        assert weight_files.state_digest(loaded) == weight_files.state_digest(network)
+    assert not caplog.messages
+    torch.save({**content, "state_dict_ema": prefixed(average, prefix)}, file)
+    loaded = models.build(models.parse_spec(f"test_resnet={file}")).module
+    assert weight_files.state_digest(loaded) == weight_files.state_digest(average)
+    assert f"write {file}#state_dict" in caplog.text
+    loaded = models.build(models.parse_spec(f"test_resnet={file}#state_dict")).module
+    assert weight_files.state_digest(loaded) == weight_files.state_digest(network)
+
+
+def test_a_namespace_may_hold_no_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    file = tmp_path / "hostile.pth"
+    network, _ = network_and_average()
+    torch.save({"state_dict": network.state_dict(), "args": argparse.Namespace(a=Hostile())}, file)
+    with pytest.raises(ModelError, match=r"other objects \(posix.mkdir\), which are never loaded"):
+        weight_files.read_weights(file)
+    assert not (tmp_path / "made").exists()
+
+
+def test_files_without_counters_of_batches_are_loaded(tmp_path):
+    network, _ = network_and_average()
+    state = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" not in k}
+    assert len(state) < len(network.state_dict())
+    torch.save(state, tmp_path / "old.pth")
+    loaded = models.build(models.parse_spec(f"test_resnet={tmp_path / 'old.pth'}")).module
+    assert weight_files.state_digest(loaded) == weight_files.state_digest(network)
+
+
+def test_the_entries_of_a_file_are_named_where_none_is_a_state_dict(tmp_path):
+    network, _ = network_and_average()
+    file = tmp_path / "own#1.pth"
+    torch.save({"epoch": 3, "net": network.state_dict()}, file)
+    with pytest.raises(ModelError, match=r"entries epoch, net; for one of net, write .*#ENTRY"):
+        weight_files.read_weights(file)
+    with pytest.raises(ModelError, match=r"#nets does not contain a state dict"):
+        weight_files.read_weights(tmp_path / "own#1.pth#nets")
+    assert len(weight_files.read_weights(tmp_path / "own#1.pth#net")) == len(network.state_dict())
+    with pytest.raises(ModelError, match="no such weights file"):
+        models.parse_spec(f"test_resnet={tmp_path / 'none.pth#net'}")
 
 
 def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
