@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
 
+LFS_POINTER = b"version https://git-lfs"  # first bytes of the file that git keeps in its place
+
 _OF_A_FILE = frozenset(
     {
         errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
@@ -47,6 +49,18 @@ def local_path(path: str | os.PathLike[str], what: str = "") -> Path:
             "a store can be a URL (in Python, as str); copy other files with the cloud's tools."
         )
     return Path(text)
+
+
+def refuse_pointer(file: Path, error: type[FkdpipeError]) -> None:
+    """Raises `error` if the file is a git-lfs pointer. One that cannot be read is left to its
+    reader."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise error(
+                f"{file} is a git-lfs pointer, which stands for a file that was not downloaded. "
+                "Run `git lfs pull` in its repository.",
+                code="git-lfs",
+            )
 
 
 def may_pass(error: OSError) -> bool:

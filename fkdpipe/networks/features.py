@@ -189,6 +189,7 @@ def save_basis(file: Path, basis: Basis) -> None:
 def load_basis(file: Path) -> Basis:
     """Raises ModelError if the file is missing, broken or not a basis, UsageError for a URL."""
     file = disk.local_path(file)
+    disk.refuse_pointer(file, ModelError)
     try:
         with safe_open(file, "np") as opened:
             header = json.loads((opened.metadata() or {})[_METADATA])

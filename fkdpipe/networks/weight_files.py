@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def split_entry(file: Path) -> tuple[Path, str]:
 
 def _read(file: Path) -> dict[str, Any]:
     """The content of a weight file, read without running code."""
+    disk.refuse_pointer(file, ModelError)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -162,6 +164,7 @@ def read_export(file: Path) -> dict[str, Any]:
     """The metadata that fkdpipe wrote to a safetensors header; empty for other files."""
     if file.suffix != ".safetensors":
         return {}
+    disk.refuse_pointer(file, ModelError)
     try:
         with safe_open(file, "pt") as opened:
             return json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
@@ -177,7 +180,14 @@ _READING_OPTIONS = frozenset(
 
 
 def check_options(options: Mapping[str, Any], *, where: str) -> None:
-    """Raises ModelError when an option of timm's `create_model` names what timm would read."""
+    """Raises ModelError when an option of timm's `create_model` names what timm would read, or asks
+    for another number of channels than images have."""
+    if options.get("in_chans", 3) != 3:
+        raise ModelError(
+            f"{where}: in_chans = {options['in_chans']}, and images have 3 channels (grey ones are "
+            "converted). Leave it out of student_options.",
+            code="option",
+        )
     reading = sorted(_READING_OPTIONS & options.keys())
     if reading:
         raise ModelError(

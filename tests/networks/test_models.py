@@ -13,7 +13,7 @@ import torchvision
 from conftest import CLASSES
 
 from fkdpipe.common.errors import ModelError, UsageError
-from fkdpipe.networks import models, teachers, weight_files
+from fkdpipe.networks import features, models, teachers, weight_files
 from fkdpipe.networks.models import ModelSpec
 
 CPU = torch.device("cpu")
@@ -335,6 +335,25 @@ def test_the_entries_of_a_file_are_named_where_none_is_a_state_dict(tmp_path):
     assert len(weight_files.read_weights(tmp_path / "own#1.pth#net")) == len(network.state_dict())
     with pytest.raises(ModelError, match="no such weights file"):
         models.parse_spec(f"test_resnet={tmp_path / 'none.pth#net'}")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "student.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 102400\n")
+    spec = str(tmp_path) if name == "student.safetensors" else f"test_resnet={file}"
+    with pytest.raises(ModelError, match=rf"{name} is a git-lfs pointer.*git lfs pull"):
+        models.build(models.parse_spec(spec))
+    with pytest.raises(ModelError, match="is a git-lfs pointer"):
+        features.load_basis(file)
+
+
+@pytest.mark.parametrize("options", [{"in_chans": 1}, {"in_chans": 4}])
+def test_a_network_of_other_channels_than_three_is_refused(options):
+    with pytest.raises(ModelError, match=r"in_chans = [14], and images have 3 channels"):
+        models.build(ModelSpec("test_resnet"), pretrained=False, options=options)
+    loaded = models.build(ModelSpec("test_resnet"), pretrained=False, options={"in_chans": 3})
+    assert loaded.classes == 1000
 
 
 def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
