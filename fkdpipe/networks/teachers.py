@@ -302,6 +302,7 @@ def read_class_map(path: Path) -> dict[str, int] | tuple[str, ...]:
         UsageError: a URL, unreadable, or in neither form.
     """
     path = disk.local_path(path)
+    disk.refuse_pointer(path, UsageError)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -12,9 +12,10 @@ import torch
 import torchvision
 from conftest import CLASSES
 
-from fkdpipe.common.errors import ModelError, UsageError
+from fkdpipe.common.errors import ImagesError, ModelError, UsageError
 from fkdpipe.networks import features, models, teachers, weight_files
 from fkdpipe.networks.models import ModelSpec
+from fkdpipe.train.evaluate import read_accepted
 
 CPU = torch.device("cpu")
 
@@ -346,6 +347,10 @@ def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
         models.build(models.parse_spec(spec))
     with pytest.raises(ModelError, match="is a git-lfs pointer"):
         features.load_basis(file)
+    with pytest.raises(UsageError, match="is a git-lfs pointer"):
+        teachers.read_class_map(file)
+    with pytest.raises(ImagesError, match="is a git-lfs pointer"):
+        read_accepted(file, None)
 
 
 @pytest.mark.parametrize("options", [{"in_chans": 1}, {"in_chans": 4}])
