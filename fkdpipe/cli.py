@@ -7,10 +7,13 @@ Heavy packages are imported inside the commands to keep `--help` fast.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
+import sys
 from functools import wraps
 from inspect import cleandoc
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -53,9 +56,9 @@ class _Commands(click.Group):
             if error.errno is None or error.errno == errno.EPIPE:  # no message, or a closed pipe
                 raise
             raise _Failed(_disk_message(error)) from error
-        except KeyboardInterrupt:
-            message = "interrupted. Committed work is kept; run the same command again to resume."
-            raise _Failed(message) from None
+        except KeyboardInterrupt as error:
+            kept = str(error) or "nothing new is finished; earlier work is kept."
+            raise _Failed(f"interrupted: {kept}") from None
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)  # in workflow order, not alphabetical
@@ -68,13 +71,20 @@ def _disk_message(error: OSError) -> str:
     )
 
 
-def _name_output(command: click.Command) -> None:
-    """Make a disk error without a file name (as of any failed write) name the command's output."""
+def _guard_paths(command: click.Command) -> None:
+    """Refuse URLs where a command takes local paths, and make a disk error without a file name (as
+    of any failed write) name the command's output."""
     run = command.callback
     assert run is not None
 
     @wraps(run)
-    def named(**arguments: Any) -> Any:
+    def guarded(**arguments: Any) -> Any:
+        context = click.get_current_context()
+        for parameter in command.params:
+            value = arguments.get(parameter.name or "")
+            for path in value if isinstance(value, tuple) else (value,):
+                if isinstance(path, Path):
+                    disk.local_path(path, parameter.get_error_hint(context).strip("'"))
         try:
             return run(**arguments)
         except OSError as error:
@@ -83,7 +93,7 @@ def _name_output(command: click.Command) -> None:
                 raise
             raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
 
-    command.callback = named
+    command.callback = guarded
 
 
 def _example_last(command: click.Command) -> None:
@@ -125,13 +135,17 @@ for command in (
     store.thin,
 ):
     _example_last(command)
-    _name_output(command)
+    _guard_paths(command)
     cli.add_command(command)
 _example_last(cli)
 
 
 def main() -> None:
-    """Entry point. SIGTERM ends a command just as Ctrl-C does."""
+    """Entry point. SIGTERM ends a command just as Ctrl-C does; characters that the terminal cannot
+    print become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, _interrupt)
     cli()
 

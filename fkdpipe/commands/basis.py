@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--components",
-    type=int,
+    type=click.IntRange(min=1),
     metavar="D",
     help="Number of components to report statistics for.  [default: all]",
 )
@@ -101,11 +101,15 @@ def fit_basis(
         sample = fitting.from_folder(data, settings, reporter)
     threads = settings.threads or distributed.default_threads()
     resources = Resources(device=where, batch=settings.batch_size, threads=threads, rank=rank)
-    fitted = fitting.fit(sample, teacher, settings, resources, reporter=reporter)
+    fitted = fitting.fit(
+        sample, teacher, settings, resources, components=components, reporter=reporter
+    )
     if not rank.main:
         return
     features.save_basis(basis, fitted.basis)
-    width = components or fitted.basis.rank
+    width = min(components or fitted.basis.rank, fitted.basis.rank)
+    if components and width < components:
+        click.echo(f"The features span {width} of the {components} components asked for.", err=True)
     if plot:
         basis_plot.plot(fitted.basis, plot, width)
     _print_fitted(basis, fitted, width, as_json=as_json)

@@ -144,13 +144,20 @@ def run(out: Path, *, say: Callable[[str], None], reporter: Reporter = silent) -
     top1 = []
     for purpose, words in commands(out).items():
         say(f"\n# {purpose}\n$ {shlex.join(['fkdpipe', *words])}")
-        process = subprocess.run(
-            [sys.executable, "-m", "fkdpipe", *words], stdout=subprocess.PIPE, text=True
-        )
-        say(process.stdout.rstrip())
+        command = [sys.executable, "-m", "fkdpipe", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                output, _ = process.communicate()
+            except KeyboardInterrupt as error:  # let the command keep its work
+                process.terminate()
+                process.wait()
+                raise KeyboardInterrupt(
+                    f"finished work is kept in {out}; the same command resumes."
+                ) from error
+        say(output.rstrip())
         if process.returncode:
             raise FkdpipeError(f"a command of the demo failed: fkdpipe {shlex.join(words)}")
         if words[0] == "evaluate":
-            top1.append(float(json.loads(process.stdout)["top1"]))
+            top1.append(float(json.loads(output)["top1"]))
     teacher, distilled, ground_truth = top1
     return Outcome(teacher, distilled, ground_truth, store=out / "store", out=out)

@@ -142,13 +142,16 @@ def export(
     """
     from fkdpipe import interchange
     from fkdpipe.common import words
+    from fkdpipe.common.progress import keeping
     from fkdpipe.interchange.exporting import ExportSettings
     from fkdpipe.storage.store import open_store
 
     write = interchange.choose(interchange.EXPORTS, format)
     reporter = terminal.reporter()
     settings = ExportSettings(source=source, keep=keep)
-    result = write(open_store(store), out, settings, reporter=reporter)
+    opened = open_store(store)
+    with keeping(lambda: f"{out} is not complete; delete it before you export again."):
+        result = write(opened, out, settings, reporter=reporter)
     if as_json:
         terminal.print_json(
             {"images": result.images, "files": result.files, "notes": list(result.notes)}

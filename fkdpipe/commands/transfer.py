@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fkdpipe.commands import options, terminal
+
+
+@contextlib.contextmanager
+def _kept(out: Path | None) -> Iterator[None]:
+    """Say that an interrupted command keeps nothing without --out."""
+    from fkdpipe.common.errors import TrainingError
+
+    try:
+        yield
+    except (KeyboardInterrupt, TrainingError) as error:
+        stopped = isinstance(error, KeyboardInterrupt) or error.code == "stopped"
+        if not stopped or out is not None:
+            raise
+        raise KeyboardInterrupt("without --out, no trial is kept.") from error
 
 
 @click.command(cls=options.WithSettings)
@@ -73,6 +89,7 @@ def transfer(
     where = options.choose_device(device, rank.local)
     reporter = terminal.reporter() if rank.main else silent
     with (
+        _kept(out),
         tempfile.TemporaryDirectory(prefix="fkdpipe-transfer-") as temporary,
         parallel.group(rank, where),
     ):

@@ -1,4 +1,4 @@
-"""Disk errors: permanent errors of a file, and transient errors of the disk or the system.
+"""Local paths, and disk errors: permanent ones of a file, transient ones of the disk or the system.
 
 Permanent errors are recorded with the file; transient errors never are. A failed write names its
 file and says what to do.
@@ -12,13 +12,16 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
-from fkdpipe.common.errors import FkdpipeError
+from fkdpipe.common.errors import FkdpipeError, UsageError
 
 T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
+
+LFS_POINTER = b"version https://git-lfs"  # first bytes of the file that git keeps in its place
 
 _OF_A_FILE = frozenset(
     {
@@ -26,6 +29,38 @@ _OF_A_FILE = frozenset(
         errno.ENAMETOOLONG, errno.ENXIO,
     }
 )  # fmt: skip
+
+
+def local_path(path: str | os.PathLike[str], what: str = "") -> Path:
+    """A path on this machine. A URL would otherwise become a local folder such as `s3:`.
+
+    Args:
+        path: `Path("s3://a")` has become "s3:/a", which is refused too.
+        what: name of the argument, for the message.
+
+    Raises:
+        UsageError: it is a URL.
+    """
+    text = os.fspath(path)
+    if url := re.match("([A-Za-z][A-Za-z0-9+.-]+):/+", text):
+        name = f"{what}: " if what else ""
+        raise UsageError(
+            f"{name}{url[1]}://{text[url.end() :]} is a URL, and a local path is needed here. Only "
+            "a store can be a URL (in Python, as str); copy other files with the cloud's tools."
+        )
+    return Path(text)
+
+
+def refuse_pointer(file: Path, error: type[FkdpipeError]) -> None:
+    """Raises `error` if the file is a git-lfs pointer. One that cannot be read is left to its
+    reader."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise error(
+                f"{file} is a git-lfs pointer, which stands for a file that was not downloaded. "
+                "Run `git lfs pull` in its repository.",
+                code="git-lfs",
+            )
 
 
 def may_pass(error: OSError) -> bool:

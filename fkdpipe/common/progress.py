@@ -1,4 +1,5 @@
-"""Progress reports of long-running library functions, which never print.
+"""Progress reports of long-running library functions, which never print, and what an interrupted
+one has kept.
 
 They take a `Reporter`. The command line passes one that draws progress bars on stderr; the default
 is `silent`.
@@ -25,6 +26,20 @@ class Reporter(Protocol):
             unit: plural noun for the items, such as "images".
             done: items finished by an earlier run; they do not count for the rate.
         """
+
+
+@contextlib.contextmanager
+def keeping(kept: Callable[[], str]) -> Iterator[None]:
+    """Give a KeyboardInterrupt of this block the message that the command line prints.
+
+    Args:
+        kept: what is kept of the work, and how to go on. Called after the interrupt. Of nested
+            blocks, the outermost decides.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(kept()) from error
 
 
 def shared(advance: Advance, parts: int) -> Advance:

@@ -12,6 +12,12 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def units_kept(done: int, total: int) -> str:
+    """What an interrupted command has kept of its units."""
+    units = count(total, "unit")
+    return f"{done:,} of {units} committed and kept; the same command makes the rest."
+
+
 def size(number: float) -> str:
     """Bytes in decimal units (B, kB, MB, GB, TB) with three significant digits."""
     for unit, scale in (("B", 1), ("kB", 1e3), ("MB", 1e6)):

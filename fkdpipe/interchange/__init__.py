@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import FkdpipeError, LabelsError, UsageError
 from fkdpipe.interchange import fkd, mldr, parquet, relabel, sre2l, tinyvit
 from fkdpipe.interchange.exporting import Exported
@@ -66,6 +68,9 @@ def open_labels(
         LabelsError: they cannot be used, or are not in this format.
         UsageError: an unknown format, or settings that do not apply to it.
     """
+    # All files or none are pointers, so a few are looked at; there may be a million.
+    for file in itertools.islice((path, *(path.rglob("*") if path.is_dir() else ())), 32):
+        disk.refuse_pointer(file, LabelsError)
     log.info("matching label files with %s images", f"{len(folder):,}")
     try:
         return choose(IMPORTS, name)(path, folder, settings)

@@ -198,8 +198,9 @@ def empty_folder(out: Path) -> Path:
     """Create a folder for label files.
 
     Raises:
-        LabelsError: it is not empty.
+        LabelsError: it is not empty. UsageError: it is a URL.
     """
+    disk.local_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LabelsError(f"{out} is not empty. Choose a new folder.", code="not-empty")
     out.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import LabelsError, StoreMismatchError
-from fkdpipe.common.progress import Reporter, silent
+from fkdpipe.common.progress import Reporter, keeping, silent
 from fkdpipe.interchange.source import (
     DAMAGE,
     SEED_FIELD,
@@ -99,12 +100,14 @@ def import_labels(
     )
     units = range(store.num_units)
     with (
+        keeping(lambda: words.units_kept(result.kept + result.made, len(units))),
         Claim(location, 0, 1) as claim,
         ThreadPoolExecutor(settings.threads) as pool,
         reporter.task("import", len(folder), "images") as advance,
     ):
         writer.sweep(store, 0, 1)
         done = set.intersection(*(writer.committed_units(store, part, units) for part in parts))
+        result.kept = len(done)
         for unit in units:
             rows = store.unit_rows(unit)
             if unit not in done:
@@ -115,7 +118,6 @@ def import_labels(
             advance(rows.stop - rows.start)
         for part in (store.part(IMAGES), *parts):
             writer.seal(store, part)
-    result.kept = len(done)
     return result
 
 

@@ -33,6 +33,8 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from fkdpipe.common import disk
+
 MAX_FILE_BYTES = 2**28  # far above any label file
 MAX_ARRAY_BYTES = 2**28  # of all storages and bytes together, and of one view
 
@@ -98,7 +100,11 @@ def _load(file: IO[bytes], mapped: Path | None = None) -> Any:
         raise
     except zipfile.BadZipFile as error:
         file.seek(0)
-        old = file.read(4) == b"\x80\x02\x8a\x0a"
+        head = file.read(len(disk.LFS_POINTER))
+        if head == disk.LFS_POINTER:
+            detail = "a git-lfs pointer in place of the file; run `git lfs pull`"
+            raise BrokenFileError("git-lfs", detail) from error
+        old = head.startswith(b"\x80\x02\x8a\x0a")
         what = "torch's format before 1.6; save it again" if old else f"not a torch file: {error}"
         raise BrokenFileError("broken-label", what) from error
     except Exception as error:  # damaged or malicious files can make the parsers raise anything

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from fkdpipe.common import config
 from fkdpipe.common.config import Seed, Share
 from fkdpipe.common.distributed import Rank
-from fkdpipe.common.errors import ImagesError, StoreMismatchError
+from fkdpipe.common.errors import ImagesError, StoreMismatchError, UsageError
 from fkdpipe.common.progress import Advance, Reporter, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.generate import Resources
@@ -177,21 +177,35 @@ def fit(
     settings: FitSettings,
     resources: Resources,
     *,
+    components: int | None = None,
     reporter: Reporter = silent,
 ) -> Fitted:
     """The basis of a teacher's features on a sample, the same on every process.
 
+    Args:
+        components: how many are needed. Too few crops are found before the work, and features of
+            smaller rank after twice as many vectors.
+
     Raises:
-        UsageError: fewer than two feature vectors.
+        UsageError: fewer than two feature vectors, or fewer components than are needed.
         ImagesError: most images cannot be read.
     """
     backend = replay.choose_backend(settings.replay, resources.device, _request(sample, 0, 8))
     sums = _Sums.zeros(feature_layers.width(teacher.module.network))
+    if components is not None and components >= sample.crops.flip_NM.size:
+        raise UsageError(
+            f"{components} components need more than {components} crops; the sample has "
+            f"{sample.crops.flip_NM.size}. Raise --fraction or --crops, or use fewer components."
+        )
+    probe = 2 * components if components is not None else None
     failed: dict[str, str] = {}
     per_rank = -(-sample.crops.flip_NM.size // resources.rank.world)
     with reporter.task("teacher", per_rank, "crops") as advance:
         for vectors_BD in _vectors(sample, teacher, settings, resources, backend, failed, advance):
             sums.add(vectors_BD)
+            if components is not None and probe is not None and sums.count >= probe:
+                sums.basis({}).check_components(components)
+                probe = None
     failed = _add_up(sums, failed, resources.rank)
     if len(failed) > MAX_FAILED_SHARE * len(sample.keys):
         key, why = next(iter(failed.items()))
@@ -209,8 +223,7 @@ def fit(
         "replay": replay.versions(backend),
         "packages": writer.package_versions(),
     }
-    basis = features.fit(int(sums.count), sums.sum_D.numpy(), sums.product_DD.numpy(), facts)
-    return Fitted(basis, len(sample.keys) - len(failed), failed)
+    return Fitted(sums.basis(facts), len(sample.keys) - len(failed), failed)
 
 
 @dataclass
@@ -226,6 +239,9 @@ class _Sums:
         return cls(
             *(torch.zeros(shape, dtype=torch.float64) for shape in ((), width, (width,) * 2))
         )
+
+    def basis(self, facts: dict[str, Any]) -> Basis:
+        return features.fit(int(self.count), self.sum_D.numpy(), self.product_DD.numpy(), facts)
 
     def add(self, vectors_BD: torch.Tensor) -> None:
         x_BD = vectors_BD.double()

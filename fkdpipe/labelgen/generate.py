@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fkdpipe.common import words
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import FkdpipeError
-from fkdpipe.common.progress import Advance, Reporter, silent
+from fkdpipe.common.progress import Advance, Reporter, keeping, silent
 from fkdpipe.labelgen import outputs
 from fkdpipe.labelgen.agreement import Agreement
 from fkdpipe.labelgen.plan import Plan, RoundPlan
@@ -101,10 +102,10 @@ def generate(
         if swept:
             log.info("removed %d partial files of an interrupted run", swept)
         todo = list(_todo(store, plan, ours))
-        batch, made = _make(plan, teachers, resources, todo, claim, reporter)
+        kept = len(ours) * len(plan.rounds) - len(todo)
+        batch, made = _make(plan, teachers, resources, todo, claim, kept, reporter)
         parts = [store.part(IMAGES), *plan.parts]
         sealed = [writer.seal(store, part) for part in parts]  # those that are complete
-    kept = len(ours) * len(plan.rounds) - len(todo)
     return Generated(
         url=store.url,
         images=store.num_images,
@@ -151,12 +152,18 @@ def _make(
     resources: Resources,
     todo: Sequence[_Todo],
     claim: Claim,
+    kept: int,
     reporter: Reporter,
 ) -> tuple[int, Made]:
-    """Make units one after the other; also returns the last batch size."""
-    batch = resources.batch
+    """Make units one after the other; also returns the last batch size.
+
+    Args:
+        kept: units committed by earlier runs.
+    """
+    batch, units = resources.batch, kept + len(todo)
     total = Made({}, None)
     with (
+        keeping(lambda: words.units_kept(kept, units)),
         reporter.task("teacher", sum(item.crops for item in todo), "crops") as advance,
         replay.open_replay(
             plan.replay,
@@ -176,6 +183,7 @@ def _make(
             used, made = _within_memory(unit, item.missing, replayer, advance)
             batch = min(batch, used) if used < size else batch
             total = total.plus(made)
+            kept += 1
     return batch, total
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from timm.data import ImageNetInfo
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError, UsageError
 
 ClassMap = dict[str, int] | tuple[str, ...]  # name to output, or names in the order of the outputs
@@ -45,8 +46,10 @@ def read(path: Path) -> ClassMap:
         A tuple of names, or a dict from folder class to output index.
 
     Raises:
-        UsageError: unreadable, in none of these forms, or a class is named twice.
+        UsageError: a URL, unreadable, in none of these forms, or a class is named twice.
     """
+    path = disk.local_path(path)
+    disk.refuse_pointer(path, UsageError)
     try:
         content = path.read_bytes()
         utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))

@@ -74,12 +74,21 @@ class Basis:
 
     def check_components(self, components: int) -> None:
         """Raises UsageError if the basis has fewer components than that."""
-        if components > self.rank:
-            raise UsageError(
-                f"the basis has {self.rank} components, fitted on {self.count} vectors of width "
-                f"{len(self.mean_D)}; {components} were requested. Fit it on more images, or "
-                "use fewer."
+        if components <= self.rank:
+            return
+        if self.rank == self.count - 1:
+            remedy = "Fit it on more images, or use fewer components."
+        else:
+            remedy = (
+                f"More images do not help, since the network's features span {self.rank} "
+                f"dimensions. Use {self.rank} components or fewer; for a wider student, train on "
+                "whole vectors (--features without :D) with --set method.alignment=variance, or "
+                "conv-pre, which needs no basis."
             )
+        raise UsageError(
+            f"the basis has {self.rank} components, fitted on {self.count} vectors of width "
+            f"{len(self.mean_D)}; {components} were requested. {remedy}"
+        )
 
     def project(self, features_BD: torch.Tensor, components: int) -> torch.Tensor:
         """float32 (B, components): coordinates along the leading components.
@@ -152,7 +161,12 @@ def teachers_differ(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def save_basis(file: Path, basis: Basis) -> None:
-    """Write a basis atomically, as safetensors with the facts in the header."""
+    """Write a basis atomically, as safetensors with the facts in the header.
+
+    Raises:
+        UsageError: `file` is a URL.
+    """
+    file = disk.local_path(file)
     arrays = {
         "mean": basis.mean_D,
         "components": basis.components_DK,
@@ -173,7 +187,9 @@ def save_basis(file: Path, basis: Basis) -> None:
 
 
 def load_basis(file: Path) -> Basis:
-    """Raises ModelError if the file is missing, broken or not a basis."""
+    """Raises ModelError if the file is missing, broken or not a basis, UsageError for a URL."""
+    file = disk.local_path(file)
+    disk.refuse_pointer(file, ModelError)
     try:
         with safe_open(file, "np") as opened:
             header = json.loads((opened.metadata() or {})[_METADATA])

@@ -21,6 +21,7 @@ import torchvision
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import classifiers, foreign, selfsupervised
 from fkdpipe.networks.weight_files import (
@@ -30,6 +31,7 @@ from fkdpipe.networks.weight_files import (
     load_state,
     read_export,
     read_weights,
+    split_entry,
 )
 
 Library = Literal["timm", "torchvision", "moco", "swav", "python"]
@@ -99,9 +101,10 @@ def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
             from others.
 
     Raises:
-        UsageError: empty name, or a function that is not allowed.
+        UsageError: empty name, a URL, or a function that is not allowed.
         ModelError: unknown name (with close matches), or no such file.
     """
+    disk.local_path(text.partition("=")[2] or text)
     if Path(text, EXPORT_NAME).is_file():
         return _of_run(Path(text, EXPORT_NAME))
     if Path(text).is_dir() and not timm.is_model(text):
@@ -128,7 +131,7 @@ def parse_spec(text: str, *, allow_python: bool = False) -> ModelSpec:
         if library in SELF_SUPERVISED:
             raise UsageError(f"{text}: give the authors' checkpoint, {text}=FILE.")
         return ModelSpec(name, library)
-    if not Path(file_text).is_file():
+    if not split_entry(Path(file_text))[0].is_file():
         raise ModelError(f"{name}: no such weights file: {file_text}.", code="no-weights")
     return ModelSpec(name, library, Path(file_text))
 

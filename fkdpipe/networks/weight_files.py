@@ -6,8 +6,10 @@ No pickled code is ever run: files are `.safetensors`, or torch's format read wi
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,51 +19,104 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 EXPORT_NAME = "student.safetensors"  # the exported student in a run folder
 _METADATA = "fkdpipe"
 
+# Entries that hold the state dict, in timm's order, and prefixes of its keys.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_ENTRIES = (*_AVERAGES, "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict; wrappers ("state_dict", "model", EMA) and DDP prefixes are removed.
+    """Read a state dict. What training scripts put around it (timm's arguments and optimiser, the
+    prefixes of DDP and torch.compile) is removed.
+
+    Args:
+        file: FILE, or FILE#ENTRY for an entry of the checkpoint. By default a moving average if
+            there is one, as in timm, then "state_dict" or "model", then the file itself.
 
     Raises:
-        ModelError: unreadable, or no state dict in it.
+        ModelError: unreadable, or no state dict in it; names the entries.
     """
+    file, entry = split_entry(file)
+    content = _read(file)
+    if not entry:
+        entry = next((n for n in _ENTRIES if isinstance(content.get(n), dict)), "")
+        others = [n for n in _ENTRIES[2:] if isinstance(content.get(n), dict)]
+        if entry in _AVERAGES and others:
+            log.warning(
+                "%s: taking the moving average (%s), as timm does; for the weights themselves, "
+                "write %s#%s",
+                file, entry, file, others[0],
+            )  # fmt: skip
+    state = content.get(entry) if entry else content
+    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
+        names = [name for name, value in content.items() if isinstance(value, dict)]
+        raise ModelError(
+            f"{file}{'#' if entry else ''}{entry} does not contain a state dict. The file has the "
+            f"entries {', '.join(map(str, [*content][:10])) or 'none'}"
+            + (f"; for one of {', '.join(map(str, names))}, write {file}#ENTRY." if names else "."),
+            code="no-state",
+        )
+    state = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def split_entry(file: Path) -> tuple[Path, str]:
+    """Split FILE#ENTRY; the entry is "" without one, and where a file has such a name."""
+    name, mark, entry = file.name.rpartition("#")
+    return (file.with_name(name), entry) if mark and name and not file.is_file() else (file, "")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The content of a weight file, read without running code."""
+    disk.refuse_pointer(file, ModelError)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        # A namespace only holds values, which are checked in turn. timm writes one.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError) as error:
         raise ModelError(f"{file} cannot be read: {first_line(error)}.") from error
     except Exception as error:  # any error of torch, whose text advises unsafe loading
         raise ModelError(
-            f"{file} is not a checkpoint of plain tensors: it is broken, or holds other objects, "
-            "which are never loaded. Save only the state_dict, as .safetensors or with "
-            "torch.save(model.state_dict(), FILE).",
+            f"{file} is not a checkpoint of plain tensors: it is broken, or holds other objects"
+            f"{_objects(file)}, which are never loaded. Save only the state_dict, as .safetensors "
+            "or with torch.save(model.state_dict(), FILE).",
             code="not-tensors",
         ) from error
-    for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
-        raise ModelError(f"{file} does not contain a state dict.")
-    state = {k: v for k, v in content.items() if torch.is_tensor(v)}
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return content if isinstance(content, dict) else {}
+
+
+def _objects(file: Path) -> str:
+    """Names of the objects in a checkpoint, in parentheses; "" if it is broken."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # any error of a broken file
+        return ""
+    names = [name for name in names if name != "argparse.Namespace"]
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, where: str) -> None:
-    """Load a state dict; all keys and shapes must match.
+    """Load a state dict; all keys and shapes must match. Counters of batches that BatchNorm keeps,
+    which old files lack, may be missing.
 
     Raises:
         ModelError: keys are missing, unknown or of another shape; names the first ones.
     """
     own = module.state_dict()
+    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
+    state = counters | state
     problems = [
         ("missing", [key for key in own if key not in state]),
         ("unknown", [key for key in state if key not in own]),
@@ -109,6 +164,7 @@ def read_export(file: Path) -> dict[str, Any]:
     """The metadata that fkdpipe wrote to a safetensors header; empty for other files."""
     if file.suffix != ".safetensors":
         return {}
+    disk.refuse_pointer(file, ModelError)
     try:
         with safe_open(file, "pt") as opened:
             return json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
@@ -124,7 +180,14 @@ _READING_OPTIONS = frozenset(
 
 
 def check_options(options: Mapping[str, Any], *, where: str) -> None:
-    """Raises ModelError when an option of timm's `create_model` names what timm would read."""
+    """Raises ModelError when an option of timm's `create_model` names what timm would read, or asks
+    for another number of channels than images have."""
+    if options.get("in_chans", 3) != 3:
+        raise ModelError(
+            f"{where}: in_chans = {options['in_chans']}, and images have 3 channels (grey ones are "
+            "converted). Leave it out of student_options.",
+            code="option",
+        )
     reading = sorted(_READING_OPTIONS & options.keys())
     if reading:
         raise ModelError(

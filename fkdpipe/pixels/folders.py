@@ -54,13 +54,14 @@ def splits_of(data: Path) -> dict[str, tuple[str, ...]]:
     Folders are splits if they include a training and a held-out one, or if all are named as splits.
 
     Raises:
-        ImagesError: the folder does not exist.
+        ImagesError: the folder does not exist. UsageError: it is a URL.
     """
     return _find_splits(data)[1]
 
 
 def _find_splits(data: Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
     """The folder that holds the splits or classes, and its splits."""
+    disk.local_path(data)
     if not data.exists():
         raise ImagesError(f"{data}: no such folder.", code="no-folder")
     if not data.is_dir():

@@ -277,6 +277,8 @@ def _read_header(path: str, key: str) -> tuple[tuple[int, int], int] | Rejected:
             kind = _kind(head)
             if kind is None:
                 detail = "empty file" if not head else "its content is not JPEG, PNG or WebP"
+                if head.startswith(disk.LFS_POINTER):
+                    detail = "a git-lfs pointer in place of the image; run `git lfs pull`"
                 return Rejected(key, "not-an-image", detail)
             if kind == "PNG" and head[24:25] == b"\x10":
                 return Rejected(key, "16-bit", "16-bit PNG; convert it to 8 bits per channel")

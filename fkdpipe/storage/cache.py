@@ -25,7 +25,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from fkdpipe.common import words
+from fkdpipe.common import disk, words
 from fkdpipe.common.errors import StoreError
 from fkdpipe.storage import commits, rounds, schema
 from fkdpipe.storage.commits import BrokenRecordError, Manifest
@@ -68,8 +68,9 @@ def fill(
 
     Raises:
         DamagedStoreError: a shard differs from what was committed; no cache is left.
-        StoreError: too little space for the cache.
+        StoreError: too little space for the cache. UsageError: `cache_dir` is a URL.
     """
+    cache_dir = disk.local_path(cache_dir)
     fields = narrow_fields(part)
     folder = folder_of(cache_dir, part, manifest)
     with _writable(cache_dir), _locked(cache_dir, folder.name):

@@ -50,13 +50,17 @@ class Location(Protocol):
 
 
 def open_location(url: str | os.PathLike[str]) -> Location:
-    """The location of a folder path, or of a URL (`s3://`, `gs://`, `az://`, `memory://`)."""
+    """The location of a folder path, or of a URL (`s3://`, `gs://`, `az://`, `memory://`).
+
+    Raises:
+        UsageError: obstore is missing or does not support the URL, or a `Path` was made of a URL.
+    """
     text = os.fspath(url)
     if "://" in text and not text.startswith("file://"):
         from fkdpipe.storage.remote import RemoteLocation
 
         return RemoteLocation(text)
-    return LocalLocation(Path(text.removeprefix("file://")))
+    return LocalLocation(disk.local_path(text.removeprefix("file://")))
 
 
 class LocalLocation:

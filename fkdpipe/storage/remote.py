@@ -38,9 +38,9 @@ class RemoteLocation:
 
         try:
             return bytes(obstore.get(self._store, key).bytes())
-        except FileNotFoundError:
-            raise
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and not _no_bucket(error):
+                raise
             raise self._failed("read", key, error) from error
 
     def write(self, key: str, data: bytes) -> None:
@@ -102,7 +102,18 @@ class RemoteLocation:
             raise self._failed("read", key, error) from error
 
     def _failed(self, what: str, key: str, error: Exception) -> StoreError:
+        if _no_bucket(error):
+            return StoreError(
+                f"{self.url}: the bucket does not exist. Check its name, AWS_ENDPOINT_URL and the "
+                "region, or create it.",
+                code="no-bucket",
+            )
         return StoreError(f"cannot {what} {self.url}/{key}: {_first(error)}", code="cannot-reach")
+
+
+def _no_bucket(error: Exception) -> bool:
+    """Whether the bucket is missing. obstore has no type for it; the codes are of S3 and Azure."""
+    return "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error)
 
 
 def _first(error: Exception) -> str:

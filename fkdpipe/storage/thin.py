@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fkdpipe.common import words
 from fkdpipe.common.errors import StoreMismatchError, UsageError
+from fkdpipe.common.progress import keeping
 from fkdpipe.storage import begin, labels, reader, rounds, schema, writer
 from fkdpipe.storage.labels import Form, Target
 from fkdpipe.storage.location import Location
@@ -83,19 +85,22 @@ def thin(
     )
     done = writer.committed_units(result, labels_part, range(store.num_units))
     source_labels = _Labels(store, finished.labels[0], new_form)
-    for unit in range(store.num_units):
-        rows = store.unit_rows(unit)
-        if unit not in done:
-            failed = {r: why for r, why in finished.failed.items() if rows.start <= r < rows.stop}
-            recorded = reader.read_crops(store, finished.crops, unit, count)
-            values = {} if subset.derived_boxes else rounds.values_of(recorded)
-            facts = {"crops_crc32c": rounds.checksum(recorded)}
-            without = _crops_failed(finished.crops, failed)
-            writer.commit_unit(result, crops_part, unit, values, failed=without, facts=facts)
-            kept = source_labels.unit(unit, count, failed)
-            facts = finished.labels[0][0].manifest.facts.get(unit, {})
-            writer.commit_unit(result, labels_part, unit, kept, failed=failed, facts=facts)
-        on_images(rows.stop - rows.start)
+    with keeping(lambda: words.units_kept(len(done), store.num_units)):
+        for unit in range(store.num_units):
+            rows = store.unit_rows(unit)
+            if unit not in done:
+                here = range(rows.start, rows.stop)
+                failed = {r: why for r, why in finished.failed.items() if r in here}
+                recorded = reader.read_crops(store, finished.crops, unit, count)
+                values = {} if subset.derived_boxes else rounds.values_of(recorded)
+                facts = {"crops_crc32c": rounds.checksum(recorded)}
+                without = _crops_failed(finished.crops, failed)
+                writer.commit_unit(result, crops_part, unit, values, failed=without, facts=facts)
+                kept = source_labels.unit(unit, count, failed)
+                facts = finished.labels[0][0].manifest.facts.get(unit, {})
+                writer.commit_unit(result, labels_part, unit, kept, failed=failed, facts=facts)
+                done.add(unit)
+            on_images(rows.stop - rows.start)
     for part in (result.part(IMAGES), crops_part, labels_part):
         writer.seal(result, part)
     return result

@@ -31,6 +31,12 @@ def list_all(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PATTERN))
 
 
+def newest_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint; None if there is none."""
+    files = list_all(folder)
+    return int(files[-1].stem.removeprefix("step-")) if files else None
+
+
 def load_latest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint; None if there is none.
 

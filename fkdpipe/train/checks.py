@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fkdpipe.common import disk
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
 from fkdpipe.pixels.crops import CropDistribution
@@ -28,6 +29,7 @@ def check_out(out: Path, data: Path) -> None:
     Raises:
         UsageError: the folder cannot be used; says why.
     """
+    disk.local_path(out)
     existing = next((path for path in (out, *out.parents) if path.exists()), out)
     if existing.exists() and not existing.is_dir():
         raise UsageError(f"{existing} is a file; --out names a folder.")

@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
+from fkdpipe.common import disk
 from fkdpipe.common.distributed import choose_device, default_threads
 from fkdpipe.common.errors import ImagesError
 from fkdpipe.common.progress import Reporter, silent
@@ -234,6 +235,7 @@ def read_accepted(file: Path, folder: ImageFolder) -> list[frozenset[int]]:
     Raises:
         ImagesError: invalid file, or its number of images differs from the folder's.
     """
+    disk.refuse_pointer(file, ImagesError)
     try:
         lists = json.loads(file.read_text())
         sets = [frozenset(int(c) for c in classes) for classes in lists]

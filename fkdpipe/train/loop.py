@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fkdpipe.common.errors import TrainingError
-from fkdpipe.common.progress import Advance
+from fkdpipe.common.progress import Advance, keeping
 from fkdpipe.networks import weight_files
-from fkdpipe.train import parallel
+from fkdpipe.train import checkpoint, exclusive, parallel
 from fkdpipe.train.batch import Batch, with_next
 from fkdpipe.train.evaluate import Accuracy, accuracy, log_failed
 from fkdpipe.train.metrics import Meter, MetricsLog, last_evaluation
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 # How often processes agree on whether to stop: preemption gives a notice of about 30 s.
 POLL_SECONDS = 2.0
 POLL_STEPS = 100  # upper limit, in case steps become slower
+
+# One Ctrl-C reaches a process of torchrun twice: from the terminal, and passed on by torchrun.
+SAME_SIGNAL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,22 @@ def train(run: Run) -> Result:
     """Train to the end, resuming from the run folder's newest checkpoint.
 
     Raises:
-        TrainingError: the loss is not finite, the checkpoint cannot be read, or SIGTERM arrived,
-            which writes a checkpoint first.
+        TrainingError: another process is writing the run folder, the loss is not finite, the
+            checkpoint cannot be read, or SIGTERM or Ctrl-C arrived, after which a checkpoint is
+            written.
+        KeyboardInterrupt: a second Ctrl-C; says which step the newest checkpoint has.
     """
+    with exclusive.hold(run.out) if run.rank.main else contextlib.nullcontext():
+        return _train(run)
+
+
+def _train(run: Run) -> Result:
     resume(run)
     run.wrapped = parallel.wrap(run.learner, run.settings, run.rank, run.device)
     metrics = _metrics(run)
     meter = Meter(run.device)
     task = run.reporter.task("train", run.steps, "steps", done=run.step)
-    with task as advance, _stop_on_sigterm() as stop:
+    with keeping(lambda: _kept(run)), task as advance, _stop_on_signals() as stop:
         if run.pending_eval_epoch is not None:
             _run_evaluation(run, metrics, stop)
             save(run)
@@ -87,6 +97,17 @@ def train(run: Run) -> Result:
         best_top1=run.best_top1 if run.last else None,
         student=file,
         failed=dict(run.feed.failed),
+    )
+
+
+def _kept(run: Run) -> str:
+    """The newest checkpoint, for the message of an interrupted run."""
+    newest = checkpoint.newest_step(run.out / CHECKPOINTS)
+    if newest is None:
+        return f"at step {run.step} of {run.steps}; there is no checkpoint, so nothing is kept."
+    return (
+        f"at step {run.step} of {run.steps}; the checkpoint of step {newest} is kept, and the same "
+        "command resumes from it."
     )
 
 
@@ -211,11 +232,24 @@ def _log_step(
 
 
 class _Stop:
-    """SIGTERM flag, read between steps so that no step is interrupted (preemptible machines)."""
+    """Request to stop, read between steps so that no step is interrupted. SIGTERM (preemptible
+    machines) and the first Ctrl-C make it; a second Ctrl-C ends the run at once."""
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self._asked = 0.0
         self._since, self._step, self._next = time.perf_counter(), 0, 0
+
+    def receive(self, number: int, frame: object) -> None:
+        """Handle SIGTERM or SIGINT."""
+        now = time.monotonic()
+        if not self.requested.is_set():
+            self._asked = now
+            self.requested.set()
+            if number == signal.SIGINT:
+                log.warning("stopping with a checkpoint; Ctrl-C again ends at once, without one")
+        elif number == signal.SIGINT and now - self._asked > SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
 
     def now(self, run: Run) -> bool:
         """Whether any process should stop. All processes poll at the same step, which follows
@@ -234,16 +268,17 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[_Stop]:
+def _stop_on_signals() -> Iterator[_Stop]:
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.requested.set())
+    before = {n: signal.signal(n, stop.receive) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:

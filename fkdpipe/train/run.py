@@ -25,7 +25,16 @@ from fkdpipe.pixels import images
 from fkdpipe.pixels.replay import View
 from fkdpipe.storage import schema
 from fkdpipe.storage.store import Store
-from fkdpipe.train import checkpoint, checks, labelled_crops, methods, optim, parallel, students
+from fkdpipe.train import (
+    checkpoint,
+    checks,
+    exclusive,
+    labelled_crops,
+    methods,
+    optim,
+    parallel,
+    students,
+)
 from fkdpipe.train import data as training_data
 from fkdpipe.train.data import TrainingSet
 from fkdpipe.train.feed import Feed
@@ -64,13 +73,15 @@ def prepare(
 
     Raises:
         UsageError: incompatible settings.
-        TrainingError: the run folder holds another run.
+        TrainingError: the run folder holds another run, or another process is writing it.
         StoreError, ImagesError, ModelError: the store, images or networks cannot be used.
     """
     needs = methods.needs(settings.method)
     student_spec = student_spec or models.parse_spec(settings.student)
     teacher_spec = teacher_spec or _parse(settings.teacher)
     checks.check_out(out, data)
+    if rank.main:
+        exclusive.check(out)
     settings = dataclasses.replace(settings, target=checks.target(settings, needs, store))
     checks.check(settings, needs, store, rank, device)
     previous_crops = _previous_crops(out)

@@ -18,6 +18,7 @@ from conftest import CLASSES
 
 from fkdpipe.cli import cli
 from fkdpipe.commands import bars
+from fkdpipe.common.errors import TrainingError
 
 COMMANDS = sorted(cli.commands)
 
@@ -267,8 +268,30 @@ def test_a_signal_ends_generation_with_a_message_and_keeps_what_is_committed(
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "interrupted" in stderr
+    assert "interrupted: 0 of 1 unit committed and kept" in stderr
     assert "Traceback" not in stderr
+
+
+def test_an_interrupted_command_without_units_says_that_nothing_new_is_kept(pipeline, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fkdpipe.inspect.report.measure", interrupted)
+    outcome = invoke("report", pipeline / "store")
+    assert outcome.exit_code == 1
+    assert "interrupted: nothing new is finished; earlier work is kept." in outcome.stderr
+
+
+def test_an_interrupted_transfer_keeps_trials_only_in_a_named_folder(
+    pipeline, folder, tmp_path, monkeypatch
+):
+    def stopped(*arguments, **options):
+        raise TrainingError("stopped at step 2", code="stopped")
+
+    monkeypatch.setattr("fkdpipe.downstream.transfer.transfer", stopped)
+    words = ("transfer", pipeline / "run", folder)
+    assert "interrupted: without --out, no trial is kept." in invoke(*words).stderr
+    assert "stopped at step 2" in invoke(*words, "--out", tmp_path / "trials").stderr
 
 
 def test_what_an_earlier_run_did_is_no_part_of_rate_and_time_left(monkeypatch, capsys):
@@ -282,6 +305,15 @@ def test_what_an_earlier_run_did_is_no_part_of_rate_and_time_left(monkeypatch, c
     assert first == "train: 920/1,000 steps, 1 steps/s, 0:01:20 left"
     assert second == "train: 940/1,000 steps, 1 steps/s, 0:01:00 left"
     assert last == "train: 940/1,000 steps in 0:00:40"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_cannot_print_an_arrow_gets_a_question_mark(pipeline, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "fkdpipe", "analyse", str(pipeline / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert ("→" if encoding == "utf-8" else "?") in done.stdout.decode(encoding)
 
 
 def test_python_dash_m_works():

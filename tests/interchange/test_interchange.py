@@ -234,7 +234,7 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, few, monkeypatch):
 
     commit = importing._Unit.commit
     monkeypatch.setattr(importing._Unit, "commit", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="3 of 5 units committed and kept"):
         bring("fkd", place, few, tmp_path / "store")
     monkeypatch.setattr(importing._Unit, "commit", commit)
     made = bring("fkd", place, few, tmp_path / "store")

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from fkdpipe import interchange
+from fkdpipe.common.errors import LabelsError
 from fkdpipe.interchange import torchfile
+from fkdpipe.interchange.source import ImportSettings
 from fkdpipe.interchange.torchfile import BrokenFileError, as_array, loads
 
 
@@ -302,3 +305,14 @@ def test_as_array_takes_nothing_but_arrays():
     for value in (None, [1.0], {}, "text", torchfile._Array()):
         with pytest.raises(BrokenFileError):
             as_array(value)
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    assert refused(pointer).code == "git-lfs"
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.tar").write_bytes(pointer)
+    for source in (tmp_path / "labels", tmp_path / "labels" / "a.tar"):
+        for name in interchange.IMPORTS:
+            with pytest.raises(LabelsError, match=r"a.tar is a git-lfs pointer.*git lfs pull"):
+                interchange.open_labels(name, source, None, ImportSettings())

@@ -30,7 +30,7 @@ from fkdpipe.common.errors import (
 from fkdpipe.labelgen import check, fit_basis
 from fkdpipe.labelgen.fit_basis import FitSettings
 from fkdpipe.labelgen.generate import Resources
-from fkdpipe.networks import features
+from fkdpipe.networks import feature_layers, features
 from fkdpipe.networks.feature_layers import Needs
 from fkdpipe.pixels import crops, images, replay
 from fkdpipe.pixels.crops import CropDistribution
@@ -225,6 +225,30 @@ def test_another_teacher_or_preprocessing_is_refused(network, fitted):
 def test_a_fraction_that_is_no_share_is_refused(fraction):
     with pytest.raises(UsageError, match="number above 0 and at most 1; found"):
         FitSettings(teacher="t", fraction=fraction)
+
+
+def test_too_many_components_are_found_before_the_work(folder, network, monkeypatch):
+    width = feature_layers.width(network.module.network)
+    seen = []
+
+    def of_rank_five(*arguments):
+        directions = torch.randn(5, width)
+        for _ in range(1000):
+            seen.append(16)
+            yield torch.randn(16, 5) @ directions
+
+    monkeypatch.setattr(fit_basis, "_vectors", of_rank_five)
+    sample = fit_basis.from_folder(folder, ALL)
+    resources = Resources(device=CPU, batch=16)
+    with pytest.raises(UsageError, match=r"153 components need more than 153 crops"):
+        fit_basis.fit(sample, network, ALL, resources, components=153)
+    assert not seen
+    with pytest.raises(UsageError, match=r"span 5 dimensions.* method.alignment=variance"):
+        fit_basis.fit(sample, network, ALL, resources, components=20)
+    assert sum(seen) == 48  # of 16,000: the first batches with twice as many vectors
+    seen.clear()
+    assert fit_basis.fit(sample, network, ALL, resources, components=5).basis.rank == 5
+    assert len(seen) == 1000
 
 
 def test_the_command_tells_the_std_ratios_and_draws_them(tmp_path, folder, checkpoint):

@@ -161,7 +161,7 @@ def test_a_run_that_stopped_goes_on_with_the_units_that_are_missing(
         return plain(self, *args)
 
     monkeypatch.setattr(making.Unit, "_commit", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"2 of [0-9] units committed and kept"):
         make_store(tmp_path / "store", folder, [teacher], form="full")
     monkeypatch.setattr(making.Unit, "_commit", plain)
     stamps = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 import torchvision
 from conftest import CLASSES
 
-from fkdpipe.common.errors import ModelError, UsageError
-from fkdpipe.networks import class_maps, models, teachers, weight_files
+from fkdpipe.common.errors import ImagesError, ModelError, UsageError
+from fkdpipe.networks import class_maps, features, models, teachers, weight_files
 from fkdpipe.networks.models import ModelSpec
+from fkdpipe.train.evaluate import read_accepted
 
 CPU = torch.device("cpu")
 
@@ -332,6 +334,98 @@ def test_class_maps_that_say_nothing_certain_are_refused(tmp_path, content, word
     (tmp_path / "map").write_text(content)
     with pytest.raises(UsageError, match=words):
         class_maps.read(tmp_path / "map")
+
+
+def network_and_average():
+    torch.manual_seed(0)
+    return (timm.create_model("test_resnet", num_classes=5) for _ in range(2))
+
+
+def prefixed(module, prefix):
+    return {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod."])
+def test_timms_own_training_checkpoints_are_read(tmp_path, prefix, caplog):
+    network, average = network_and_average()
+    file = tmp_path / "model_best.pth.tar"
+    optimizer = torch.optim.AdamW(network.parameters())
+    content = {
+        "epoch": 3, "arch": "test_resnet", "version": 2, "metric": 71.5,
+        "args": argparse.Namespace(model="test_resnet", lr=0.1, mean=None, betas=(0.9, 0.99)),
+        "state_dict": prefixed(network, prefix), "optimizer": optimizer.state_dict(),
+    }  # fmt: skip
+    torch.save(content, file)
+    for loaded in (
+        models.build(models.parse_spec(f"test_resnet={file}")).module,
+        models.build(models.parse_spec(f"test_resnet={file}#state_dict")).module,
+    ):
+        assert weight_files.state_digest(loaded) == weight_files.state_digest(network)
+    assert not caplog.messages
+    torch.save({**content, "state_dict_ema": prefixed(average, prefix)}, file)
+    loaded = models.build(models.parse_spec(f"test_resnet={file}")).module
+    assert weight_files.state_digest(loaded) == weight_files.state_digest(average)
+    assert f"write {file}#state_dict" in caplog.text
+    loaded = models.build(models.parse_spec(f"test_resnet={file}#state_dict")).module
+    assert weight_files.state_digest(loaded) == weight_files.state_digest(network)
+
+
+def test_a_namespace_may_hold_no_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    file = tmp_path / "hostile.pth"
+    network, _ = network_and_average()
+    torch.save({"state_dict": network.state_dict(), "args": argparse.Namespace(a=Hostile())}, file)
+    with pytest.raises(ModelError, match=r"other objects \(posix.mkdir\), which are never loaded"):
+        weight_files.read_weights(file)
+    assert not (tmp_path / "made").exists()
+
+
+def test_files_without_counters_of_batches_are_loaded(tmp_path):
+    network, _ = network_and_average()
+    state = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" not in k}
+    assert len(state) < len(network.state_dict())
+    torch.save(state, tmp_path / "old.pth")
+    loaded = models.build(models.parse_spec(f"test_resnet={tmp_path / 'old.pth'}")).module
+    assert weight_files.state_digest(loaded) == weight_files.state_digest(network)
+
+
+def test_the_entries_of_a_file_are_named_where_none_is_a_state_dict(tmp_path):
+    network, _ = network_and_average()
+    file = tmp_path / "own#1.pth"
+    torch.save({"epoch": 3, "net": network.state_dict()}, file)
+    with pytest.raises(ModelError, match=r"entries epoch, net; for one of net, write .*#ENTRY"):
+        weight_files.read_weights(file)
+    with pytest.raises(ModelError, match=r"#nets does not contain a state dict"):
+        weight_files.read_weights(tmp_path / "own#1.pth#nets")
+    assert len(weight_files.read_weights(tmp_path / "own#1.pth#net")) == len(network.state_dict())
+    with pytest.raises(ModelError, match="no such weights file"):
+        models.parse_spec(f"test_resnet={tmp_path / 'none.pth#net'}")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "student.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 102400\n")
+    spec = str(tmp_path) if name == "student.safetensors" else f"test_resnet={file}"
+    with pytest.raises(ModelError, match=rf"{name} is a git-lfs pointer.*git lfs pull"):
+        models.build(models.parse_spec(spec))
+    with pytest.raises(ModelError, match="is a git-lfs pointer"):
+        features.load_basis(file)
+    with pytest.raises(UsageError, match="is a git-lfs pointer"):
+        class_maps.read(file)
+    with pytest.raises(ImagesError, match="is a git-lfs pointer"):
+        read_accepted(file, None)
+
+
+@pytest.mark.parametrize("options", [{"in_chans": 1}, {"in_chans": 4}])
+def test_a_network_of_other_channels_than_three_is_refused(options):
+    with pytest.raises(ModelError, match=r"in_chans = [14], and images have 3 channels"):
+        models.build(ModelSpec("test_resnet"), pretrained=False, options=options)
+    loaded = models.build(ModelSpec("test_resnet"), pretrained=False, options={"in_chans": 3})
+    assert loaded.classes == 1000
 
 
 def test_advice_to_run_a_file_is_never_passed_on(tmp_path):

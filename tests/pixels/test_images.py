@@ -326,3 +326,12 @@ def test_every_kind_of_file_is_taken(tmp_path, cut):
     assert len(folder) == 11
     assert not folder.rejected
     assert folder.size_N2.dtype == np.uint16
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.png")
+    (tmp_path / "a" / "y.jpg").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    (rejected,) = images.scan(tmp_path).rejected
+    assert (rejected.key, rejected.reason) == ("a/y.jpg", "not-an-image")
+    assert "git lfs pull" in rejected.detail

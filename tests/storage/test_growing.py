@@ -309,7 +309,7 @@ def growing(tmp_path, folder, teacher, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(making.Unit, "make", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"[1-9] of [0-9]+ units committed"):
             make_store(tmp_path / "store", folder, [teacher], crops=7)
     return open_store(tmp_path / "store")
 

@@ -106,8 +106,16 @@ def test_plain_zarr_opens_it(folder, teacher, url):
 
 
 def test_what_cannot_be_reached_is_said(server):
-    with pytest.raises(StoreError, match="s3://no-such-bucket/x"):
-        open_store("s3://no-such-bucket/x")
+    place = open_location("s3://no-such-bucket/x")
+    for use in (
+        lambda: open_store("s3://no-such-bucket/x"),
+        lambda: place.read("a"),
+        lambda: place.write("a", b""),
+        lambda: place.create("a", b""),
+        lambda: list(place.list()),
+    ):
+        with pytest.raises(StoreError, match="s3://no-such-bucket/x: the bucket does not exist"):
+            use()
     with pytest.raises(UsageError, match="obstore cannot open"):
         open_location("gopher://x/y")
 

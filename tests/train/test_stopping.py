@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline import command_line, losses, make_store, train
+from pipeline import command_line, losses, make_store, prepare_run, train, train_settings
 from safetensors.torch import load_file
 
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import TrainingError
-from fkdpipe.train import checkpoint, loop, metrics, parallel, state
+from fkdpipe.train import checkpoint, exclusive, loop, metrics, parallel, state
 
 PYTHON = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -71,20 +71,82 @@ def wait_for(what, process) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, folder, store):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, folder, store, number):
     environment = {**os.environ, **PYTHON}
     long = ("--epochs", "400", "--set", "eval_every=400")
     line = [sys.executable, "-m", "fkdpipe", *command(folder, store, tmp_path / "run", *long)]
     process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     file = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: file.exists() and len(file.read_text().splitlines()) > 7, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, text = process.communicate()
     assert process.returncode == 1
     assert "a checkpoint is written" in text
     newest = checkpoint.list_all(tmp_path / "run" / state.CHECKPOINTS)[-1]
     held = torch.load(newest, weights_only=True)["step"]
     assert held == metrics.read(file)[-1]["step"]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_which_step_is_kept(
+    tmp_path, folder, store, monkeypatch
+):
+    """The first is passed on twice within a moment, as by torchrun, and counts once."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    plain, steps = loop.step, []
+
+    def interrupted(run, batch):
+        steps.append(run.step)
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            now[0] += 2
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(run, batch)
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    words = "at step 5 of [0-9]+; the checkpoint of step 4 is kept"
+    with pytest.raises(KeyboardInterrupt, match=words):
+        train(tmp_path / "run", folder, store, epochs=40, checkpoint_every=2)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert checkpoint.newest_step(tmp_path / "run" / state.CHECKPOINTS) == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_killed(
+    tmp_path, folder, store
+):
+    environment = {**os.environ, **PYTHON}
+    words = command(folder, store, tmp_path / "run", "--epochs", "4000")
+    line = [sys.executable, "-m", "fkdpipe", *words]
+    process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL)
+    file = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: file.exists() and len(file.read_text().splitlines()) > 3, process)
+    before = (tmp_path / "run" / "settings.json").stat().st_mtime_ns
+    refused = f"being written by process {process.pid} on .*name another --out folder"
+    with pytest.raises(TrainingError, match=refused):
+        train(tmp_path / "run", folder, store)
+    assert (tmp_path / "run" / "settings.json").stat().st_mtime_ns == before
+    process.kill()
+    process.wait()
+    with exclusive.hold(tmp_path / "run"):
+        prepared = prepare_run(tmp_path / "other", folder, store, train_settings())
+        prepared.out = tmp_path / "run"
+        with pytest.raises(TrainingError, match=f"process {os.getpid()} on"):
+            loop.train(prepared)
+    exclusive.check(tmp_path / "run")
+
+
+def test_an_interrupt_before_the_first_checkpoint_keeps_nothing(
+    tmp_path, folder, store, monkeypatch
+):
+    def interrupted(run, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"at step 0 of [0-9]+; there is no checkpoint"):
+        train(tmp_path / "run", folder, store)
 
 
 def test_sigterm_cuts_an_evaluation_short_and_the_run_goes_on_with_it(
