@@ -84,7 +84,7 @@ class Feed:
             first, pieces = share(step, self.rank.index, self.rank.world, self.block)
             idle = not pieces  # fewer images than processes
             if idle:
-                pieces = (Piece(step.pieces[0].window, step.pieces[0].rows[:1]),)
+                pieces = step.take(0, max(1, min(step.least, step.full // self.rank.world)))
             rows = np.concatenate([piece.rows for piece in pieces])
             boxes = join(
                 [self.data.crops(p.rows, self.data.crops_of(p.window.passed)) for p in pieces]

@@ -3,8 +3,9 @@
 Every pass permutes the units, groups them into windows, and permutes the images of each window.
 This approximates a full shuffle, while wide labels are read one window at a time. Passes of equal m
 form one stream of images, which is divided into steps without a short batch between passes; where m
-changes, a batch may be short. A run can resume at any step with exactly the next batch, and the
-batches do not depend on the number of processes.
+changes, a batch may be short, but never a single crop, of which BatchNorm has no variance. A run
+can resume at any step with exactly the next batch, and the batches do not depend on the number of
+processes.
 
 In independent mode, for methods that need independent samples, B images are decoded once and their
 m crops go to m consecutive batches, crop k of every image to batch k. No batch holds an image
@@ -14,6 +15,7 @@ than the others; passes do not share a batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,17 +58,35 @@ class Step:
         index: index of its (first) optimiser step in the run. passed: the pass it begins in,
             which determines the learning rate.
         pieces: images of the whole (global) batch. images: their number.
+        full: number of images of a full batch.
         batches: number of optimiser steps: 1, or m in independent mode.
     """
 
     index: int
     passed: Pass
     pieces: tuple[Piece, ...]
+    full: int
     batches: int = 1
 
     @property
     def images(self) -> int:
         return sum(len(piece.rows) for piece in self.pieces)
+
+    @property
+    def least(self) -> int:
+        """Number of images that give a batch of at least two crops."""
+        return 2 if self.batches == self.passed.m else 1
+
+    def take(self, begin: int, end: int) -> tuple[Piece, ...]:
+        """The images `begin` to `end` of the batch."""
+        pieces = []
+        at = 0
+        for piece in self.pieces:
+            rows = piece.rows[max(0, begin - at) : max(0, end - at)]
+            at += len(piece.rows)
+            if len(rows):
+                pieces.append(Piece(piece.window, rows))
+        return tuple(pieces)
 
 
 class Order:
@@ -101,7 +121,8 @@ class Order:
         self._window, self._batch_size, self._seed = window, batch_size, seed
         self._windows = -(-len(self._units) // window)
         self._stages, self.independent = tuple(stages), independent
-        self._blocks = -(-len(self._rows) // batch_size)  # of a pass, in independent mode
+        least = min(2, batch_size)
+        self._blocks = _batches_of(len(self._rows), batch_size, least)  # of an independent pass
         self._units_of = lru_cache(maxsize=2)(self._permuted_units)
 
     def __len__(self) -> int:
@@ -172,7 +193,7 @@ class Order:
         """Number of pieces that the stream of a stage is divided into."""
         if self.independent:
             return self._blocks * stage.count
-        return -(-len(self._rows) * stage.count // (self._batch_size // stage.first.m))
+        return _batches_of(len(self._rows) * stage.count, self._full(stage), self._least(stage))
 
     def _cut(self, stage: Stage, number: int) -> int:
         """Start of piece `number` in the stream of a stage, in images."""
@@ -180,13 +201,26 @@ class Order:
         if self.independent:
             passes, block = divmod(number, self._blocks)
             return passes * count + count * block // self._blocks
-        return min(number * (self._batch_size // stage.first.m), count * stage.count)
+        if number >= self._cuts(stage):
+            return count * stage.count
+        # A last image alone takes its neighbour out of the full batch before it.
+        return min(number * self._full(stage), max(0, count * stage.count - self._least(stage)))
 
     def _first_cut(self, stage: Stage, number: int) -> int:
         """The first piece that begins in or after pass `number` of the stage."""
         if self.independent:
             return number * self._blocks
-        return -(-number * len(self._rows) // (self._batch_size // stage.first.m))
+        begin = number * len(self._rows)
+        first = -(-begin // self._full(stage))
+        return first if self._cut(stage, first) >= begin else first + 1
+
+    def _full(self, stage: Stage) -> int:
+        """Number of images of a full batch."""
+        return self._batch_size if self.independent else self._batch_size // stage.first.m
+
+    def _least(self, stage: Stage) -> int:
+        """Number of images that give two crops, if a full batch has as many."""
+        return min(2, self._full(stage)) if stage.first.m == 1 else 1
 
     def _run(self, stage: Stage, offset: int, skip: int) -> Iterator[Step]:
         """The steps of a stage, starting at its piece `skip`; its first step has index `offset`."""
@@ -202,7 +236,8 @@ class Order:
                 pieces.append(Piece(rest.window, rest.rows[:left]))
                 rest = Piece(rest.window, rest.rows[left:])
                 left -= len(pieces[-1].rows)
-            yield Step(offset + number * batches, pieces[0].window.passed, tuple(pieces), batches)
+            index, passed = offset + number * batches, pieces[0].window.passed
+            yield Step(index, passed, tuple(pieces), self._full(stage), batches)
 
     def _stream(self, stage: Stage, begin: int) -> Iterator[Piece]:
         """The images of a stage, window by window, starting at image `begin`."""
@@ -219,15 +254,27 @@ def share(step: Step, rank: int, world: int, block: int = 1) -> tuple[int, tuple
     """The start and the images of one process's contiguous share of a step.
 
     A share consists of whole blocks of `block` images (the last may be shorter). Shares differ by
-    at most one block.
+    at most one block, unless a process would get a single crop although a full batch has more for
+    each: then fewer processes share the step.
     """
-    blocks = -(-step.images // block)
-    begin, end = (min(step.images, blocks * r // world * block) for r in (rank, rank + 1))
-    pieces = []
-    at = 0
-    for piece in step.pieces:
-        rows = piece.rows[max(0, begin - at) : max(0, end - at)]
-        at += len(piece.rows)
-        if len(rows):
-            pieces.append(Piece(piece.window, rows))
-    return begin, tuple(pieces)
+    bounds = _bounds(step.images, -(-step.images // block), world, block)
+    if step.full >= step.least * world and _smallest(bounds) < step.least:
+        block = max(block, step.least)
+        bounds = _bounds(step.images, max(1, step.images // block), world, block)
+    begin, end = bounds[rank], bounds[rank + 1]
+    return begin, step.take(begin, end)
+
+
+def _bounds(images: int, blocks: int, world: int, block: int) -> list[int]:
+    """Where the shares of the processes begin; the last block ends with the last image."""
+    return [min(images, blocks * rank // world * block) for rank in range(world)] + [images]
+
+
+def _smallest(bounds: list[int]) -> int:
+    """The size of the smallest share that is not empty."""
+    return min(end - begin for begin, end in itertools.pairwise(bounds) if end > begin)
+
+
+def _batches_of(images: int, full: int, least: int) -> int:
+    """Number of batches of at most `full` images, or one more where one would be below `least`."""
+    return max(1, min(-(-images // full), images // least))

@@ -37,7 +37,7 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     run.optimizer.zero_grad(set_to_none=True)
     share = torch.zeros((), device=run.device)
     right = torch.zeros((), dtype=torch.int64, device=run.device)
-    parts = torch.arange(len(pixels)).tensor_split(min(settings.accumulate, len(pixels)))
+    parts = torch.arange(len(pixels)).tensor_split(_parts(run, len(pixels)))
     for number, part in enumerate(parts):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         with parallel.quiet(run.wrapped, last=number == len(parts) - 1):
@@ -51,6 +51,14 @@ def step(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         right += (logits_BC.detach().argmax(1) == batch.classes[rows]).sum()
     _update(run)
     return share, right
+
+
+def _parts(run: Run, crops: int) -> int:
+    """Number of parts of a share. BatchNorm has no variance of one crop, so a short share has
+    fewer parts, unless those of a full one are single crops already."""
+    accumulate = run.settings.accumulate
+    least = 2 if run.settings.batch_size >= 2 * accumulate * run.rank.world else 1
+    return max(1, min(accumulate, crops // least))
 
 
 def _update(run: Run) -> None:
