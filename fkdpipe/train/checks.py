@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fkdpipe.common import disk
+from fkdpipe.common import disk, words
 from fkdpipe.common.distributed import Rank
 from fkdpipe.common.errors import UsageError
 from fkdpipe.pixels.crops import CropDistribution
@@ -88,12 +88,12 @@ def warn_of_few_steps(steps: int, images: int, settings: TrainSettings) -> None:
     """Warn about a run that is too short to learn much."""
     if steps < FEW_STEPS:
         log.warning(
-            "the run has only %d steps (%d epochs of %d images, batch size %d); a network needs "
-            "hundreds. Raise --epochs or lower --batch-size; recipes/finetune-small.toml is for "
+            "the run has only %s (%s of %s, batch size %d); a network needs hundreds. "
+            "Raise --epochs or lower --batch-size; recipes/finetune-small.toml is for "
             "small sets.",
-            steps,
-            settings.epochs,
-            images,
+            words.count(steps, "step"),
+            words.count(settings.epochs, "epoch"),
+            words.count(images, "image"),
             settings.batch_size,
         )
 
