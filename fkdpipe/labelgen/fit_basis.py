@@ -192,6 +192,11 @@ def fit(
     """
     backend = replay.choose_backend(settings.replay, resources.device, _request(sample, 0, 8))
     sums = _Sums.zeros(feature_layers.width(teacher.module.network))
+    if components is not None and components > len(sums.sum_D):
+        raise UsageError(
+            f"{components} components were requested of features of width {len(sums.sum_D)}; use "
+            "that many or fewer, or for a wider student method.alignment=conv-pre."
+        )
     if components is not None and components >= sample.crops.flip_NM.size:
         raise UsageError(
             f"{components} components need more than {components} crops; the sample has "

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import click.testing
 import numpy as np
@@ -240,8 +241,13 @@ def test_too_many_components_are_found_before_the_work(folder, network, monkeypa
     monkeypatch.setattr(fit_basis, "_vectors", of_rank_five)
     sample = fit_basis.from_folder(folder, ALL)
     resources = Resources(device=CPU, batch=16)
-    with pytest.raises(UsageError, match=r"153 components need more than 153 crops"):
-        fit_basis.fit(sample, network, ALL, resources, components=153)
+    with pytest.raises(UsageError, match=f"features of width {width}; use"):
+        fit_basis.fit(sample, network, ALL, resources, components=width + 1)
+    few = fit_basis.from_folder(folder, replace(ALL, fraction=0.1, crops=1))
+    count = few.crops.flip_NM.size
+    assert count <= width
+    with pytest.raises(UsageError, match=f"{count} components need more than {count} crops"):
+        fit_basis.fit(few, network, ALL, resources, components=count)
     assert not seen
     with pytest.raises(UsageError, match=r"span 5 dimensions.* method.alignment=variance"):
         fit_basis.fit(sample, network, ALL, resources, components=20)
@@ -249,6 +255,26 @@ def test_too_many_components_are_found_before_the_work(folder, network, monkeypa
     seen.clear()
     assert fit_basis.fit(sample, network, ALL, resources, components=5).basis.rank == 5
     assert len(seen) == 1000
+
+
+def test_a_rank_that_is_found_late_ends_in_a_basis_and_a_line(
+    tmp_path, folder, checkpoint, monkeypatch
+):
+    """Fewer vectors than the probe needs: the work is kept, and the statistics are of the rank."""
+
+    def of_rank_five(sample, teacher, *arguments):
+        yield torch.randn(30, 5) @ torch.randn(5, feature_layers.width(teacher.module.network))
+
+    monkeypatch.setattr(fit_basis, "_vectors", of_rank_five)
+    words = [
+        "fit-basis", str(folder), str(tmp_path / "basis"), "--fraction", "1", "--device", "cpu",
+        "--teacher", f"test_resnet={checkpoint}", "--components", "20", "--json",
+    ]  # fmt: skip
+    outcome = click.testing.CliRunner().invoke(cli, words)
+    assert outcome.exit_code == 0, outcome.output
+    assert "The features span 5 of the 20 components asked for." in outcome.stderr
+    assert json.loads(outcome.stdout)["components"] == 5
+    assert features.load_basis(tmp_path / "basis").rank == 5
 
 
 def test_the_command_tells_the_std_ratios_and_draws_them(tmp_path, folder, checkpoint):
