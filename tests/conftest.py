@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 
@@ -138,5 +139,7 @@ def _own_places(monkeypatch, tmp_path_factory):
     place = str(tmp_path_factory.mktemp("tmp"))
     monkeypatch.setenv("TMPDIR", place)  # for processes that a test starts
     monkeypatch.setattr(tempfile, "tempdir", place)  # for this one
+    # a command that ran in this process prints fkdpipe's messages itself, and keeps them to itself
+    monkeypatch.setattr(logging.getLogger("fkdpipe"), "propagate", True)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
