@@ -32,7 +32,7 @@ def generate(
     images: str | os.PathLike[str],
     store: str | os.PathLike[str],
     *,
-    teacher: Network | Sequence[Network],
+    teacher: Network | os.PathLike[str] | Sequence[Network | os.PathLike[str]],
     teacher_weight: Sequence[float] = (),
     form: str | None = None,
     features: Sequence[str] = (),
@@ -89,7 +89,7 @@ def generate(
     Example:
         >>> generate("images", "store", teacher="resnet50", form="topk:10", crops=200)
     """
-    networks = [teacher] if isinstance(teacher, Network) else list(teacher)
+    networks = teachers.as_networks(teacher)
     settings = GenerateSettings(
         teacher=tuple(_name(network) for network in networks), teacher_weight=tuple(teacher_weight),
         form=form, features=tuple(features), features_code=features_code, basis=basis,
@@ -161,10 +161,9 @@ def _resources(
     settings: GenerateSettings, device: str | torch.device | None, part: str | None
 ) -> Resources:
     rank = distributed.parse_part(part) if part else distributed.current()
-    if device is None:
-        device = f"cuda:{rank.local}" if torch.cuda.is_available() else "cpu"
+    where = distributed.choose_device(device, rank.local)
     threads = settings.threads or distributed.default_threads()
-    return Resources(torch.device(device), settings.batch_size, threads, rank)
+    return Resources(where, settings.batch_size, threads, rank)
 
 
 def _load(

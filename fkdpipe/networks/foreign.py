@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def call(name: str, **arguments: Any) -> Any:
 
     Raises:
         UsageError: invalid form.
-        ModelError: no such module or function. Exceptions of the function are passed on.
+        ModelError: no such module or function, or its code raises an exception.
     """
     package, colon, attribute = name.partition(":")
     if not (package and colon and attribute):
@@ -37,7 +38,7 @@ def call(name: str, **arguments: Any) -> Any:
         function = getattr(importlib.import_module(package), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{package}.".startswith(f"{error.name}."):
-            raise  # a missing import of the module itself
+            raise _raised(name, error) from error  # a missing import of the module itself
         raise ModelError(
             f"python:{name}: no module {error.name!r} is installed or in the current folder.",
             code="unknown-model",
@@ -46,9 +47,24 @@ def call(name: str, **arguments: Any) -> Any:
         raise ModelError(
             f"python:{name}: {package} has no {attribute!r}.", code="unknown-model"
         ) from error
+    except Exception as error:
+        raise _raised(name, error) from error
+    if not callable(function):
+        raise ModelError(f"python:{name} is {type(function).__name__}, not a function.")
     if "num_classes" in arguments and not _takes(function, "num_classes"):
         del arguments["num_classes"]
-    return function(**arguments)
+    try:
+        return function(**arguments)
+    except Exception as error:
+        raise _raised(name, error) from error
+
+
+def _raised(name: str, error: Exception) -> ModelError:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return ModelError(
+        f"python:{name} raised {type(error).__name__}: {error}{where}.", code="function-raised"
+    )
 
 
 def _takes(function: Any, name: str) -> bool:

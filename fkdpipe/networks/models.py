@@ -24,6 +24,7 @@ from torch import nn
 from fkdpipe.common import disk
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import classifiers, foreign, selfsupervised
+from fkdpipe.networks.preprocessing import Preprocessing
 from fkdpipe.networks.weight_files import (
     EXPORT_NAME,
     check_options,
@@ -54,23 +55,6 @@ class ModelSpec:
     def __str__(self) -> str:
         name = self.name if self.library == "timm" else f"{self.library}:{self.name}"
         return name if self.weights is None else f"{name}={self.weights}"
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Preprocessing of a network's input.
-
-    Attributes:
-        size: (height, width) in pixels. crop_pct: fraction of the resized image in the
-            centre crop of evaluation. interpolation: "bilinear" or "bicubic". mean, std: per
-            channel, of pixels scaled to 0..1.
-    """
-
-    size: tuple[int, int]
-    interpolation: Literal["bilinear", "bicubic"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    crop_pct: float = 0.875
 
 
 @dataclass(frozen=True)
@@ -312,8 +296,8 @@ def adopt(
     preprocessing = Preprocessing(
         size=(int(known["size"][0]), int(known["size"][1])),
         interpolation=_interpolation(known["interpolation"]),
-        mean=tuple(known["mean"]),
-        std=tuple(known["std"]),
+        mean=known["mean"],
+        std=known["std"],
         crop_pct=float(known.get("crop_pct", Preprocessing.crop_pct)),
     )
     count = foreign.count_outputs(module, preprocessing.size, name=str(spec))

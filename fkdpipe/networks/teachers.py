@@ -7,6 +7,7 @@ probabilities at one temperature; each teacher sees the same crops at its own si
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from fkdpipe.common.distributed import choose_device
 from fkdpipe.common.errors import ModelError, UsageError
 from fkdpipe.networks import class_maps as class_maps_
 from fkdpipe.networks import models, weight_files
 from fkdpipe.networks.class_maps import ClassMap
 from fkdpipe.networks.feature_layers import FeatureNetwork, Needs, Outputs
 from fkdpipe.networks.models import Loaded, ModelSpec, Preprocessing
+from fkdpipe.networks.preprocessing import sides
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -86,6 +89,23 @@ class Teacher:
 Network = str | ModelSpec | nn.Module | Teacher  # accepted as a teacher
 
 
+def as_networks(given: Any) -> list[Network]:
+    """One network or several, paths as text.
+
+    Raises:
+        UsageError: something that is none.
+    """
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    networks = [os.fspath(n) if isinstance(n, os.PathLike) else n for n in several]
+    for network in networks:
+        if not isinstance(network, Network) or isinstance(network, type):
+            raise UsageError(
+                "a network must be a name, a path, a torch.nn.Module or what load_teacher "
+                f"returns; found {network!r}."
+            )
+    return networks
+
+
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """torch's autocast; disabled for float32."""
     if precision == "float32":
@@ -94,7 +114,7 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def load_teacher(
-    network: str | ModelSpec | nn.Module,
+    network: str | os.PathLike[str] | ModelSpec | nn.Module,
     *,
     weights: Path | str | None = None,
     size: int | Sequence[int] | None = None,
@@ -138,20 +158,26 @@ def load_teacher(
     Example:
         >>> teacher = load_teacher(network, size=224, mean=(0.5,) * 3, std=(0.5,) * 3, name="ours")
     """
+    (given,) = as_networks(network)
+    if isinstance(given, Teacher):
+        raise UsageError("this is a teacher already; give its options where it is loaded.")
+    device = None if device is None else choose_device(device)
     if precision not in get_args(Precision):
         raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}.")
+    if interpolation not in (None, "bilinear", "bicubic"):
+        raise UsageError(f"interpolation must be bilinear or bicubic; found {interpolation!r}.")
     options: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation}
     options = {key: value for key, value in options.items() if value is not None}
-    size = (size, size) if isinstance(size, int) else size
+    size = None if size is None else sides(size)
     file = None if weights is None else Path(weights)
-    if isinstance(network, nn.Module):
-        loaded = models.adopt(*_copy(network, name, file), size=size, **options)
+    if isinstance(given, nn.Module):
+        loaded = models.adopt(*_copy(given, name, file), size=size, **options)
     elif name is not None:
-        raise UsageError(f"name is only for modules; {network} already has one.")
+        raise UsageError(f"name is only for modules; {given} already has one.")
     else:
-        spec = models.parse_spec(network) if isinstance(network, str) else network
+        spec = models.parse_spec(given) if isinstance(given, str) else given
         spec = spec if file is None else replace(spec, weights=file)
-        loaded = models.build(spec, size=None if size is None else (size[0], size[1]))
+        loaded = models.build(spec, size=size)
         loaded = replace(loaded, preprocessing=replace(loaded.preprocessing, **options))
     return _frozen(loaded, _read(class_map), precision, device)
 

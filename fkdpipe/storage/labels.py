@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -72,6 +72,15 @@ class Target:
 
     kind: TargetKind
     k: int = 0
+
+    def __post_init__(self) -> None:
+        numbered = str(self.kind).startswith("marginal")
+        if self.kind not in get_args(TargetKind) or (self.k > 0) != numbered:
+            raise UsageError(
+                f"kind {self.kind!r} with k = {self.k!r} is not a target; the targets are "
+                "ground-truth, full, hard, smoothing, marginal-smoothing:K and marginal-renorm:K "
+                "(for example marginal-smoothing:5)."
+            )
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.k}" if self.kind.startswith("marginal") else self.kind

@@ -252,3 +252,12 @@ def _feature_source(
     if not store.sources("features", layer) and same:
         return reader.choose_source(store, source, "features", other), other
     return reader.choose_source(store, source, "features", layer), layer
+
+
+def check_crops(training: TrainingSet, crops_per_image: int) -> None:
+    """Raises UsageError when a batch is to have more crops of an image than are recorded."""
+    recorded = training.crops_per_image
+    if recorded is not None and crops_per_image > recorded:
+        raise UsageError(
+            f"{crops_per_image} crops per image in a batch, and the store records {recorded}."
+        )

@@ -27,6 +27,7 @@ from fkdpipe.networks.models import Preprocessing
 from fkdpipe.networks.teachers import (
     Network,
     Precision,
+    as_networks,
     autocast,
     load_teachers,
     not_finite,
@@ -57,7 +58,7 @@ class Accuracy:
 
 
 def evaluate(
-    model: Network,
+    model: Network | os.PathLike[str],
     data: str | os.PathLike[str],
     *,
     split: Literal["train", "val"] | None = None,
@@ -99,7 +100,7 @@ def evaluate(
     for remark in images.remarks(folder):
         log.warning("%s", remark)
     (loaded,) = load_teachers(
-        [model],
+        as_networks(model),
         class_names=folder.class_names,
         class_maps=[] if class_map is None else [class_map],
         numbered=numbered,

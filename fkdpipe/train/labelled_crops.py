@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fkdpipe.common.distributed import Rank, choose_device, current, default_threads
 from fkdpipe.common.errors import StoreMismatchError, UsageError
-from fkdpipe.networks.models import Preprocessing
+from fkdpipe.networks.preprocessing import Preprocessing, sides
 from fkdpipe.pixels import colour, replay
 from fkdpipe.pixels.crops import CropDistribution
 from fkdpipe.pixels.replay import Backend, BackendChoice, Request, View, normalise
@@ -57,7 +59,7 @@ class LabelledCrops(IterableDataset[Batch]):
         source: which labels, where a store has several.
         temperature: of the labels; None as stored. Needs form `logits`, or `full` of one teacher.
         features: stored features wanted beside the labels: `"pre"`, `"post"` or `"map"`.
-        crops: take only the store's first rounds, up to so many crops of each image.
+        crops: use only the first so many crops of each image.
         independent: no two crops of an image in one batch; they are spread over m batches.
         interpolation: of the resize, antialiased. mean, std: per channel, of pixels in 0 to 1.
         normalize: False gives uint8 pixels.
@@ -104,14 +106,18 @@ class LabelledCrops(IterableDataset[Batch]):
     ) -> None:
         here = _rank(rank, world_size)
         where = choose_device(device, here.local)
-        target = parse_target(target) if isinstance(target, str) else target
+        target = target if isinstance(target, Target) else parse_target(str(target))
+        batch_size, crops_per_image = _whole(batch_size=batch_size, crops_per_image=crops_per_image)
+        (seed,) = _whole(least=0, seed=seed)
+        (threads,) = _whole(threads=default_threads() if threads is None else threads)
         check_batch(batch_size, crops_per_image, here.world)
+        preprocessing = Preprocessing(sides(size), interpolation, mean, std)
         opened = open_store(store) if isinstance(store, (str, os.PathLike)) else store
         training = _open(
-            opened, Path(images), target, source, temperature, features, crops, seed, cache,
-            allow_partial,
+            opened, Path(images), target, source, temperature, features, seed, cache, allow_partial,
         )  # fmt: skip
-        check_crops(training, crops_per_image)
+        training = _first(training, crops)
+        data.check_crops(training, crops_per_image)
         order = Order(
             training.rows,
             unit_size=training.unit_size,
@@ -121,20 +127,18 @@ class LabelledCrops(IterableDataset[Batch]):
             seed=seed,
             independent=independent,
         )
-        sides = (size, size) if isinstance(size, int) else size
-        preprocessing = Preprocessing(sides, interpolation, mean, std)
         feed = Feed(
             training,
             order,
             [View.of(preprocessing)],
             backend=choose_backend(replay, training, opened, where),
-            threads=threads or default_threads(),
+            threads=threads,
             device=where,
             rank=here,
         )
         self._wire(feed, [preprocessing], normalize)
         self._facts: dict[str, Any] = {
-            "fingerprint": training.facts["fingerprint"],
+            "labels": schema.digest(training.facts)[:16],
             "images": len(training.rows),
             "crops": training.crops_per_image,
             "batch_size": batch_size,
@@ -234,6 +238,9 @@ class LabelledCrops(IterableDataset[Batch]):
         Raises:
             StoreMismatchError: the state is of other data or settings; says which.
         """
+        step = state.get("step") if isinstance(state, Mapping) else None
+        if not isinstance(step, int) or step < 0:
+            raise UsageError(f"this is not a state of LabelledCrops: {state!r}.")
         differs = schema.differences(
             {key: value for key, value in state.items() if key != "step"}, self._facts
         )
@@ -243,7 +250,7 @@ class LabelledCrops(IterableDataset[Batch]):
                 "store, target, batch size and seed, or begin without it.",
                 code="other-state",
             )
-        self._position, self._resumed = int(state["step"]), True
+        self._position, self._resumed = step, True
 
     def stream(self, start: int = 0) -> Generator[Batch]:
         """Batches from step `start` on, epoch after epoch."""
@@ -312,6 +319,22 @@ class LabelledCrops(IterableDataset[Batch]):
         return normalise(pixels, p.mean, p.std) if self._normalize else pixels
 
 
+def _whole(least: int = 1, **values: Any) -> list[int]:
+    """Whole numbers as Python's own, so that a state can be saved whatever they came from."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{name} must be a whole number of at least {least}; found {value!r}.")
+    return [int(value) for value in values.values()]
+
+
+def _first(training: TrainingSet, crops: int | None) -> TrainingSet:
+    """The first so many crops of each image."""
+    if crops is None or training.crops_per_image is None:
+        return training
+    (count,) = _whole(crops=crops)
+    return replace(training, crops_per_image=min(count, training.crops_per_image))
+
+
 def _rank(rank: int | None, world_size: int | None) -> Rank:
     here = current()
     if rank is None and world_size is None:
@@ -331,7 +354,6 @@ def _open(
     source: str | None,
     temperature: float | None,
     features: Literal["pre", "post", "map"] | None,
-    crops: int | None,
     seed: int,
     cache_dir: str | os.PathLike[str] | None,
     allow_partial: bool,
@@ -348,22 +370,12 @@ def _open(
             features=features,
             cache_dir=Path(cache_dir) if cache_dir else cache.default_cache_dir(),
             allow_partial=allow_partial,
-            crops_per_image=crops,
         )
     if target.kind != "ground-truth" or features is not None:
         raise UsageError(
             f"target {target} needs a store; without one, only ground-truth can be learnt."
         )
     return data.from_folder(images, distribution=CropDistribution(), seed=seed)
-
-
-def check_crops(training: TrainingSet, crops_per_image: int) -> None:
-    """Raises UsageError when a batch is to have more crops of an image than are recorded."""
-    recorded = training.crops_per_image
-    if recorded is not None and crops_per_image > recorded:
-        raise UsageError(
-            f"{crops_per_image} crops per image in a batch, and the store records {recorded}."
-        )
 
 
 def choose_backend(

@@ -244,7 +244,7 @@ def _open(
             crops_per_image=previous_crops,
             reporter=reporter,
         )
-    labelled_crops.check_crops(training, settings.crops_per_image)
+    training_data.check_crops(training, settings.crops_per_image)
     if settings.fraction < 1:
         training = training_data.take_fraction(training, settings.fraction, settings.seed)
     return training

@@ -275,11 +275,12 @@ def test_functions_that_do_not_serve(functions, name, error, message):
         load_teacher(models.parse_spec(f"python:{name.format(functions)}", allow_python=True))
 
 
-def test_errors_of_the_users_own_code_pass_through(functions, tmp_path):
-    with pytest.raises(ZeroDivisionError):
+def test_errors_of_the_users_own_code_are_named_with_their_line(functions, tmp_path):
+    broken = r"broken raised ZeroDivisionError: division by zero \(.*\.py, line \d+\)"
+    with pytest.raises(ModelError, match=broken):
         load_teacher(models.parse_spec(f"python:{functions}:broken", allow_python=True))
     (tmp_path / "imports_more.py").write_text("import something_that_is_not_there\n")
-    with pytest.raises(ModuleNotFoundError, match="something_that_is_not_there"):
+    with pytest.raises(ModelError, match=r"raised ModuleNotFoundError: .*something_that_is_not"):
         load_teacher(models.parse_spec("python:imports_more:f", allow_python=True))
 
 
@@ -376,3 +377,27 @@ def test_no_store_runs_code(hostile, folder, tmp_path, monkeypatch):
                   ["generate", folder, store]):  # fmt: skip
         invoke(*words)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("odd", [None, 3, timm.create_model, [None], {"weight": 1}])
+def test_what_is_no_network_is_called_so(odd):
+    with pytest.raises(UsageError, match="a network must be a name, a path"):
+        load_teacher(odd)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": (3, 32, 32)}, "size must be one side or"),
+        ({"size": 32.0}, "size must be one side or"),
+        ({"mean": (127, 127, 127)}, "mean must be three numbers from 0 to 1"),
+        ({"mean": 0.5}, "mean must be three numbers"),
+        ({"std": (0, 0, 0)}, "std must be three numbers above 0"),
+        ({"interpolation": "nearest"}, "interpolation must be bilinear or bicubic"),
+        ({"device": "tpu"}, "must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(options, words):
+    known = {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(UsageError, match=words):
+        load_teacher(torch.nn.Sequential(), **{**known, **options})

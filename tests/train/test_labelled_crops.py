@@ -268,11 +268,46 @@ def test_a_share_without_any_readable_image_has_no_labels(opened, folder, store,
     assert set(crops.failed) == {str(store.images.keys[7])}
 
 
+def test_only_the_first_crops_can_be_used(opened):
+    crops = opened(crops=3, crops_per_image=1)
+    assert {int(c) for _ in range(4) for batch in crops for c in batch.crops} == {0, 1, 2}
+
+
+def test_a_state_of_other_labels_of_the_same_images_is_refused(
+    opened, folder, checkpoint, tmp_path
+):
+    other = make_store(tmp_path / "other", folder, [load_teacher(checkpoint)], source="other")
+    with pytest.raises(StoreMismatchError, match="labels: "):
+        opened(store=other).load_state_dict(opened().state_dict())
+
+
+@pytest.mark.parametrize("state", [None, [1], {}, {"step": "x"}, {"step": -1}, {"step": 4.7}])
+def test_a_state_that_is_none_is_refused(opened, state):
+    with pytest.raises(UsageError, match="not a state of LabelledCrops"):
+        opened().load_state_dict(state)
+
+
+def test_numbers_of_numpy_are_numbers(opened):
+    crops = opened(batch_size=np.int64(16), size=np.int64(32), seed=np.uint8(0))
+    assert same(next(iter(crops)), next(iter(opened())))
+    json.dumps(crops.state_dict())
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"batch_size": "16"}, "batch_size must be a whole number of at least 1; found '16'"),
+        ({"batch_size": 16.0}, "batch_size must be a whole number"),
+        ({"crops": -1}, "crops must be a whole number of at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"threads": 0}, "threads must be a whole number"),
+        ({"size": 32.0}, "size must be one side or"),
+        ({"size": (32, 32, 3)}, "size must be one side or"),
+        ({"mean": (127, 127, 127)}, "mean must be three numbers from 0 to 1"),
+        ({"std": (0, 0, 0)}, "std must be three numbers above 0"),
+        ({"target": None}, "'None' is not a target"),
         ({"batch_size": 15}, "batch size 15 .* must be a multiple of 2 crops per image"),
-        ({"batch_size": 0}, "must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1; found 0"),
         ({"crops_per_image": 8}, "the store records 4"),
         ({"target": "full"}, "cannot serve target full"),
         ({"store": None}, "needs a store"),
@@ -287,6 +322,12 @@ def test_a_share_without_any_readable_image_has_no_labels(opened, folder, store,
 def test_what_cannot_be_is_refused(opened, changes, words):
     with pytest.raises(FkdpipeError, match=words):
         opened(**changes)
+
+
+@pytest.mark.parametrize(("kind", "k"), [("foo", 0), ("marginal-smoothing", 0), ("hard", 1)])
+def test_a_target_is_checked_however_it_is_made(kind, k):
+    with pytest.raises(UsageError, match="is not a target; the targets are"):
+        Target(kind, k)
 
 
 def test_a_target_can_be_an_object_and_a_size_a_pair(opened):
