@@ -247,14 +247,14 @@ class CropReader:
         on_images: Progress = lambda count: None,
     ) -> None:
         self._fields = CachedFields(store, segments, cache_dir, on_images)
+        # All rounds of a store have the same distribution.
+        self._jitter = segments[0].part.settings.jitter is not None
 
     def take(self, rows_I: np.ndarray, crops_m: np.ndarray) -> Crops:
         """The recorded crops, (I, m)."""
-        # All rounds of a store have the same distribution.
-        fields = rounds.fields_of(self._fields.segments[0].part.settings)
-        return rounds.of_values(
-            {field.name: self._fields.take(field.name, rows_I, crops_m) for field in fields}
-        )
+        box, flip = (self._fields.take(name, rows_I, crops_m) for name in ("box", "flip"))
+        jitter = self._fields.take("jitter", rows_I, crops_m) if self._jitter else None
+        return Crops(box, flip, jitter)
 
 
 class SparseReader:
