@@ -144,20 +144,29 @@ def run(out: Path, *, say: Callable[[str], None], reporter: Reporter = silent) -
     top1 = []
     for purpose, words in commands(out).items():
         say(f"\n# {purpose}\n$ {shlex.join(['fkdpipe', *words])}")
-        command = [sys.executable, "-m", "fkdpipe", *words]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                output, _ = process.communicate()
-            except KeyboardInterrupt as error:  # let the command keep its work
-                process.terminate()
-                process.wait()
-                raise KeyboardInterrupt(
-                    f"finished work is kept in {out}; the same command resumes."
-                ) from error
+        try:
+            code, output = run_command(words)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"finished work is kept in {out}; the same command resumes."
+            ) from error
         say(output.rstrip())
-        if process.returncode:
+        if code:
             raise FkdpipeError(f"a command of the demo failed: fkdpipe {shlex.join(words)}")
         if words[0] == "evaluate":
             top1.append(float(json.loads(output)["top1"]))
     teacher, distilled, ground_truth = top1
     return Outcome(teacher, distilled, ground_truth, store=out / "store", out=out)
+
+
+def run_command(words: list[str]) -> tuple[int, str]:
+    """The exit code and stdout of `fkdpipe`, in its own process; Ctrl-C lets it keep its work."""
+    command = [sys.executable, "-m", "fkdpipe", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    return process.returncode, output

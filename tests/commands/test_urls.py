@@ -12,9 +12,8 @@ import fkdpipe
 from fkdpipe.cli import cli
 from fkdpipe.common import disk
 from fkdpipe.common.errors import UsageError
-from fkdpipe.networks import features
+from fkdpipe.networks import class_maps, features
 from fkdpipe.networks.models import parse_spec
-from fkdpipe.networks.teachers import read_class_map
 from fkdpipe.storage.location import open_location
 
 URL = "s3://bucket/some/run"
@@ -63,7 +62,7 @@ def test_more_than_a_few_options_are_paths():
         lambda url: fkdpipe.LabelledCrops(None, url, target="ground-truth", size=8, batch_size=1),
         lambda url: fkdpipe.open_store(Path(url)),
         lambda url: features.load_basis(Path(url)),
-        lambda url: read_class_map(Path(url)),
+        lambda url: class_maps.read(Path(url)),
     ],
     ids=range(9),
 )
