@@ -80,7 +80,7 @@ def trainer(store: Store, images: Path, root: Path) -> Callable[[], None]:
     meter = loop.Meter(prepared.device)
 
     def step() -> None:
-        loop._one(prepared, next(batches), meter)
+        loop._train_step(prepared, next(batches), meter)
 
     return step
 
